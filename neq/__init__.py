@@ -1,0 +1,50 @@
+"""Training that stops paying for neurons that have stopped learning."""
+
+from neq._version import __version__
+from neq.convert import convert, revert
+from neq.modules import (
+    NEqBatchNorm1d,
+    NEqBatchNorm2d,
+    NEqBatchNorm3d,
+    NEqConv1d,
+    NEqConv2d,
+    NEqConv3d,
+    NEqConvTranspose1d,
+    NEqConvTranspose2d,
+    NEqConvTranspose3d,
+    NEqGroupNorm,
+    NEqInstanceNorm1d,
+    NEqInstanceNorm2d,
+    NEqInstanceNorm3d,
+    NEqLayerNorm,
+    NEqLinear,
+    NEqRMSNorm,
+    NEqSyncBatchNorm,
+    NeuronLayer,
+)
+from neq.summary import summary
+
+__all__ = [
+    "NEqBatchNorm1d",
+    "NEqBatchNorm2d",
+    "NEqBatchNorm3d",
+    "NEqConv1d",
+    "NEqConv2d",
+    "NEqConv3d",
+    "NEqConvTranspose1d",
+    "NEqConvTranspose2d",
+    "NEqConvTranspose3d",
+    "NEqGroupNorm",
+    "NEqInstanceNorm1d",
+    "NEqInstanceNorm2d",
+    "NEqInstanceNorm3d",
+    "NEqLayerNorm",
+    "NEqLinear",
+    "NEqRMSNorm",
+    "NEqSyncBatchNorm",
+    "NeuronLayer",
+    "__version__",
+    "convert",
+    "revert",
+    "summary",
+]

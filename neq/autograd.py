@@ -1,0 +1,74 @@
+"""The one idea: a gradient of weight and bias for the active rows, beside a vendor's layer.
+
+    y = F.linear(x, W.detach(), b.detach())    # the vendor's forward; its backward gives dX only
+    y = row_grad(y, x, W, b, rows, conv)       # the same y; its backward gives dW and db
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neq.rows import Rows
+from neq_kernels.geometry import Conv
+from neq_kernels.ops import conv_wgrad, linear_wgrad
+
+
+class RowGrad(torch.autograd.Function):
+    """Hands y and dY through; computes dW and db for the active rows only.
+
+    ``x`` is what the layer's kernel saw (cast, padded), or None when no row is active: then nothing
+    is saved and nothing is computed, and weight and bias only keep their place in the graph.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        x: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        order: Tensor,
+        length: Tensor,
+        conv: Conv | None,
+    ) -> Tensor:
+        # the weight stays out of the saved tensors: its values are not needed, only its layout
+        ctx.save_for_backward(x, order, length)
+        ctx.weight, ctx.conv = weight, conv
+        ctx.bias = bias is not None and bias.requires_grad
+        # y itself would count as a view made here, and in-place activations are forbidden on those
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "a second derivative (create_graph=True) through a layer with frozen neurons is "
+                "not supported by backward(): use torch.func.grad, or set_active(None) for this step"
+            )
+        x, order, length = ctx.saved_tensors
+        if x is None:
+            return dy, None, None, None, None, None, None
+        if ctx.conv is None:
+            dw, db = linear_wgrad(dy, x, ctx.weight, order, length, ctx.bias)
+        else:
+            dw, db = conv_wgrad(dy, x, ctx.weight, order, length, ctx.bias, *ctx.conv)
+        return dy, None, dw, db if ctx.bias else None, None, None, None
+
+
+# ``Function.apply`` spends 2 µs on function transforms, which never come here
+_apply = super(torch.autograd.Function, RowGrad).apply
+
+
+def row_grad(
+    y: Tensor, x: Tensor | None, weight: Tensor, bias: Tensor | None, rows: Rows, conv: Conv | None
+) -> Tensor:
+    """``y``, as an output of a layer with this weight and bias, of which only ``rows`` train."""
+    if torch.compiler.is_compiling():
+        apply = RowGrad.apply
+    else:
+        apply = _apply
+        if rows.count == 0:
+            x = None
+    out: Tensor = apply(y, x, weight, bias, rows.order, rows.length, conv)
+    return out

@@ -1,0 +1,127 @@
+"""Convert a model's layers in place, and back.
+
+A module is converted by giving it another class. It stays the same object, with the same
+parameters, buffers and hooks, so whatever refers to it (an optimizer, a checkpoint, a list of the
+user's) stays valid.
+"""
+
+import sys
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
+
+from neq import modules
+from neq.modules import NeuronLayer
+from neq.rows import Phase, Rows
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_LAYERS: tuple[type[NeuronLayer], ...] = (
+    modules.NEqLinear,
+    modules.NEqConv1d,
+    modules.NEqConv2d,
+    modules.NEqConv3d,
+    modules.NEqConvTranspose1d,
+    modules.NEqConvTranspose2d,
+    modules.NEqConvTranspose3d,
+    modules.NEqBatchNorm1d,
+    modules.NEqBatchNorm2d,
+    modules.NEqBatchNorm3d,
+    modules.NEqSyncBatchNorm,
+    modules.NEqGroupNorm,
+    modules.NEqLayerNorm,
+    modules.NEqInstanceNorm1d,
+    modules.NEqInstanceNorm2d,
+    modules.NEqInstanceNorm3d,
+    modules.NEqRMSNorm,
+)
+
+
+def convertible() -> dict[type[nn.Module], type[NeuronLayer]]:
+    """Each torch module that neq can stand in for, and the layer that does."""
+    layers = {layer.plain: layer for layer in _LAYERS}
+    if "transformers.pytorch_utils" in sys.modules:  # else no module can be of its class
+        from neq.transformers_layers import NEqTransformersConv1D
+
+        layers[NEqTransformersConv1D.plain] = NEqTransformersConv1D
+    return layers
+
+
+def convert(
+    model: Model,
+    *,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    classes: Iterable[type[nn.Module]] | None = None,
+) -> Model:
+    """Make every layer that neq knows a layer with neurons, in place; all of them active.
+
+    filter_fn: given a module and its name, says whether to convert it.
+    classes: the torch classes to convert; by default all that neq knows.
+
+    What is left as it was, and why, is in ``neq.summary(model)``.
+    """
+    known = convertible()
+    wanted = set(known if classes is None else classes)
+    if unknown := wanted - known.keys():
+        names = sorted(getattr(c, "__name__", repr(c)) for c in unknown)
+        allowed = ", ".join(sorted(c.__name__ for c in known))
+        raise ValueError(f"classes: neq knows no layer for {', '.join(names)}; allowed: {allowed}")
+    phase = Phase()
+    decided = {id(m.weight): m for m in model.modules() if isinstance(m, NeuronLayer)}
+    for name, module in model.named_modules():
+        if type(module) not in wanted or obstacle(module) is not None:
+            continue
+        if filter_fn is not None and not filter_fn(module, name):
+            continue
+        twin = decided.get(id(module.weight))
+        if twin is not None and twin.plain is not type(module):
+            continue
+        module.__class__ = known[type(module)]
+        module.layer_name = name
+        # layers that share a weight share the decision on it
+        module.rows = twin.rows if twin else Rows(module.n_neurons, module.weight.device, phase)
+        decided[id(module.weight)] = module
+    return model
+
+
+def revert(model: Model) -> Model:
+    """Give every layer its torch class back, in place. All neurons train again."""
+    for module in model.modules():
+        if isinstance(module, NeuronLayer):
+            module.__class__ = module.plain
+            del module.rows
+            vars(module).pop("layer_name", None)
+    return model
+
+
+def obstacle(module: nn.Module) -> str | None:
+    """Why this module can't be converted, or None if it can."""
+    kind = type(module)
+    if isinstance(module, LazyModuleMixin):
+        return "lazy: its shape is unknown until a first forward"
+    if any(part in ("quantized", "qat") for part in kind.__module__.split(".")):
+        return "quantized"
+    if parametrize.is_parametrized(module):
+        return "parametrized: its weight is computed at each forward"
+    if isinstance(module, nn.MultiheadAttention):
+        return "its in-projection packs three layers into one weight"
+    if kind not in convertible():
+        known = next((base for base in kind.__mro__ if base in convertible()), None)
+        if known is not None:
+            return f"a subclass of {known.__name__} that neq does not know"
+        return "not a kind of layer that neq knows"
+    if "weight" not in module._parameters:
+        return "its weight is computed at each forward (weight_norm, spectral_norm, pruning)"
+    weight = module._parameters["weight"]
+    if weight is None:
+        return "it has no weight"
+    if weight.is_meta:
+        return "on the meta device"
+    if type(weight).__name__ not in ("Parameter", "DTensor"):  # a quantized tensor, say
+        return f"its weight is a {type(weight).__name__}"
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance"
+    return None

@@ -1,0 +1,298 @@
+"""Drop-in layers that train only their active neurons.
+
+Each is the torch module of the same name with one thing added, ``set_active``: parameters, repr and
+state_dict are the torch module's own, and with all neurons active so is the forward, untouched.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from types import MethodType
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from neq.autograd import row_grad
+from neq.rows import Rows, parse
+from neq_kernels.geometry import Conv
+
+
+class NeuronLayer(nn.Module):
+    """What all layers share. A mixin: it stands before the torch module in the bases.
+
+    A neuron is one output row of a Linear's weight, one output channel of a convolution, or one
+    affine element of a norm; its weight row and its bias train or rest together.
+    """
+
+    plain: ClassVar[type[nn.Module]]  # the torch module that this one stands for
+    layer_name: str = ""  # where ``convert`` found it, for messages
+    weight: Tensor
+    bias: Tensor | None
+    rows: Rows
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.rows = Rows(self.n_neurons, self.weight.device)
+
+    def _get_name(self) -> str:
+        return self.plain.__name__  # so that repr(model) stays as it was
+
+    @property
+    def n_neurons(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def active_rows(self) -> Tensor:
+        """int64: the active neurons, ascending, on the layer's device."""
+        return self.rows.on(self.weight.device).active
+
+    @property
+    def active_mask(self) -> Tensor:
+        """bool [n_neurons], on the layer's device."""
+        return self.rows.on(self.weight.device).mask
+
+    @property
+    def active_fraction(self) -> float:
+        return self.rows.count / self.rows.neurons
+
+    def set_active(self, rows: Tensor | Sequence[int] | Sequence[bool] | None) -> None:
+        """Choose the neurons that train, from the next forward on.
+
+        rows: their indices in any order, or a bool mask with one entry per neuron, or None for all.
+        """
+        where = f"{type(self).__name__} {self.layer_name!r}" if self.layer_name else type(self).__name__
+        self.rows.set(parse(rows, self.n_neurons, where))
+
+    def weight_mask(self, mask: Tensor) -> Tensor:
+        """A mask [n_neurons], shaped to broadcast against the weight."""
+        return mask.view(-1, *(1,) * (self.weight.dim() - 1))
+
+    def forward(self, input: Tensor, *args: Any) -> Tensor:
+        rows = self.rows
+        if torch.compiler.is_compiling():
+            # a graph that depended on this layer's own mask would be recompiled at each change
+            everything, nothing = not rows.phase.masked, False
+        else:
+            everything, nothing = rows.count == rows.neurons, rows.count == 0
+        if everything or not torch.is_grad_enabled():
+            out: Tensor = super().forward(input, *args)
+            return out
+        rows.on(self.weight.device)
+        if nothing and not _in_process_group():
+            # out of the graph: what has nothing below it to train is not even visited by backward.
+            # (DDP waits for every parameter to be visited.)
+            return self._vendor(input, self.weight.detach(), _detach(self.bias), *args)
+        if self.weight.requires_grad and not _beyond_backward():
+            return self._row_wise(input, *args)
+        return self._element_wise(input, *args)
+
+    def _row_wise(self, input: Tensor, *args: Any) -> Tensor:
+        """The gradient of the active rows only, computed by ``neq_kernels``, where it is one."""
+        return self._element_wise(input, *args)
+
+    def _element_wise(self, input: Tensor, *args: Any) -> Tensor:
+        """The same layer in plain torch operations: frozen elements enter it detached.
+
+        Saves no work where the weight is a matrix, but differentiates in every way that torch does.
+        """
+        weight, bias, mask = self.weight, self.bias, self.rows.mask
+        weight = _freeze(weight, self.weight_mask(mask))
+        bias = None if bias is None else _freeze(bias, mask.view(bias.shape))
+        return self._vendor(input, weight, bias, *args)
+
+    def _vendor(self, input: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+        """The torch module's forward with other parameters."""
+        out: Tensor = self.plain.forward(_Substitute(self, weight, bias), input, *args)
+        return out
+
+
+class _Substitute:
+    """A module as its own forward sees it, but for weight and bias."""
+
+    def __init__(self, module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+        self._module, self.weight, self.bias = module, weight, bias
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._module, name)
+        if isinstance(value, MethodType) and value.__self__ is self._module:
+            return partial(value.__func__, self)  # its methods see the substitutes too
+        return value
+
+
+class NEqLinear(NeuronLayer, nn.Linear):
+    plain = nn.Linear
+
+    def _row_wise(self, input: Tensor) -> Tensor:
+        input, weight, bias = _autocast(input), self.weight, self.bias
+        y = F.linear(input, weight.detach(), _detach(bias))
+        return row_grad(y, input, weight, bias, self.rows, None)
+
+
+class _NEqConv(NeuronLayer, nn.modules.conv._ConvNd):
+    """Convolutions and their transposes, of any dimension."""
+
+    @property
+    def n_neurons(self) -> int:
+        return self.out_channels
+
+    def weight_mask(self, mask: Tensor) -> Tensor:
+        return self._geometry((), ()).spread(mask, self.weight)
+
+    def _geometry(self, padding: tuple[int, ...], output_padding: tuple[int, ...]) -> Conv:
+        return Conv(
+            self.stride, padding, self.dilation, self.transposed, output_padding, self.groups
+        )
+
+    def _row_wise(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        input, weight, bias = _autocast(input), self.weight, self.bias
+        batch = input if input.dim() == weight.dim() else input.unsqueeze(0)
+        y, x, conv = self._convolve(batch, weight.detach(), _detach(bias), output_size)
+        y = row_grad(y, x, weight, bias, self.rows, conv)
+        return y if batch is input else y.squeeze(0)
+
+    def _convolve(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: Sequence[int] | None
+    ) -> tuple[Tensor, Tensor, Conv]:
+        """The output, the input as the kernel saw it, and the geometry that joins the two."""
+        x, padding = self._pad(x)
+        conv = self._geometry(padding, (0,) * len(padding))
+        run = (F.conv1d, F.conv2d, F.conv3d)[len(padding) - 1]
+        return run(x, weight, bias, conv.stride, padding, conv.dilation, conv.groups), x, conv
+
+    def _pad(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """Apply the padding that no kernel can, and return what is left for the kernel."""
+        sides = self._reversed_padding_repeated_twice  # (left, right) per dimension, the last first
+        none = (0,) * len(self.stride)
+        if self.padding_mode != "zeros":
+            return F.pad(x, sides, mode=self.padding_mode), none
+        if self.padding == "valid":
+            return x, none
+        if self.padding == "same":
+            left, right = sides[0::2], sides[1::2]
+            if left != right:  # an even kernel: one more on the right
+                extra = [side for a, b in zip(left, right, strict=True) for side in (0, b - a)]
+                x = F.pad(x, extra)
+            return x, tuple(reversed(left))
+        return x, self.padding  # type: ignore[return-value]
+
+
+class _NEqConvTranspose(_NEqConv):
+    def _convolve(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: Sequence[int] | None
+    ) -> tuple[Tensor, Tensor, Conv]:
+        spatial = len(self.stride)
+        sizes = self.stride, self.padding, self.kernel_size, spatial, self.dilation
+        output_padding = tuple(self._output_padding(x, output_size, *sizes))
+        conv = self._geometry(self.padding, output_padding)
+        run = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[spatial - 1]
+        y = run(
+            x, weight, bias, conv.stride, conv.padding, output_padding, conv.groups, conv.dilation
+        )
+        return y, x, conv
+
+
+class NEqConv1d(_NEqConv, nn.Conv1d):
+    plain = nn.Conv1d
+
+
+class NEqConv2d(_NEqConv, nn.Conv2d):
+    plain = nn.Conv2d
+
+
+class NEqConv3d(_NEqConv, nn.Conv3d):
+    plain = nn.Conv3d
+
+
+class NEqConvTranspose1d(_NEqConvTranspose, nn.ConvTranspose1d):
+    plain = nn.ConvTranspose1d
+
+
+class NEqConvTranspose2d(_NEqConvTranspose, nn.ConvTranspose2d):
+    plain = nn.ConvTranspose2d
+
+
+class NEqConvTranspose3d(_NEqConvTranspose, nn.ConvTranspose3d):
+    plain = nn.ConvTranspose3d
+
+
+class _NEqNorm(NeuronLayer):
+    """Affine norms. Their kernels compute all of dW and db in the pass that computes dX, so there is
+    no row to skip: frozen elements enter the forward detached, at the cost of copying two vectors.
+    """
+
+    @property
+    def n_neurons(self) -> int:
+        return self.weight.numel()
+
+    def weight_mask(self, mask: Tensor) -> Tensor:
+        return mask.view(self.weight.shape)
+
+
+class NEqBatchNorm1d(_NEqNorm, nn.BatchNorm1d):
+    plain = nn.BatchNorm1d
+
+
+class NEqBatchNorm2d(_NEqNorm, nn.BatchNorm2d):
+    plain = nn.BatchNorm2d
+
+
+class NEqBatchNorm3d(_NEqNorm, nn.BatchNorm3d):
+    plain = nn.BatchNorm3d
+
+
+class NEqSyncBatchNorm(_NEqNorm, nn.SyncBatchNorm):
+    plain = nn.SyncBatchNorm
+
+
+class NEqGroupNorm(_NEqNorm, nn.GroupNorm):
+    plain = nn.GroupNorm
+
+
+class NEqLayerNorm(_NEqNorm, nn.LayerNorm):
+    plain = nn.LayerNorm
+
+
+class NEqInstanceNorm1d(_NEqNorm, nn.InstanceNorm1d):
+    plain = nn.InstanceNorm1d
+
+
+class NEqInstanceNorm2d(_NEqNorm, nn.InstanceNorm2d):
+    plain = nn.InstanceNorm2d
+
+
+class NEqInstanceNorm3d(_NEqNorm, nn.InstanceNorm3d):
+    plain = nn.InstanceNorm3d
+
+
+class NEqRMSNorm(_NEqNorm, nn.RMSNorm):
+    plain = nn.RMSNorm
+    bias = None
+
+
+def _detach(p: Tensor | None) -> Tensor | None:
+    return None if p is None else p.detach()
+
+
+def _freeze(p: Tensor, active: Tensor) -> Tensor:
+    """``p`` with its frozen elements detached; ``active`` broadcasts against it."""
+    return torch.where(active, p, p.detach()) if p.requires_grad else p
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """``x`` as autocast will cast it for the kernel, so that this one cast is what gets saved."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
+def _in_process_group() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _beyond_backward() -> bool:
+    """Is autograd asked for more than ``backward()``: a function transform, a forward derivative?"""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

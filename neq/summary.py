@@ -1,0 +1,73 @@
+"""A table of a model's layers: neurons, active share, and what was not converted."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from neq.convert import convertible, obstacle
+from neq.modules import NeuronLayer
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One module that owns parameters."""
+
+    name: str
+    kind: str
+    neurons: int  # 0 where it is not converted
+    active: int
+    reason: str  # why it is not converted; empty where it is
+
+
+@dataclass(frozen=True)
+class Summary:
+    """``print`` it; or read ``layers``."""
+
+    layers: tuple[LayerSummary, ...]
+
+    @property
+    def neurons(self) -> int:
+        return sum(layer.neurons for layer in self.layers)
+
+    @property
+    def active(self) -> int:
+        return sum(layer.active for layer in self.layers)
+
+    def __str__(self) -> str:
+        rows = [("layer", "kind", "neurons", "active", "")]
+        for layer in self.layers:
+            counts = ("-", "-")
+            if not layer.reason:
+                counts = (str(layer.neurons), _percent(layer.active, layer.neurons))
+            rows.append((layer.name or "(the model)", layer.kind, *counts, layer.reason))
+        rows.append(("total", "", str(self.neurons), _percent(self.active, self.neurons), ""))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = (
+            f"{name:<{widths[0]}}  {kind:<{widths[1]}}  {neurons:>{widths[2]}}  "
+            f"{active:>{widths[3]}}  {reason}".rstrip()
+            for name, kind, neurons, active, reason in rows
+        )
+        return "\n".join(lines)
+
+
+def summary(model: nn.Module) -> Summary:
+    """Every module of ``model`` that owns parameters, in the model's order."""
+    layers = []
+    for name, module in model.named_modules():
+        if isinstance(module, NeuronLayer):
+            counts, reason = (module.n_neurons, module.rows.count), ""
+        elif type(module) in convertible() or _owns_parameters(module):
+            counts, reason = (0, 0), obstacle(module) or "not asked for"
+        else:
+            continue
+        layers.append(LayerSummary(name, type(module).__name__, *counts, reason))
+    return Summary(tuple(layers))
+
+
+def _owns_parameters(module: nn.Module) -> bool:
+    # a quantized module keeps them packed, where _parameters does not show them
+    return any(p is not None for p in module._parameters.values()) or obstacle(module) == "quantized"
+
+
+def _percent(active: int, neurons: int) -> str:
+    return f"{active / neurons:.1%}" if neurons else "-"

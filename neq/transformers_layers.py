@@ -1,0 +1,27 @@
+"""GPT-2's ``Conv1D``: a linear layer whose weight is stored [inputs, neurons].
+
+Apart from ``modules.py`` because it needs the transformers library, which neq does not.
+"""
+
+import torch
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from neq.autograd import row_grad
+from neq.modules import NeuronLayer, _autocast
+
+
+class NEqTransformersConv1D(NeuronLayer, Conv1D):
+    plain = Conv1D
+
+    @property
+    def n_neurons(self) -> int:
+        return self.weight.shape[1]
+
+    def weight_mask(self, mask: Tensor) -> Tensor:
+        return mask.view(1, -1)
+
+    def _row_wise(self, input: Tensor) -> Tensor:
+        input = _autocast(input)
+        y = self._vendor(input, self.weight.detach(), self.bias.detach())
+        return row_grad(y, input, self.weight.t(), self.bias, self.rows, None)

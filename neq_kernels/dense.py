@@ -1,0 +1,70 @@
+"""The vendor's dense weight gradient, then zeros in the frozen rows.
+
+Saves nothing and costs next to nothing: what runs where packing would not pay.
+"""
+
+import torch
+from torch import Tensor
+
+from neq_kernels.geometry import Conv
+from neq_kernels.problem import Problem
+
+
+def cost(problem: Problem) -> float:
+    """The unit of all costs."""
+    return 1.0
+
+
+def as_weight(dw: Tensor, weight: Tensor) -> Tensor:
+    """``dw`` in the weight's dtype and strides, in which autograd takes it without a copy."""
+    if dw.dtype == weight.dtype and dw.stride() == weight.stride():
+        return dw
+    return torch.empty_like(weight).copy_(dw)
+
+
+def linear_wgrad(
+    dy: Tensor, x: Tensor, weight: Tensor, rows: Tensor, k: int, bias: bool
+) -> tuple[Tensor, Tensor]:
+    if weight.stride(0) == 1:  # a transposed weight, [inputs, n] in memory
+        dw = as_weight((x.t() @ dy).t(), weight)
+    else:
+        dw = as_weight(dy.t() @ x, weight)
+    db = dy.sum(0, dtype=weight.dtype) if bias else weight.new_empty(0)
+    if k < len(rows):
+        frozen = rows[k:]
+        dw.index_fill_(0, frozen, 0)
+        if bias:
+            db.index_fill_(0, frozen, 0)
+    return dw, db
+
+
+def conv_wgrad(
+    dy: Tensor, x: Tensor, weight: Tensor, rows: Tensor, k: int, bias: bool, conv: Conv
+) -> tuple[Tensor, Tensor]:
+    dw = as_weight(vendor_conv_wgrad(dy, x, weight, conv), weight)
+    db = channel_sum(dy, weight.dtype) if bias else weight.new_empty(0)
+    if k < len(rows):
+        frozen = rows[k:]
+        if conv.transposed and conv.groups > 1:
+            mask = rows.new_zeros(len(rows), dtype=torch.bool).index_fill_(0, frozen, True)
+            dw.masked_fill_(conv.spread(mask, weight), 0)
+        else:
+            dw.index_fill_(1 if conv.transposed else 0, frozen, 0)
+        if bias:
+            db.index_fill_(0, frozen, 0)
+    return dw, db
+
+
+def vendor_conv_wgrad(dy: Tensor, x: Tensor, weight: Tensor, conv: Conv) -> Tensor:
+    """dW of the whole of ``weight``, whose values are not read: only dtype, shape and layout."""
+    if weight.dtype != x.dtype:
+        weight = torch.empty_like(weight, dtype=x.dtype)
+    dw: Tensor = torch.ops.aten.convolution_backward.default(
+        dy, x, weight, None, *conv, [False, True, False]
+    )[1]
+    return dw
+
+
+def channel_sum(dy: Tensor, dtype: torch.dtype) -> Tensor:
+    """[n]: dY [N, n, *pixels] summed over all but its channels."""
+    return dy.sum([0, *range(2, dy.dim())], dtype=dtype)

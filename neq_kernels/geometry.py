@@ -1,0 +1,47 @@
+"""The geometry of a convolution, as every operator and backend passes it on."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Conv(NamedTuple):
+    """Everything ``aten::convolution`` takes beside its tensors; one entry per spatial dimension."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    transposed: bool
+    output_padding: tuple[int, ...]
+    groups: int
+
+    @classmethod
+    def of(
+        cls,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        transposed: bool,
+        output_padding: Sequence[int],
+        groups: int,
+    ) -> "Conv":
+        """From the lists that an operator is given."""
+        sizes = tuple(stride), tuple(padding), tuple(dilation)
+        return cls(*sizes, transposed, tuple(output_padding), groups)
+
+    def channels(self, weight: Tensor) -> tuple[int, int]:
+        """(neurons, inputs): the channels that come out and go in."""
+        # weight is [neurons, inputs/groups, *kernel], or [inputs, neurons/groups, *kernel] transposed
+        if self.transposed:
+            return weight.shape[1] * self.groups, weight.shape[0]
+        return weight.shape[0], weight.shape[1] * self.groups
+
+    def spread(self, mask: Tensor, weight: Tensor) -> Tensor:
+        """A mask [n] over neurons, shaped to broadcast against ``weight``."""
+        ones = (1,) * (weight.dim() - 2)
+        if not self.transposed:
+            return mask.view(-1, 1, *ones)
+        inputs = weight.shape[0] // self.groups
+        per_group = mask.view(self.groups, 1, -1).expand(-1, inputs, -1)
+        return per_group.reshape(weight.shape[0], -1, *ones)

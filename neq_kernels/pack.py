@@ -1,0 +1,82 @@
+"""Pack the active rows of dY, let the vendor compute their gradient, scatter it into dW.
+
+Rows are packed in whole granules, since vendors' kernels run at the speed of the next multiple of
+their tile anyway: the surplus rows are frozen ones, computed and then left behind.
+"""
+
+from math import inf, prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from neq_kernels.compiled import pack_columns
+from neq_kernels.dense import channel_sum, vendor_conv_wgrad
+from neq_kernels.geometry import Conv
+from neq_kernels.problem import Problem
+
+
+class Machine(NamedTuple):
+    """What a kind of device can do, roughly: enough to tell whether packing pays."""
+
+    granule: int  # rows that the vendor's kernels compute in one piece
+    flops_per_byte: float  # arithmetic done in the time that packing moves a byte
+    call_flops: float  # arithmetic done in the time of the extra calls
+
+
+MACHINES = {"cpu": Machine(16, 40, 3e6), "cuda": Machine(64, 175, 1e10)}
+
+
+def cost(problem: Problem) -> float:
+    """The share of rows computed, and the time to read all of dY and write its packed rows."""
+    if problem.groups > 1 or problem.device not in MACHINES:
+        return inf  # the active rows of a grouped convolution make uneven groups
+    machine = MACHINES[problem.device]
+    share = _granules(problem.active, problem.neurons, problem.device) / problem.neurons
+    moved = (1 + share) * prod(problem.dy) * problem.dtype.itemsize
+    return share + (machine.flops_per_byte * moved + machine.call_flops) / problem.flops
+
+
+def _granules(k: int, neurons: int, device: str) -> int:
+    """How many rows to pack for ``k`` active ones."""
+    granule = MACHINES[device].granule
+    return min(-(-k // granule) * granule, neurons)
+
+
+def linear_wgrad(
+    dy: Tensor, x: Tensor, weight: Tensor, rows: Tensor, k: int, bias: bool
+) -> tuple[Tensor, Tensor]:
+    packed = _granules(k, len(rows), dy.device.type)
+    dy_packed, db = pack_columns(dy, rows[:packed], bias)  # [T, packed]
+    return _scatter(weight, rows, k, 0, dy_packed.t() @ x, db)
+
+
+def conv_wgrad(
+    dy: Tensor, x: Tensor, weight: Tensor, rows: Tensor, k: int, bias: bool, conv: Conv
+) -> tuple[Tensor, Tensor]:
+    packed = _granules(k, len(rows), dy.device.type)
+    channels_last = dy.movedim(1, -1)
+    if channels_last.is_contiguous():
+        # the gathered axis is the contiguous one: [T, n] -> [T, packed]
+        columns, db = pack_columns(channels_last.flatten(0, -2), rows[:packed], bias)
+        dy_packed = columns.view(*channels_last.shape[:-1], packed).movedim(-1, 1)
+    else:
+        dy_packed = dy.index_select(1, rows[:packed])
+        db = channel_sum(dy_packed, weight.dtype) if bias else None
+    neurons = 1 if conv.transposed else 0
+    dw = vendor_conv_wgrad(dy_packed, x, weight.narrow(neurons, 0, packed), conv)
+    return _scatter(weight, rows, k, neurons, dw, db)
+
+
+def _scatter(
+    weight: Tensor, rows: Tensor, k: int, neurons: int, dw_packed: Tensor, db_packed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """dW and db from those of the packed rows, of which the first ``k`` are active."""
+    active, frozen = rows[:k], rows[k:]
+    dw_active = dw_packed.narrow(neurons, 0, k).to(weight.dtype)
+    dw = torch.empty_like(weight)
+    dw.index_copy_(neurons, active, dw_active).index_fill_(neurons, frozen, 0)
+    if db_packed is None:
+        return dw, weight.new_empty(0)
+    db = weight.new_zeros(len(rows)).index_copy_(0, active, db_packed[:k].to(weight.dtype))
+    return dw, db

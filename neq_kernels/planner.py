@@ -1,0 +1,140 @@
+"""Who computes a weight gradient: the backend that is fastest, and never one slower than dense.
+
+For each problem (device, dtype, layout, shape, active share) the planner takes, in this order:
+
+1. the choice measured for it, from a table (``load``) or inside ``tuning()``;
+2. the backend with the lowest cost by its own model: ``cost(problem)`` predicts its time in units
+   of the dense gradient's. It has to promise a gain of ``MARGIN``, otherwise dense runs.
+
+Nothing is ever timed unless asked for: ranks that time for themselves come to differ.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neq_kernels import dense, pack
+from neq_kernels.geometry import Conv
+from neq_kernels.problem import BUCKETS, Problem
+
+BACKENDS: dict[str, ModuleType] = {"dense": dense, "pack": pack}
+MARGIN = 0.05
+
+_plans: dict[tuple[object, ...], str] = {}  # every problem met, by what tells it from others
+_measured: dict[str, str] = {}  # Problem.key -> the backend that was fastest
+_tuning = False
+
+
+def linear_wgrad(
+    dy: Tensor, x: Tensor, weight: Tensor, rows: Tensor, k: int, bias: bool
+) -> tuple[Tensor, Tensor]:
+    """dy [T, n], x [T, inputs], weight [n, inputs]; the first ``k`` of ``rows`` [n] are active."""
+    args = (dy, x, weight, rows, k, bias)
+    backend = BACKENDS[choose("linear_wgrad", *args)]
+    dw, db = backend.linear_wgrad(*args)
+    return dw, db
+
+
+def conv_wgrad(
+    dy: Tensor, x: Tensor, weight: Tensor, rows: Tensor, k: int, bias: bool, conv: Conv
+) -> tuple[Tensor, Tensor]:
+    """dy [N, n, *pixels], x [N, inputs, *pixels]; the first ``k`` of ``rows`` [n] are active."""
+    args = (dy, x, weight, rows, k, bias, conv)
+    backend = BACKENDS[choose("conv_wgrad", *args)]
+    dw, db = backend.conv_wgrad(*args)
+    return dw, db
+
+
+def choose(
+    op: str,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    k: int,
+    bias: bool,
+    conv: Conv | None = None,
+) -> str:
+    """The name of the backend for these tensors."""
+    if k == len(rows):
+        return "dense"
+    bucket = -(-k * BUCKETS // len(rows))
+    channels_last = conv is not None and x.stride(1) == 1
+    key = (bucket, dy.shape, x.shape, weight.shape, conv, channels_last, dy.dtype, dy.device.type)
+    plan = _plans.get(key)
+    if plan is None:
+        shapes = (tuple(dy.shape), tuple(x.shape), tuple(weight.shape))
+        problem = Problem(op, dy.device.type, dy.dtype, *shapes, channels_last, conv, bucket)
+        if _tuning and problem.key not in _measured:
+            _measured[problem.key] = _fastest(problem, dy, x, weight, rows, k, bias)
+        plan = _plans[key] = _measured.get(problem.key) or predict(problem)
+    return plan
+
+
+def predict(problem: Problem) -> str:
+    """The choice for a problem that nobody measured."""
+    costs = {name: backend.cost(problem) for name, backend in BACKENDS.items()}
+    best = min(costs, key=costs.__getitem__)
+    return best if costs[best] <= costs["dense"] - MARGIN else "dense"
+
+
+@contextmanager
+def tuning() -> Iterator[None]:
+    """Inside, each problem not measured before is timed once, on the tensors that it comes with."""
+    global _tuning
+    _plans.clear()
+    _tuning = True
+    try:
+        yield
+    finally:
+        _tuning = False
+
+
+def save(path: str | Path) -> None:
+    """Write the measured choices as JSON."""
+    Path(path).write_text(json.dumps(dict(sorted(_measured.items())), indent=1) + "\n")
+
+
+def load(path: str | Path) -> None:
+    """Take over the choices that ``save`` wrote, on this kind of device."""
+    table = json.loads(Path(path).read_text())
+    unknown = sorted(set(table.values()) - BACKENDS.keys())
+    if unknown:
+        raise ValueError(f"{path} names backends {unknown}, known are {sorted(BACKENDS)}")
+    _measured.update(table)
+    _plans.clear()
+
+
+def _fastest(problem: Problem, *args: Any) -> str:
+    """Time the backends in turns; dense keeps what it loses by less than ``MARGIN``."""
+    conv = () if problem.conv is None else (problem.conv,)
+    runs: dict[str, Callable[[], object]] = {
+        name: lambda run=getattr(backend, problem.op): run(*args, *conv)
+        for name, backend in BACKENDS.items()
+        if backend.cost(problem) < float("inf")
+    }
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(7):
+        for name, run in runs.items():
+            times[name].append(_seconds(run, problem.device))
+    typical = {name: median(seconds[1:]) for name, seconds in times.items()}  # first: warm-up
+    best = min(typical, key=typical.__getitem__)
+    return best if typical[best] < (1 - MARGIN) * typical["dense"] else "dense"
+
+
+def _seconds(run: Callable[[], object], device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start

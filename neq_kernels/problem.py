@@ -1,0 +1,53 @@
+"""One weight gradient to compute, as the planner sees it: sizes, not values."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+import torch
+
+from neq_kernels.geometry import Conv
+
+BUCKETS = 16  # active shares are planned in sixteenths: finer differences change no choice
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Shapes are those of the tensors: dy [T, n] or [N, n, *pixels], x and weight to match."""
+
+    op: str
+    device: str  # "cpu" or "cuda"
+    dtype: torch.dtype
+    dy: tuple[int, ...]
+    x: tuple[int, ...]
+    weight: tuple[int, ...]
+    channels_last: bool
+    conv: Conv | None  # None for a linear layer
+    bucket: int  # the active share, rounded up to sixteenths
+
+    @property
+    def neurons(self) -> int:
+        return self.dy[1]
+
+    @property
+    def active(self) -> int:
+        return -(-self.neurons * self.bucket // BUCKETS)
+
+    @cached_property
+    def flops(self) -> int:
+        """Of the dense gradient: each weight meets each pixel of the strided side once."""
+        side = self.x if self.conv is not None and self.conv.transposed else self.dy
+        return 2 * prod(self.weight) * side[0] * prod(side[2:])
+
+    @property
+    def groups(self) -> int:
+        return 1 if self.conv is None else self.conv.groups
+
+    @property
+    def key(self) -> str:
+        """The name under which a measured choice is kept in a table."""
+        sizes = ["x".join(map(str, shape)) for shape in (self.dy, self.x, self.weight)]
+        layout = "channels_last" if self.channels_last else "contiguous"
+        geometry = "" if self.conv is None else " ".join(map(str, self.conv))
+        dtype = str(self.dtype).removeprefix("torch.")
+        return " ".join([self.op, dtype, layout, *sizes, f"{self.bucket}/{BUCKETS}", geometry])

@@ -1,0 +1,48 @@
+"""What each operator means, in plain torch: the truth that every test compares with.
+
+A frozen row is exactly zero, also where the dense gradient would be infinite or NaN.
+"""
+
+import torch
+from torch import Tensor
+
+from neq_kernels.geometry import Conv
+
+
+def active_mask(rows: Tensor, count: Tensor) -> Tensor:
+    """bool [n]: True for the first ``count`` neurons that ``rows`` names."""
+    mask = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+    mask[rows[: int(count)]] = True
+    return mask
+
+
+def linear_wgrad(
+    dy: Tensor, x: Tensor, weight: Tensor, rows: Tensor, count: Tensor, bias: bool
+) -> tuple[Tensor, Tensor]:
+    """dW = dYᵀ X [n, inputs] and db = Σ dY [n] (or [0] without bias), frozen rows zero."""
+    dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])  # [T, n], [T, inputs]
+    frozen = ~active_mask(rows, count)
+    dw = (dy.t() @ x).masked_fill(frozen[:, None], 0)
+    db = dy.sum(0).masked_fill(frozen, 0)
+    return torch.empty_like(weight).copy_(dw), (db if bias else db[:0]).to(weight.dtype)
+
+
+def conv_wgrad(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    count: Tensor,
+    bias: bool,
+    *geometry: object,
+) -> tuple[Tensor, Tensor]:
+    """The gradient of ``torch.convolution``'s weight and bias for a given dY, frozen rows zero."""
+    conv = Conv(*geometry)
+    frozen = ~active_mask(rows, count)
+    with torch.enable_grad():
+        w = weight.detach().to(dy.dtype).requires_grad_()
+        y = torch.convolution(x.detach(), w, None, *conv)
+        (dw,) = torch.autograd.grad(y, w, dy.detach())
+    dw = dw.masked_fill(conv.spread(frozen, weight), 0)
+    db = dy.transpose(0, 1).flatten(1).sum(1).masked_fill(frozen, 0)
+    return torch.empty_like(weight).copy_(dw), (db if bias else db[:0]).to(weight.dtype)
