@@ -1,6 +1,6 @@
 """The operators: schema, checks and fake of each. What they mean is in ``reference.py``.
 
-Every operator takes its active rows as two tensors, so that a compiled graph sees the same shapes
+The gradients take their active rows as two tensors, so that a compiled graph sees the same shapes
 whatever the mask:
 
     rows   int64 [n], on the device of ``dy``: a permutation of the neurons, the active ones first
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neq_kernels import planner
+from neq_kernels import chunked, planner
 from neq_kernels.geometry import Conv
 
 _lib = torch.library.Library("neq", "DEF")
@@ -29,6 +29,9 @@ _lib.define(
     "conv_wgrad(Tensor dy, Tensor x, Tensor weight, Tensor rows, Tensor count, bool bias,"
     " int[] stride, int[] padding, int[] dilation, bool transposed, int[] output_padding,"
     " int groups) -> (Tensor, Tensor)"
+)
+_lib.define(
+    "row_similarity(Tensor current, Tensor previous, int channel_dim, bool per_sample) -> Tensor"
 )
 
 
@@ -86,6 +89,34 @@ def _check_conv(
     _check_rows(out_channels, dy, rows, count)
 
 
+def _check_similarity(
+    current: Tensor, previous: Tensor, channel_dim: int, per_sample: bool
+) -> None:
+    for name, y in (("current", current), ("previous", previous)):
+        if not y.is_floating_point():
+            raise TypeError(f"{name} must be of a real floating-point dtype, got {y.dtype}")
+    if current.shape != previous.shape:
+        raise ValueError(
+            f"current and previous must have one shape, "
+            f"got {list(current.shape)} and {list(previous.shape)}"
+        )
+    if current.device != previous.device:
+        raise ValueError(
+            f"current and previous must be on one device, got {current.device} and "
+            f"{previous.device}"
+        )
+    dims = current.dim()
+    if not -dims <= channel_dim < dims:
+        raise ValueError(
+            f"channel_dim must be a dimension of {list(current.shape)}, got {channel_dim}"
+        )
+    if per_sample and channel_dim in (0, -dims):
+        raise ValueError(
+            "per_sample: dimension 0 holds the samples, so channel_dim must be another one, "
+            f"got {channel_dim} for {list(current.shape)}"
+        )
+
+
 def _nothing(weight: Tensor, biases: int) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(weight), weight.new_zeros(biases)
 
@@ -121,6 +152,14 @@ def _conv_wgrad(
     return planner.conv_wgrad(dy, x, weight, rows, k, bias, conv)
 
 
+@torch.library.impl(_lib, "row_similarity", "CompositeExplicitAutograd")
+def _row_similarity(
+    current: Tensor, previous: Tensor, channel_dim: int, per_sample: bool
+) -> Tensor:
+    _check_similarity(current, previous, channel_dim, per_sample)
+    return chunked.row_similarity(current, previous, channel_dim % current.dim(), per_sample)
+
+
 @torch.library.register_fake("neq::linear_wgrad", lib=_lib)
 def _fake_linear_wgrad(
     dy: Tensor, x: Tensor, weight: Tensor, rows: Tensor, count: Tensor, bias: bool
@@ -143,6 +182,16 @@ def _fake_conv_wgrad(
     return torch.empty_like(weight), weight.new_empty(len(rows) if bias else 0)
 
 
+@torch.library.register_fake("neq::row_similarity", lib=_lib)
+def _fake_row_similarity(
+    current: Tensor, previous: Tensor, channel_dim: int, per_sample: bool
+) -> Tensor:
+    _check_similarity(current, previous, channel_dim, per_sample)
+    samples = current.shape[:1] if per_sample else ()
+    return current.new_empty((3, *samples, current.shape[channel_dim]), dtype=torch.float64)
+
+
 # What ``neq`` calls: the overloads themselves, which skips the look-up of the packet.
 linear_wgrad = torch.ops.neq.linear_wgrad.default
 conv_wgrad = torch.ops.neq.conv_wgrad.default
+row_similarity = torch.ops.neq.row_similarity.default

@@ -46,3 +46,16 @@ def conv_wgrad(
     dw = dw.masked_fill(conv.spread(frozen, weight), 0)
     db = dy.transpose(0, 1).flatten(1).sum(1).masked_fill(frozen, 0)
     return torch.empty_like(weight).copy_(dw), (db if bias else db[:0]).to(weight.dtype)
+
+
+def row_similarity(
+    current: Tensor, previous: Tensor, channel_dim: int, per_sample: bool
+) -> Tensor:
+    """⟨y, y'⟩, |y|² and |y'|² of each neuron, over all that is not the channel; float64 [3, n].
+
+    Or over one sample (dimension 0) at a time: [3, samples, n].
+    """
+    y, y_ = current.double().movedim(channel_dim, -1), previous.double().movedim(channel_dim, -1)
+    start = 1 if per_sample else 0
+    products = (y * y_, y * y, y_ * y_)
+    return torch.stack([p.unsqueeze(start).flatten(start, -2).sum(start) for p in products])
