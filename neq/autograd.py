@@ -47,13 +47,24 @@ class RowGrad(torch.autograd.Function):
                 "not supported by backward(): use torch.func.grad, or set_active(None) for this step"
             )
         x, order, length = ctx.saved_tensors
-        if x is None:
+        if x is None or not _wanted(ctx):
             return dy, None, None, None, None, None, None
         if ctx.conv is None:
             dw, db = linear_wgrad(dy, x, ctx.weight, order, length, ctx.bias)
         else:
             dw, db = conv_wgrad(dy, x, ctx.weight, order, length, ctx.bias, *ctx.conv)
         return dy, None, dw, db if ctx.bias else None, None, None, None
+
+
+def _wanted(node: Any) -> bool:
+    """False inside ``backward(inputs=...)`` or ``autograd.grad`` for neither weight nor bias."""
+    if torch.compiler.is_compiling():
+        return True
+    of_weight_and_bias = (n for n, _ in node.next_functions[2:] if n is not None)
+    try:
+        return any(map(torch._C._will_engine_execute_node, of_weight_and_bias))
+    except RuntimeError:  # which is how it says that autograd.grad was asked for this very leaf
+        return True
 
 
 # ``Function.apply`` spends 2 µs on function transforms, which never come here

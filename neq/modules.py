@@ -5,8 +5,6 @@ state_dict are the torch module's own, and with all neurons active so is the for
 """
 
 from collections.abc import Sequence
-from functools import partial
-from types import MethodType
 from typing import Any, ClassVar
 
 import torch
@@ -80,53 +78,45 @@ class NeuronLayer(nn.Module):
         if everything or not torch.is_grad_enabled():
             out: Tensor = super().forward(input, *args)
             return out
-        rows.on(self.weight.device)
+        weight, bias = self.weight, self.bias
+        rows.on(weight.device)
         if nothing and not _in_process_group():
             # out of the graph: what has nothing below it to train is not even visited by backward.
             # (DDP waits for every parameter to be visited.)
-            return self._vendor(input, self.weight.detach(), _detach(self.bias), *args)
-        if self.weight.requires_grad and not _beyond_backward():
-            return self._row_wise(input, *args)
-        return self._element_wise(input, *args)
+            return self._vendor(input, weight.detach(), _detach(bias), *args)
+        if weight.requires_grad and not _beyond_backward():
+            return self._row_wise(input, weight, bias, *args)
+        return self._element_wise(input, weight, bias, *args)
 
-    def _row_wise(self, input: Tensor, *args: Any) -> Tensor:
+    def _row_wise(self, input: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
         """The gradient of the active rows only, computed by ``neq_kernels``, where it is one."""
-        return self._element_wise(input, *args)
+        return self._element_wise(input, weight, bias, *args)
 
-    def _element_wise(self, input: Tensor, *args: Any) -> Tensor:
+    def _element_wise(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
+    ) -> Tensor:
         """The same layer in plain torch operations: frozen elements enter it detached.
 
         Saves no work where the weight is a matrix, but differentiates in every way that torch does.
         """
-        weight, bias, mask = self.weight, self.bias, self.rows.mask
+        mask = self.rows.mask
         weight = _freeze(weight, self.weight_mask(mask))
-        bias = None if bias is None else _freeze(bias, mask.view(bias.shape))
+        bias = None if bias is None else _freeze(bias, _shaped(mask, bias))
         return self._vendor(input, weight, bias, *args)
 
     def _vendor(self, input: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
-        """The torch module's forward with other parameters."""
-        out: Tensor = self.plain.forward(_Substitute(self, weight, bias), input, *args)
+        """The torch module's forward with other parameters, which a shallow copy of it holds."""
+        other = self.plain.__new__(self.plain)
+        vars(other).update(vars(self), weight=weight, bias=bias)
+        out: Tensor = self.plain.forward(other, input, *args)
         return out
-
-
-class _Substitute:
-    """A module as its own forward sees it, but for weight and bias."""
-
-    def __init__(self, module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
-        self._module, self.weight, self.bias = module, weight, bias
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self._module, name)
-        if isinstance(value, MethodType) and value.__self__ is self._module:
-            return partial(value.__func__, self)  # its methods see the substitutes too
-        return value
 
 
 class NEqLinear(NeuronLayer, nn.Linear):
     plain = nn.Linear
 
-    def _row_wise(self, input: Tensor) -> Tensor:
-        input, weight, bias = _autocast(input), self.weight, self.bias
+    def _row_wise(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        input = _autocast(input)
         y = F.linear(input, weight.detach(), _detach(bias))
         return row_grad(y, input, weight, bias, self.rows, None)
 
@@ -146,8 +136,14 @@ class _NEqConv(NeuronLayer, nn.modules.conv._ConvNd):
             self.stride, padding, self.dilation, self.transposed, output_padding, self.groups
         )
 
-    def _row_wise(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
-        input, weight, bias = _autocast(input), self.weight, self.bias
+    def _row_wise(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        output_size: Sequence[int] | None = None,
+    ) -> Tensor:
+        input = _autocast(input)
         batch = input if input.dim() == weight.dim() else input.unsqueeze(0)
         y, x, conv = self._convolve(batch, weight.detach(), _detach(bias), output_size)
         y = row_grad(y, x, weight, bias, self.rows, conv)
@@ -228,7 +224,7 @@ class _NEqNorm(NeuronLayer):
         return self.weight.numel()
 
     def weight_mask(self, mask: Tensor) -> Tensor:
-        return mask.view(self.weight.shape)
+        return _shaped(mask, self.weight)
 
 
 class NEqBatchNorm1d(_NEqNorm, nn.BatchNorm1d):
@@ -274,6 +270,11 @@ class NEqRMSNorm(_NEqNorm, nn.RMSNorm):
 
 def _detach(p: Tensor | None) -> Tensor | None:
     return None if p is None else p.detach()
+
+
+def _shaped(mask: Tensor, p: Tensor) -> Tensor:
+    """A mask [neurons] in the shape of ``p``, which has one element per neuron."""
+    return mask if p.dim() == 1 else mask.view(p.shape)
 
 
 def _freeze(p: Tensor, active: Tensor) -> Tensor:

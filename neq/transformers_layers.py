@@ -3,12 +3,11 @@
 Apart from ``modules.py`` because it needs the transformers library, which neq does not.
 """
 
-import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from neq.autograd import row_grad
-from neq.modules import NeuronLayer, _autocast
+from neq.modules import NeuronLayer, _autocast, _detach
 
 
 class NEqTransformersConv1D(NeuronLayer, Conv1D):
@@ -21,7 +20,7 @@ class NEqTransformersConv1D(NeuronLayer, Conv1D):
     def weight_mask(self, mask: Tensor) -> Tensor:
         return mask.view(1, -1)
 
-    def _row_wise(self, input: Tensor) -> Tensor:
+    def _row_wise(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         input = _autocast(input)
-        y = self._vendor(input, self.weight.detach(), self.bias.detach())
-        return row_grad(y, input, self.weight.t(), self.bias, self.rows, None)
+        y = self._vendor(input, weight.detach(), _detach(bias))
+        return row_grad(y, input, weight.t(), bias, self.rows, None)
