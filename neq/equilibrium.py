@@ -1,7 +1,7 @@
 """How much a neuron still moves: the likeness φ of its outputs between epochs, and its velocity.
 
-    φ_t = ⟨y_t, y_{t−1}⟩ / (|y_t| |y_{t−1}|)    over the same samples, one epoch apart
-    v_t = Δφ_t − μ v_{t−1}                      with Δφ_t = φ_t − φ_{t−1}
+    φ_t = ⟨y_t, y_{t-1}⟩ / (|y_t| |y_{t-1}|)    over the same samples, one epoch apart
+    v_t = Δφ_t - μ v_{t-1}                      with Δφ_t = φ_t - φ_{t-1}
 
 A neuron is at equilibrium while |v_t| < ε: what it computes changes, if at all, at a constant pace.
 
@@ -9,7 +9,7 @@ The code published with the paper computes another φ and another v. Both are he
 
                     "paper"                              "released"
     φ               all samples as one long vector       the mean of each sample's φ (per_sample)
-    v_t             Δφ_t − μ v_{t−1}                     μ v_{t−1} + Δφ_t − Δφ_{t−1}
+    v_t             Δφ_t - μ v_{t-1}                     μ v_{t-1} + Δφ_t - Δφ_{t-1}
     μ = 0           thresholds the change of φ           thresholds the change of that change
 
 At μ = 0.5 they agree on the first two epochs and part from the third. The default is the paper's.
@@ -37,14 +37,14 @@ def similarity(
 
     Two outputs that are both zero are alike (1); one zero output is like nothing (0).
     """
-    cosines = cosine(row_similarity(current, previous, channel_dim, per_sample))
-    return cosines.mean(0) if per_sample else cosines
+    phi = cosine(row_similarity(current, previous, channel_dim, per_sample))
+    return phi.mean(0) if per_sample else phi
 
 
 def cosine(sums: Tensor) -> Tensor:
     """⟨y, y'⟩ / (|y| |y'|) from ⟨y, y'⟩, |y|² and |y'|² [3, ...]; NaN where they are not finite."""
     dot, square, square_ = sums
-    phi = (dot / (square * square_).sqrt()).clamp(-1, 1)
+    phi: Tensor = (dot / (square * square_).sqrt()).clamp(-1, 1)
     phi = phi.masked_fill((square == 0) ^ (square_ == 0), 0.0)
     return phi.masked_fill((square == 0) & (square_ == 0), 1.0)
 
@@ -53,7 +53,7 @@ class Velocity:
     """The velocity of each neuron, from one φ per epoch.
 
     Before the first epoch nothing has moved: φ = 1, Δφ = 0, v = 0. (The closed form in the paper
-    takes φ = 0 there, which adds (−μ)ᵗ to v_t and so forbids freezing for the first epochs.)
+    takes φ = 0 there, which adds (-μ)ᵗ to v_t and so forbids freezing for the first epochs.)
 
     A φ that is NaN was not measured: that neuron's velocity is NaN for this epoch, which is below
     no threshold, and goes on from its last measured values when it is measured again.
@@ -79,10 +79,8 @@ class Velocity:
             )
         phi_, delta_, v_ = self._state
         delta = phi - phi_
-        if self.recurrence == "paper":
-            v = delta - self.mu * v_
-        else:
-            v = self.mu * v_ + delta - delta_
+        damped = self.mu * v_
+        v: Tensor = delta - damped if self.recurrence == "paper" else damped + delta - delta_
         measured = ~phi.isnan()
         self._state = torch.where(measured, torch.stack([phi, delta, v]), self._state)
         return v

@@ -69,28 +69,22 @@ class Memory:
         now.append(kept.to("cpu", non_blocking=True) if self.where == "host" else kept)
 
     def sums(self) -> Tensor:
-        """What the pass found, as one float64 vector on the CPU. Those of several ranks add up.
-
-        The one time in a pass that the host waits for the device.
-        """
+        """What the pass found, as one float64 vector on a device. Those of several ranks add up."""
         counts = torch.tensor(self._compared, dtype=torch.float64)
-        by_device: dict[torch.device, list[int]] = {}
-        for group, sums in enumerate(self._sums):
-            by_device.setdefault(sums.device, []).append(group)
-        flat: dict[int, Tensor] = {}
-        for groups in by_device.values():
-            together = torch.cat([self._sums[group].flatten() for group in groups]).cpu()
-            sizes = [self._sums[group].numel() for group in groups]
-            flat.update(zip(groups, together.split(sizes), strict=True))
-        return torch.cat([*(flat[group] for group in range(len(self.neurons))), counts])
+        parts = [*(sums.flatten() for sums in self._sums), counts]
+        return torch.cat([part.to(self.devices[0], non_blocking=True) for part in parts])
 
     def phi(self, sums: Tensor) -> Tensor:
-        """φ of all neurons, one group after the other, from ``sums()``; NaN where not measured."""
+        """φ of all neurons, one group after the other, from ``sums()`` on the CPU; NaN where not
+        measured.
+        """
         groups = len(self.neurons)
         rows = 2 if self.per_sample else 3
         values, compared = sums[:-groups], sums[-groups:]
         phis = []
-        for part, count in zip(values.split([rows * n for n in self.neurons]), compared, strict=True):
+        for part, count in zip(
+            values.split([rows * n for n in self.neurons]), compared, strict=True
+        ):
             part = part.view(rows, -1)
             phi = part[0] / part[1] if self.per_sample else cosine(part)
             phis.append(phi if count > 0 else torch.full_like(phi, torch.nan))
@@ -132,7 +126,8 @@ class Memory:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.outputs = {
             int(group): [
-                kept.to("cpu" if self.where == "host" else self.devices[int(group)]) for kept in outputs
+                kept.to("cpu" if self.where == "host" else self.devices[int(group)])
+                for kept in outputs
             ]
             for group, outputs in state["outputs"].items()
         }

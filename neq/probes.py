@@ -34,13 +34,15 @@ class Probe:
         the model's device.
 
     The model runs in eval mode, without gradients, and is left as it was found: each module's
-    training flag, BatchNorm's statistics, autocast's cache, and the random state of torch, numpy and
-    Python. Inside, all three start from the same seed each time.
+    training flag, BatchNorm's statistics, autocast's cache, and the random state of torch, numpy
+    and Python. Inside, all three start from the same seed each time.
     """
 
     keeps_precision: ClassVar[bool] = False  # may outputs be kept in 16 bits until the next epoch?
 
-    def __init__(self, data: Any, forward: Callable[[nn.Module, Any], object] | None = None) -> None:
+    def __init__(
+        self, data: Any, forward: Callable[[nn.Module, Any], object] | None = None
+    ) -> None:
         self.data, self.forward = data, forward
         if isinstance(data, Iterator):
             raise TypeError(
@@ -61,26 +63,39 @@ class Probe:
             return [self.data]
         return self.data  # type: ignore[no-any-return]
 
-    def run(self, model: nn.Module, groups: Sequence[Sequence[NeuronLayer]], see: See) -> list[Tensor]:
+    def run(
+        self, model: nn.Module, groups: Sequence[Sequence[NeuronLayer]], see: See
+    ) -> list[Tensor]:
         """Show each output of each group's layers, in the order in which they are computed.
 
         What comes back tells these samples from others: float64 vectors, on any device.
         """
-        forward = _call if self.forward is None else self.forward
-        device = groups[0][0].weight.device
+        hooks = {
+            layer: partial(_show, see, number)
+            for number, layers in enumerate(groups)
+            for layer in layers
+        }
         marks = []
-        with ExitStack() as stack:
-            stack.enter_context(evaluating(model))
-            for number, layers in enumerate(groups):
-                for layer in layers:
-                    hook = layer.register_forward_hook(partial(_show, see, number))
-                    stack.callback(hook.remove)
+        with evaluating(model), hooked(hooks):
             for batch in self.batches(model):
                 marks.append(_mark(batch))
-                forward(model, _to(batch, device))
+                self.feed(model, batch)
         if not marks:
             raise ValueError("the probe gave no batch: a loader must have at least one")
         return marks
+
+    def feed(self, model: nn.Module, batch: Any) -> None:
+        """Call the model on a batch."""
+        parameter = next(model.parameters(), None)
+        batch = batch if parameter is None else _to(batch, parameter.device)
+        if self.forward is not None:
+            self.forward(model, batch)
+        elif isinstance(batch, Mapping):
+            model(**batch)
+        elif isinstance(batch, (tuple, list)):
+            model(*batch[: _required(model)])
+        else:
+            model(batch)
 
 
 class NoiseProbe(Probe):
@@ -117,7 +132,9 @@ class WeightProbe(Probe):
     def __init__(self) -> None:
         super().__init__(())
 
-    def run(self, model: nn.Module, groups: Sequence[Sequence[NeuronLayer]], see: See) -> list[Tensor]:
+    def run(
+        self, model: nn.Module, groups: Sequence[Sequence[NeuronLayer]], see: See
+    ) -> list[Tensor]:
         for number, (layer, *_) in enumerate(groups):
             parameters = parameter_rows(layer)
             if parameters.shape[1] > 1:
@@ -141,7 +158,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             stack.enter_context(
                 torch.autocast(kind, enabled=cast[0], dtype=cast[1], cache_enabled=False)
             )
-        if "torch._dynamo" in sys.modules:  # else nothing is compiled; compiled code skips new hooks
+        if (
+            "torch._dynamo" in sys.modules
+        ):  # else nothing is compiled; compiled code skips new hooks
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
             for m in modules:
@@ -150,6 +169,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         finally:
             for m, flag in zip(modules, training, strict=True):
                 m.training = flag
+
+
+@contextmanager
+def hooked(hooks: Mapping[NeuronLayer, Callable[..., None]]) -> Iterator[None]:
+    """Inside, each of these layers has this forward hook."""
+    with ExitStack() as stack:
+        for layer, hook in hooks.items():
+            stack.callback(layer.register_forward_hook(hook).remove)
+        yield
 
 
 @contextmanager
@@ -171,15 +199,6 @@ def _same_random_numbers(devices: Iterable[torch.device]) -> Iterator[None]:
             module.set_rng_state(state, device)
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
-
-
-def _call(model: nn.Module, batch: Any) -> None:
-    if isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, (tuple, list)):
-        model(*batch[: _required(model)])
-    else:
-        model(batch)
 
 
 def _required(model: nn.Module) -> int:

@@ -13,9 +13,7 @@ from torch import Tensor
 PIECE = {"cpu": 1 << 16, "cuda": 1 << 24}  # elements: what fits a core's cache, what fills a GPU
 
 
-def row_similarity(
-    current: Tensor, previous: Tensor, channel_dim: int, per_sample: bool
-) -> Tensor:
+def row_similarity(current: Tensor, previous: Tensor, channel_dim: int, per_sample: bool) -> Tensor:
     y = _fold(current, channel_dim, per_sample)
     y_ = _fold(previous, channel_dim, per_sample, like=current)
     samples, _, neurons, _ = sizes = y.shape
@@ -36,8 +34,7 @@ def _fold(y: Tensor, channel_dim: int, per_sample: bool, like: Tensor | None = N
     """
     last = y.movedim(channel_dim, -1)
     if (last if like is None else like.movedim(channel_dim, -1)).is_contiguous():
-        before, after = last.shape[:-1], ()
-        y = last
+        y, before, after = last, last.shape[:-1], torch.Size()
     else:
         before, after = y.shape[:channel_dim], y.shape[channel_dim + 1 :]
     samples = before[0] if per_sample else 1

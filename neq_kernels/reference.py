@@ -48,9 +48,7 @@ def conv_wgrad(
     return torch.empty_like(weight).copy_(dw), (db if bias else db[:0]).to(weight.dtype)
 
 
-def row_similarity(
-    current: Tensor, previous: Tensor, channel_dim: int, per_sample: bool
-) -> Tensor:
+def row_similarity(current: Tensor, previous: Tensor, channel_dim: int, per_sample: bool) -> Tensor:
     """⟨y, y'⟩, |y|² and |y'|² of each neuron, over all that is not the channel; float64 [3, n].
 
     Or over one sample (dimension 0) at a time: [3, samples, n].

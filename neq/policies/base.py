@@ -57,7 +57,7 @@ class Policy:
         raise NotImplementedError(f"{type(self).__name__} must define choose(layers, epoch)")
 
     def attach(self, control: Controller) -> None:
-        """Called once, when a Controller takes up this policy; its layers are ``control.layers``."""
+        """Called once, by the Controller that takes up this policy, with its ``layers``."""
 
     def detach(self) -> None:
         """Undo what ``attach`` did to the model or its optimizers."""

@@ -34,7 +34,9 @@ class Random(Policy):
 
     def choose(self, layers: Sequence[Motion], epoch: int) -> Sequence[Rows]:
         return [
-            torch.randperm(len(layer), generator=self._generator)[: round(self.fraction * len(layer))]
+            torch.randperm(len(layer), generator=self._generator)[
+                : round(self.fraction * len(layer))
+            ]
             for layer in layers
         ]
 

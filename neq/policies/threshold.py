@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Equilibrium(Policy):
     """A neuron rests while |v| < eps, and trains again when it isn't.
 
-    eps, mu: the published settings are 1e-3 and 0.5 for classification, eps = 0.02 for segmentation.
+    eps, mu: as published, 1e-3 and 0.5 for classification, 0.02 and 0.5 for segmentation.
     recurrence: the paper's or the released code's; the latter also rests at |v| = eps.
     per_sample: average φ over samples, as the released code does.
     hysteresis: a resting neuron trains again only from |v| >= (1 + hysteresis) · eps.
@@ -45,7 +45,7 @@ class Equilibrium(Policy):
 
     @classmethod
     def released(cls, eps: float = 1e-3, mu: float = 0.5) -> Equilibrium:
-        """As in the code published with the paper, which computes another φ and another velocity."""
+        """As in the code published with the paper, whose φ and velocity are other ones."""
         return cls(eps, mu, recurrence="released", per_sample=True)
 
     def choose(self, layers: Sequence[Motion], epoch: int) -> Sequence[Rows]:
@@ -62,7 +62,7 @@ class Equilibrium(Policy):
 class AdaptiveEps(Equilibrium):
     """An eps that follows the loss, after SCoTTi: gradient descent on eps itself.
 
-    An update w ← w − u is made where |v| exceeds eps. Taking the step function there as identity in
+    An update w ← w - u is made where |v| exceeds eps. Taking the step function there as identity in
     the backward pass, dL/deps at a step is Σ g · u: this step's gradient times the update made by
     the last step, over the neurons that train. While successive updates agree, eps falls and more
     neurons train; when they undo each other, it rises. Costs a copy of the layers' parameters.
