@@ -11,15 +11,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
+from neq.accounting import Account, account
 from neq.convert import convert
-from neq.costs import Unit, step_flops, training_costs
+from neq.costs import Unit, parameters, wgrad_flops, wgrad_ms
 from neq.equilibrium import Velocity
 from neq.history import EpochRecord, History, layer_record
 from neq.memory import Memory, Where
 from neq.modules import NeuronLayer
-from neq.optim import Guard, OnThaw
+from neq.optim import Guard, OnThaw, RowOptimizer
 from neq.policies import Equilibrium, Motion, Policy
-from neq.probes import Probe, WeightProbe
+from neq.probes import Inputs, Probe, as_inputs, evaluating
 from neq.rows import parse
 
 LeaveAlone = Iterable[str] | Callable[[nn.Module, str], bool] | None
@@ -96,15 +97,19 @@ class Controller:
             self.probe is None or self.probe.keeps_precision,
         )
         self._guards = [
-            Guard(optimizer, self.model, on_thaw=on_thaw) for optimizer in self.optimizers
+            Guard(optimizer, self.model, on_thaw=on_thaw)
+            for optimizer in self.optimizers
+            if not isinstance(
+                optimizer, RowOptimizer
+            )  # those leave frozen rows alone by themselves
         ]
-        self._example = self.probe if example_inputs is None else Probe(example_inputs)
-        if isinstance(self._example, WeightProbe):
-            self._example = None
+        self._inputs: Inputs | None = None
+        if example_inputs is not None:
+            self._inputs = as_inputs(self.model, example_inputs)
+        elif self.probe is not None:
+            self._inputs = self.probe.example(self.model)
+        self._account = self._count()
         self.policy.attach(self)
-        counts = self._example is not None
-        self._wgrad_flops = self.costs("flops") if counts else dict.fromkeys(self.layers, 0.0)
-        self._step_flops = step_flops(self.model, self._run_example) if counts else 0.0
         self._phi = torch.full((sum(self._sizes),), torch.nan, dtype=torch.float64)
         self._samples = _on_host(self._observe())
         if warmup == 0:
@@ -137,8 +142,21 @@ class Controller:
         return record
 
     def costs(self, unit: Unit) -> dict[str, float]:
-        """What it costs to train each layer as a whole: see ``neq.costs.training_costs``."""
-        return training_costs(unit, self.model, self.layers, self._run_example)
+        """What it costs to train all neurons of each layer.
+
+        unit: ``"parameters"``, or ``"flops"`` or ``"ms"`` of the dense weight gradients in one step
+            on the example inputs.
+        """
+        if unit == "parameters":
+            return parameters(self.layers)
+        if self._account is None or self._inputs is None:
+            raise ValueError(
+                f"costs in {unit} are those of a step: give the Controller example_inputs, a batch "
+                "like those of training"
+            )
+        if unit == "flops":
+            return wgrad_flops(self._account, self.model, self.layers)
+        return wgrad_ms(self.model, self.layers, self._inputs)
 
     def remove(self) -> None:
         """Leave model and optimizers: all neurons train again, and nothing is guarded."""
@@ -163,7 +181,6 @@ class Controller:
             "samples": self._samples.clone(),
             "memory": self._memory.state_dict() if outputs else None,
             "policy": self.policy.state_dict(),
-            "guards": [guard.state_dict() for guard in self._guards],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -183,32 +200,23 @@ class Controller:
                 raise ValueError(
                     f"layer {name!r} has {n} neurons, the state was saved with {len(mask)}"
                 )
-        if len(state["guards"]) != len(self._guards):
-            raise ValueError(
-                f"the state is of {len(state['guards'])} optimizers, this Controller has "
-                f"{len(self._guards)}"
-            )
         self.epoch = state["epoch"]
         for name, mask in state["masks"].items():
             self.layers[name][0].set_active(mask)
         self._phi = state["phi"].cpu().clone()
         self._velocity.load_state_dict(state["velocity"])
         self.policy.load_state_dict(state["policy"])
-        for guard, saved in zip(self._guards, state["guards"], strict=True):
-            guard.load_state_dict(saved)
         if state["memory"] is not None and torch.equal(state["samples"].cpu(), self._samples):
             self._memory.load_state_dict(state["memory"])
         else:
             self._observe()
         self._since = time.perf_counter()
 
-    def _run_example(self) -> None:
-        if self._example is None:
-            raise ValueError(
-                "to count or time a training step, the Controller needs example_inputs: a batch "
-                "like those of training"
-            )
-        self._example.feed(self.model, next(iter(self._example.batches(self.model))))
+    def _count(self) -> Account | None:
+        if self._inputs is None:
+            return None
+        with evaluating(self.model):
+            return account(self.model, self._inputs)
 
     def _observe(self) -> list[Tensor]:
         """Run the probe; what it says about its samples."""
@@ -248,7 +256,10 @@ class Controller:
     def _record(
         self, trained: Tensor, velocity: Tensor, seconds: float, probe_seconds: float
     ) -> EpochRecord:
-        active, flops = self._active().split(self._sizes), self._wgrad_flops
+        active = self._active().split(self._sizes)
+        flops, step_flops = dict.fromkeys(self.layers, 0.0), 0.0
+        if self._account is not None:
+            flops, step_flops = self.costs("flops"), float(self._account.dense.total.flops)
         before, phi, v = (t.split(self._sizes) for t in (trained, self._phi, velocity))
         records = [
             layer_record(
@@ -256,7 +267,7 @@ class Controller:
             )
             for i, (name, (first, *_)) in enumerate(self.layers.items())
         ]
-        return EpochRecord(self.epoch, seconds, probe_seconds, self._step_flops, tuple(records))
+        return EpochRecord(self.epoch, seconds, probe_seconds, step_flops, tuple(records))
 
     def _ranks(self) -> int:
         if not (dist.is_available() and dist.is_initialized()):

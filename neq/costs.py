@@ -1,70 +1,56 @@
-"""What training a layer costs, for budgets and predictions."""
+"""What it costs to train all neurons of a layer, in parameters, FLOPs or milliseconds."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
-from statistics import median
 from time import perf_counter
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from neq.modules import NeuronLayer, _NEqConv, _NEqNorm
-from neq.probes import evaluating, hooked
+from neq.accounting import Account
+from neq.modules import NeuronLayer
+from neq.probes import Inputs, call, evaluating, hooked
 
 Unit = Literal["parameters", "flops", "ms"]
 Layers = Mapping[str, list[NeuronLayer]]  # by name: those that share a weight together
 
 
-def training_costs(
-    unit: Unit, model: nn.Module, layers: Layers, run: Callable[[], None]
-) -> dict[str, float]:
-    """What it costs to train all neurons of each layer.
+def parameters(layers: Layers) -> dict[str, float]:
+    return {
+        name: float(sum(p.numel() for p in _parameters(first)))
+        for name, (first, *_) in layers.items()
+    }
 
-    unit: ``"parameters"``; or ``"flops"`` or ``"ms"`` of the dense weight gradients in one step.
-    run: a forward of the model, whose step that is.
-    """
-    if unit == "parameters":
-        return {
-            name: float(sum(p.numel() for p in _parameters(first)))
-            for name, (first, *_) in layers.items()
-        }
+
+def wgrad_flops(account: Account, model: nn.Module, layers: Layers) -> dict[str, float]:
+    """FLOPs of the dense weight gradients in one step."""
+    counted = {model.get_submodule(name): layer for name, layer in account.layers.items()}
+    return {
+        name: float(sum(counted[layer].dense.wgrad.flops for layer in shared))
+        for name, shared in layers.items()
+    }
+
+
+def wgrad_ms(model: nn.Module, layers: Layers, inputs: Inputs) -> dict[str, float]:
+    """Milliseconds of the dense weight gradients in one step, measured."""
     totals = dict.fromkeys(layers, 0.0)
-    cost = _wgrad_flops if unit == "flops" else _wgrad_ms
 
     def add(name: str, layer: NeuronLayer, args: tuple[Any, ...], output: Tensor) -> None:
-        totals[name] += cost(layer, args, output)
+        totals[name] += _wgrad_ms(layer, args)
 
     hooks = {layer: partial(add, name) for name, shared in layers.items() for layer in shared}
     with evaluating(model), hooked(hooks):
-        run()
+        call(model, inputs)
     return totals
-
-
-def step_flops(model: nn.Module, run: Callable[[], None]) -> float:
-    """Of a dense step: a forward, and a backward that counts as two of it."""
-    with evaluating(model), FlopCounterMode(display=False) as counter:
-        run()
-    return 3.0 * float(counter.get_total_flops())
 
 
 def _parameters(layer: NeuronLayer) -> list[Tensor]:
     return [p for p in (layer.weight, layer.bias) if p is not None]
 
 
-def _wgrad_flops(layer: NeuronLayer, args: tuple[Any, ...], output: Tensor) -> float:
-    """Each weight meets each position of the output once (of the input, where transposed)."""
-    bias = 0.0 if layer.bias is None else output.numel()
-    if isinstance(layer, _NEqNorm):
-        return 2.0 * output.numel() + bias
-    positions: int = output.numel() // layer.n_neurons
-    if isinstance(layer, _NEqConv) and layer.transposed:
-        positions = args[0].numel() // layer.in_channels
-    return 2.0 * layer.weight.numel() * positions + bias
-
-
-def _wgrad_ms(layer: NeuronLayer, args: tuple[Any, ...], output: Tensor) -> float:
+def _wgrad_ms(layer: NeuronLayer, args: tuple[Any, ...]) -> float:
+    """Of one call with these arguments, which need no gradient: only wgrad is left of backward."""
     owned = [p for p in _parameters(layer) if p.requires_grad]
     if not owned:
         return 0.0
@@ -78,7 +64,7 @@ def _wgrad_ms(layer: NeuronLayer, args: tuple[Any, ...], output: Tensor) -> floa
         torch.autograd.grad(y, owned, dy, retain_graph=True)
         _wait(dy.device)
         times.append(perf_counter() - start)
-    return 1e3 * median(times[1:])  # the first one warms up
+    return 1e3 * min(times)  # what else the machine does only ever adds
 
 
 def _wait(device: torch.device) -> None:

@@ -35,7 +35,7 @@ class EpochRecord:
     epoch: int
     seconds: float  # from the step of the Controller before to this one
     probe_seconds: float  # to measure and decide
-    step_flops: float  # forward, dgrad and wgrad of a dense step; 0 where not counted
+    step_flops: float  # of a dense step, all told; 0 where not counted
     layers: tuple[LayerRecord, ...]
 
     @property

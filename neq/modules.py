@@ -64,6 +64,11 @@ class NeuronLayer(nn.Module):
         where = f"{type(self).__name__} {self.layer_name!r}" if self.layer_name else type(self).__name__
         self.rows.set(parse(rows, self.n_neurons, where))
 
+    @property
+    def neuron_dim(self) -> int | None:
+        """The dimension of the weight that counts its neurons; None where it takes several."""
+        return 0
+
     def weight_mask(self, mask: Tensor) -> Tensor:
         """A mask [n_neurons], shaped to broadcast against the weight."""
         return mask.view(-1, *(1,) * (self.weight.dim() - 1))
@@ -176,6 +181,10 @@ class _NEqConv(NeuronLayer, nn.modules.conv._ConvNd):
 
 
 class _NEqConvTranspose(_NEqConv):
+    @property
+    def neuron_dim(self) -> int | None:
+        return 1 if self.groups == 1 else None  # [inputs, neurons / groups, *kernel]
+
     def _convolve(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: Sequence[int] | None
     ) -> tuple[Tensor, Tensor, Conv]:
@@ -222,6 +231,10 @@ class _NEqNorm(NeuronLayer):
     @property
     def n_neurons(self) -> int:
         return self.weight.numel()
+
+    @property
+    def neuron_dim(self) -> int | None:
+        return 0 if self.weight.dim() == 1 else None
 
     def weight_mask(self, mask: Tensor) -> Tensor:
         return _shaped(mask, self.weight)

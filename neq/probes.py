@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from neq.modules import NeuronLayer, _NEqConv, _NEqNorm
 
+Inputs = tuple[Any, ...] | Mapping[str, Any]
 # given the number of a group of layers, values [samples, ...] and the dimension of its neurons
 See = Callable[[int, Tensor, int], None]
 
@@ -86,16 +87,16 @@ class Probe:
 
     def feed(self, model: nn.Module, batch: Any) -> None:
         """Call the model on a batch."""
-        parameter = next(model.parameters(), None)
-        batch = batch if parameter is None else _to(batch, parameter.device)
-        if self.forward is not None:
-            self.forward(model, batch)
-        elif isinstance(batch, Mapping):
-            model(**batch)
-        elif isinstance(batch, (tuple, list)):
-            model(*batch[: _required(model)])
+        if self.forward is None:
+            call(model, as_inputs(model, batch))
         else:
-            model(batch)
+            self.forward(model, _to(batch, _device(model)))
+
+    def example(self, model: nn.Module) -> Inputs | None:
+        """The model's arguments for the first batch; None where ``forward`` makes them up."""
+        if self.forward is not None:
+            return None
+        return as_inputs(model, next(iter(self.batches(model))))
 
 
 class NoiseProbe(Probe):
@@ -140,6 +141,9 @@ class WeightProbe(Probe):
             if parameters.shape[1] > 1:
                 see(number, parameters.unsqueeze(0), 1)
         return []
+
+    def example(self, model: nn.Module) -> None:
+        return None
 
 
 @contextmanager
@@ -199,6 +203,26 @@ def _same_random_numbers(devices: Iterable[torch.device]) -> Iterator[None]:
             module.set_rng_state(state, device)
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
+
+
+def as_inputs(model: nn.Module, batch: Any) -> Inputs:
+    """A batch as the arguments of the model, by position or by name, on its device."""
+    batch = _to(batch, _device(model))
+    if isinstance(batch, Mapping):
+        return batch
+    return tuple(batch[: _required(model)]) if isinstance(batch, (tuple, list)) else (batch,)
+
+
+def call(model: nn.Module, inputs: Inputs) -> None:
+    if isinstance(inputs, Mapping):
+        model(**inputs)
+    else:
+        model(*inputs)
+
+
+def _device(model: nn.Module) -> torch.device:
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
 
 
 def _required(model: nn.Module) -> int:

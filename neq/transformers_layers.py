@@ -17,6 +17,10 @@ class NEqTransformersConv1D(NeuronLayer, Conv1D):
     def n_neurons(self) -> int:
         return self.weight.shape[1]
 
+    @property
+    def neuron_dim(self) -> int | None:
+        return 1
+
     def weight_mask(self, mask: Tensor) -> Tensor:
         return mask.view(1, -1)
 

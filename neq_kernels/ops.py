@@ -1,9 +1,9 @@
 """The operators: schema, checks and fake of each. What they mean is in ``reference.py``.
 
-The gradients take their active rows as two tensors, so that a compiled graph sees the same shapes
+What works on active rows takes them as two tensors, so that a compiled graph sees the same shapes
 whatever the mask:
 
-    rows   int64 [n], on the device of ``dy``: a permutation of the neurons, the active ones first
+    rows   int64 [n], on the device of the others: a permutation of the neurons, the active first
            (ascending), then the frozen ones (ascending)
     count  int64 [], on the CPU: how many of them are active
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neq_kernels import chunked, planner
+from neq_kernels import chunked, pack_step, planner
 from neq_kernels.geometry import Conv
 
 _lib = torch.library.Library("neq", "DEF")
@@ -33,16 +33,27 @@ _lib.define(
 _lib.define(
     "row_similarity(Tensor current, Tensor previous, int channel_dim, bool per_sample) -> Tensor"
 )
+_lib.define(
+    "sgd_rows_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor[] rows,"
+    " Tensor[] counts, Tensor lr, float momentum, float dampening, float weight_decay,"
+    " bool nesterov, bool maximize, bool first) -> ()"
+)
+_lib.define(
+    "adamw_rows_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs,"
+    " Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, Tensor[] rows,"
+    " Tensor[] counts, Tensor lr, float beta1, float beta2, float eps, float weight_decay,"
+    " bool amsgrad, bool maximize) -> ()"
+)
 
 
-def _check_rows(neurons: int, dy: Tensor, rows: Tensor, count: Tensor) -> None:
+def _check_rows(neurons: int, dy: Tensor, rows: Tensor, count: Tensor, beside: str = "dy") -> None:
     if rows.dtype != torch.int64 or rows.shape != (neurons,):
         raise ValueError(
             f"rows must be int64 of shape [{neurons}], one entry per neuron, "
             f"got {rows.dtype} {list(rows.shape)}"
         )
     if rows.device != dy.device:
-        raise ValueError(f"rows must be on the device of dy, {dy.device}, got {rows.device}")
+        raise ValueError(f"rows must be on the device of {beside}, {dy.device}, got {rows.device}")
     if count.dtype != torch.int64 or count.dim() != 0 or count.device.type != "cpu":
         raise ValueError(
             f"count must be a 0-dim int64 tensor on the CPU, "
@@ -117,6 +128,75 @@ def _check_similarity(
         )
 
 
+def _check_step(
+    params: list[Tensor],
+    rows: list[Tensor],
+    counts: list[Tensor],
+    lr: Tensor,
+    steps: list[Tensor] | None = None,
+    **alike: list[Tensor],
+) -> None:
+    """``alike``: lists of tensors shaped like the parameters, under their names."""
+    lists = {"rows": rows, "counts": counts, **({"steps": steps} if steps is not None else {})}
+    for name, tensors in (lists | alike).items():
+        if len(tensors) != len(params):
+            raise ValueError(
+                f"{name} must have one entry for each of the {len(params)} params, "
+                f"got {len(tensors)}"
+            )
+    if lr.dim() != 0:
+        raise ValueError(f"lr must have no dimensions, got {list(lr.shape)}")
+    for i, p in enumerate(params):
+        if p.dim() == 0 or not p.is_floating_point():
+            raise ValueError(
+                f"params[{i}] must be [neurons, ...] and floating point, "
+                f"got {list(p.shape)} {p.dtype}"
+            )
+        for name, tensors in alike.items():
+            t = tensors[i]
+            if t.shape != p.shape or t.dtype != p.dtype or t.device != p.device:
+                raise ValueError(
+                    f"{name}[{i}] must be like params[{i}], {list(p.shape)} {p.dtype} on "
+                    f"{p.device}, got {list(t.shape)} {t.dtype} on {t.device}"
+                )
+        _check_rows(p.shape[0], p, rows[i], counts[i], f"params[{i}]")
+
+
+def _check_sgd(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    rows: list[Tensor],
+    counts: list[Tensor],
+    lr: Tensor,
+    momentum: float,
+) -> None:
+    if momentum == 0 and momentum_buffers:
+        raise ValueError(f"momentum_buffers must be empty without momentum, got {momentum=}")
+    buffers = {"momentum_buffers": momentum_buffers} if momentum else {}
+    _check_step(params, rows, counts, lr, grads=grads, **buffers)
+
+
+def _check_adamw(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    rows: list[Tensor],
+    counts: list[Tensor],
+    lr: Tensor,
+    amsgrad: bool,
+) -> None:
+    if max_exp_avg_sqs and not amsgrad:
+        raise ValueError("max_exp_avg_sqs must be empty without amsgrad")
+    moments = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    if amsgrad:
+        moments["max_exp_avg_sqs"] = max_exp_avg_sqs
+    _check_step(params, rows, counts, lr, steps, grads=grads, **moments)
+
+
 def _nothing(weight: Tensor, biases: int) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(weight), weight.new_zeros(biases)
 
@@ -160,6 +240,45 @@ def _row_similarity(
     return chunked.row_similarity(current, previous, channel_dim % current.dim(), per_sample)
 
 
+@torch.library.impl(_lib, "sgd_rows_", "CompositeExplicitAutograd")
+def _sgd_rows_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    rows: list[Tensor],
+    counts: list[Tensor],
+    lr: Tensor,
+    momentum: float,
+    *options: Any,
+) -> None:
+    tensors = (params, grads, momentum_buffers, rows, counts, lr)
+    _check_sgd(*tensors, momentum)
+    pack_step.sgd_rows_(*tensors, momentum, *options)
+
+
+@torch.library.impl(_lib, "adamw_rows_", "CompositeExplicitAutograd")
+def _adamw_rows_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    rows: list[Tensor],
+    counts: list[Tensor],
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    amsgrad: bool,
+    maximize: bool,
+) -> None:
+    tensors = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, rows, counts, lr)
+    _check_adamw(*tensors, amsgrad)
+    pack_step.adamw_rows_(*tensors, beta1, beta2, eps, weight_decay, amsgrad, maximize)
+
+
 @torch.library.register_fake("neq::linear_wgrad", lib=_lib)
 def _fake_linear_wgrad(
     dy: Tensor, x: Tensor, weight: Tensor, rows: Tensor, count: Tensor, bias: bool
@@ -191,7 +310,45 @@ def _fake_row_similarity(
     return current.new_empty((3, *samples, current.shape[channel_dim]), dtype=torch.float64)
 
 
+@torch.library.register_fake("neq::sgd_rows_", lib=_lib)
+def _fake_sgd_rows_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    rows: list[Tensor],
+    counts: list[Tensor],
+    lr: Tensor,
+    momentum: float,
+    *options: Any,
+) -> None:
+    _check_sgd(params, grads, momentum_buffers, rows, counts, lr, momentum)
+
+
+@torch.library.register_fake("neq::adamw_rows_", lib=_lib)
+def _fake_adamw_rows_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    rows: list[Tensor],
+    counts: list[Tensor],
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    amsgrad: bool,
+    maximize: bool,
+) -> None:
+    tensors = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, rows, counts, lr)
+    _check_adamw(*tensors, amsgrad)
+
+
 # What ``neq`` calls: the overloads themselves, which skips the look-up of the packet.
 linear_wgrad = torch.ops.neq.linear_wgrad.default
 conv_wgrad = torch.ops.neq.conv_wgrad.default
 row_similarity = torch.ops.neq.row_similarity.default
+sgd_rows_ = torch.ops.neq.sgd_rows_.default
+adamw_rows_ = torch.ops.neq.adamw_rows_.default

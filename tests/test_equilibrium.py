@@ -1,5 +1,7 @@
 """φ and velocity against sequences worked out by hand."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch.library import opcheck
@@ -171,9 +173,9 @@ def test_velocity_as_recorded_from_the_released_code():
     phi = [0.586, 0.920, 0.956, 0.9785, 0.976, 0.969]
     released = run(neq.Velocity(0.5, "released"), phi)
     assert released[:2] == pytest.approx([-0.414, 0.541], abs=1e-3)
-    delta = [phi[0] - 1, *(b - a for a, b in zip(phi, phi[1:], strict=False))]
+    delta = [phi[0] - 1, *(b - a for a, b in pairwise(phi))]
     expected = [delta[0]]
-    for before, now in zip(delta, delta[1:], strict=False):
+    for before, now in pairwise(delta):
         expected.append(0.5 * expected[-1] + now - before)
     assert released == pytest.approx(expected, abs=1e-15)
 

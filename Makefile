@@ -1,0 +1,49 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+
+.PHONY: bench test gpu sanitize format clean
+
+bench: $(VENV)/.built
+	$(BIN)/python bench/backward_speed.py
+
+test: $(VENV)/.built
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+# For a machine with a GPU, as it is: installs nothing and needs no network.
+gpu: export PYTHONPATH := $(CURDIR)
+gpu:
+	NEQ_CUDA=1 python3 setup.py -q build_ext --inplace
+	python3 -m pytest $(ARGS)
+	python3 bench/backward_speed.py --suite full
+
+# The tests that reach compiled code, with every bad access and undefined operation an error.
+sanitize: $(VENV)/.deps
+	NEQ_CUDA=0 CXXFLAGS="-g -fsanitize=address,undefined -fno-sanitize-recover=all" \
+		$(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize/lib PYTHONSAFEPATH=1 \
+		$(BIN)/python -m pytest --capture=sys tests/test_pack_columns.py $(ARGS)
+
+format: $(VENV)/.deps
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -f neq_kernels/_C.*.so
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/.deps: requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) "$$(grep ^torch== requirements-dev.txt)"
+	$(PIP) -r requirements-dev.txt
+	touch $@
+
+$(VENV)/.built: $(VENV)/.deps pyproject.toml setup.py $(shell find csrc -type f)
+	CXXFLAGS=-Werror $(PIP) --no-build-isolation --no-deps -e .
+	touch $@

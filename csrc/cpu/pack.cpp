@@ -1,0 +1,315 @@
+#include "pack.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define NEQ_X86 1
+#include <immintrin.h>
+#endif
+
+#define NEQ_INLINE inline __attribute__((always_inline))
+
+namespace neq::cpu {
+namespace {
+
+// Packing only moves bits, so the kernels know elements by their width; the sums need the value.
+struct Half {
+  using Bits = uint16_t;
+  using Sum = float;
+  static NEQ_INLINE float value(uint16_t h) {
+    // Shifted into place, the exponent is 112 too small; infinity and nan need all its bits.
+    uint32_t magnitude = uint32_t(h & 0x7fff) << 13;
+    uint32_t bits = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) * 0x1p112f);
+    bits |= (h & 0x7c00) == 0x7c00 ? 0x7f800000u | magnitude : 0u;
+    return std::bit_cast<float>(bits | uint32_t(h & 0x8000) << 16);
+  }
+};
+struct BFloat16 {
+  using Bits = uint16_t;
+  using Sum = float;
+  static NEQ_INLINE float value(uint16_t h) { return std::bit_cast<float>(uint32_t(h) << 16); }
+};
+struct Float {
+  using Bits = uint32_t;
+  using Sum = float;
+  static NEQ_INLINE float value(uint32_t bits) { return std::bit_cast<float>(bits); }
+};
+struct Double {
+  using Bits = uint64_t;
+  using Sum = double;
+  static NEQ_INLINE double value(uint64_t bits) { return std::bit_cast<double>(bits); }
+};
+
+// The ascending columns that rows names next, as long as they lie among `lanes` adjacent ones: bit i
+// of mask stands for column + i. They land side by side from `out` on. Every sample is packed by the
+// same list of blocks.
+struct Block {
+  int64_t column;
+  int64_t out;
+  uint64_t mask;
+};
+
+std::vector<Block> blocks_of(const int64_t* rows, int64_t k, int64_t neurons, int64_t lanes) {
+  std::vector<Block> blocks;
+  blocks.reserve(std::min(k, ceil_div(neurons, lanes)));
+  for (int64_t j = 0; j < k; ++j) {
+    const int64_t row = rows[j];
+    if (row < 0 || row >= neurons)
+      throw std::invalid_argument("rows must lie in [0, " + std::to_string(neurons) + "), got " +
+                                  std::to_string(row) + " at position " + std::to_string(j));
+    // Aligned, and never past the end: a vector load of the whole block must stay in the sample.
+    if (j == 0 || row <= rows[j - 1] || row - blocks.back().column >= lanes)
+      blocks.push_back({std::min(row / lanes * lanes, neurons - lanes), j, 0});
+    blocks.back().mask |= uint64_t(1) << (row - blocks.back().column);
+  }
+  return blocks;
+}
+
+template <class T>
+struct Matrix {
+  const T* dy;
+  int64_t stride;
+  const std::vector<Block>& blocks;
+  int64_t lanes;
+  T* packed;
+  int64_t k;
+};
+
+constexpr int64_t kMostLanes = 64;  // of a block: the bits of its mask
+
+// How each instruction set moves the masked ones of `lanes` elements at src together at dst.
+// `room` is the number of elements from dst to the end of the packed sample.
+struct Portable {
+  template <class T>
+  static constexpr int64_t lanes = kMostLanes;
+
+  template <class From, class To>
+  static NEQ_INLINE void compress(const From* src, uint64_t mask, To* dst, int64_t) {
+    for (; mask; mask &= mask - 1) *dst++ = To(src[std::countr_zero(mask)]);
+  }
+};
+
+#ifdef NEQ_X86
+// indices[mask] lists the set bits of mask, each as Parts indices of parts of an element.
+template <class Index, int Lanes, int Parts>
+struct Table {
+  alignas(32) Index indices[1 << Lanes][Lanes * Parts];
+  constexpr Table() : indices{} {
+    for (int mask = 0; mask < 1 << Lanes; ++mask) {
+      int out = 0;
+      for (int lane = 0; lane < Lanes; ++lane)
+        for (int part = 0; part < Parts && (mask >> lane & 1); ++part)
+          indices[mask][out++] = Index(lane * Parts + part);
+    }
+  }
+};
+
+struct Avx2 {
+  // 16-bit elements go by 8: that is what one byte shuffle of a small table can do.
+  template <class T>
+  static constexpr int64_t lanes = sizeof(T) == 8 ? 4 : 8;
+
+  static constexpr Table<uint32_t, 8, 1> words{};
+  static constexpr Table<uint32_t, 4, 2> pairs{};
+  static constexpr Table<uint8_t, 8, 2> bytes{};
+
+  template <class T>
+  __attribute__((target("avx2"))) static inline void compress(const T* src, uint64_t mask, T* dst,
+                                                              int64_t room) {
+    // The whole vector is stored: what lies beyond the set bits is overwritten by later blocks of
+    // the sample, of which there must be some.
+    if (room < lanes<T>) {
+      Portable::compress(src, mask, dst, room);
+    } else if constexpr (sizeof(T) == 2) {
+      __m128i order = _mm_load_si128((const __m128i*)bytes.indices[mask]);
+      __m128i vector = _mm_loadu_si128((const __m128i*)src);
+      _mm_storeu_si128((__m128i*)dst, _mm_shuffle_epi8(vector, order));
+    } else {
+      const uint32_t* indices = sizeof(T) == 4 ? words.indices[mask] : pairs.indices[mask];
+      __m256i order = _mm256_load_si256((const __m256i*)indices);
+      __m256i vector = _mm256_loadu_si256((const __m256i*)src);
+      _mm256_storeu_si256((__m256i*)dst, _mm256_permutevar8x32_epi32(vector, order));
+    }
+  }
+};
+
+#define NEQ_AVX512 "avx2,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,bmi2,popcnt"
+struct Avx512 {
+  template <class T>
+  static constexpr int64_t lanes = 64 / sizeof(T);
+
+  template <class T>
+  __attribute__((target(NEQ_AVX512))) static inline void compress(const T* src, uint64_t mask,
+                                                                  T* dst, int64_t) {
+    // Masked, the load may reach past the end of a short sample. Compressing straight to memory is
+    // slow on some processors; to a register never.
+    uint64_t head = _bzhi_u64(~uint64_t(0), std::popcount(mask));
+    if constexpr (sizeof(T) == 2) {
+      __m512i vector = _mm512_maskz_loadu_epi16(mask, src);
+      _mm512_mask_storeu_epi16(dst, head, _mm512_maskz_compress_epi16(mask, vector));
+    } else if constexpr (sizeof(T) == 4) {
+      __m512i vector = _mm512_maskz_loadu_epi32(mask, src);
+      _mm512_mask_storeu_epi32(dst, head, _mm512_maskz_compress_epi32(mask, vector));
+    } else {
+      __m512i vector = _mm512_maskz_loadu_epi64(mask, src);
+      _mm512_mask_storeu_epi64(dst, head, _mm512_maskz_compress_epi64(mask, vector));
+    }
+  }
+};
+#endif
+
+// sums[lane] += the sum over Count samples of src[lane].
+template <class Element, int Count>
+NEQ_INLINE void add_samples(const typename Element::Bits* src, int64_t stride, int64_t lanes,
+                            typename Element::Sum* sums) {
+  for (int64_t lane = 0; lane < lanes; ++lane) {
+    typename Element::Sum sum = 0;
+    for (int i = 0; i < Count; ++i) sum += Element::value(src[i * stride + lane]);
+    sums[lane] += sum;
+  }
+}
+
+// Packs samples [begin, begin + Count) and, for each lane of each block, adds their sum to
+// sums [blocks, lanes]. A block's Count loads go to as many streams, which prefetchers follow, and
+// its sums stay in registers meanwhile.
+template <class Isa, class Element, int Count>
+NEQ_INLINE void pack_samples(const Matrix<typename Element::Bits>& m, int64_t begin,
+                             typename Element::Sum* sums) {
+  constexpr int64_t all_lanes = Isa::template lanes<typename Element::Bits>;
+  const auto* dy = m.dy + begin * m.stride;
+  auto* packed = m.packed + begin * m.k;
+  for (const Block& block : m.blocks) {
+    const auto* src = dy + block.column;
+    for (int i = 0; i < Count; ++i)
+      Isa::compress(src + i * m.stride, block.mask, packed + i * m.k + block.out, m.k - block.out);
+    if (!sums) continue;
+    if (m.lanes == all_lanes)  // a trip count that the compiler knows
+      add_samples<Element, Count>(src, m.stride, all_lanes, sums);
+    else
+      add_samples<Element, Count>(src, m.stride, m.lanes, sums);
+    sums += m.lanes;
+  }
+}
+
+constexpr int kGroup = 8;
+
+template <class Isa, class Element>
+NEQ_INLINE void pack_chunk(const Matrix<typename Element::Bits>& m, int64_t begin, int64_t end,
+                           typename Element::Sum* sums) {
+  for (; begin + kGroup <= end; begin += kGroup)
+    pack_samples<Isa, Element, kGroup>(m, begin, sums);
+  for (; begin < end; ++begin) pack_samples<Isa, Element, 1>(m, begin, sums);
+}
+
+template <class Element>
+using Kernel = void (*)(const Matrix<typename Element::Bits>&, int64_t, int64_t,
+                        typename Element::Sum*);
+
+template <class Element>
+void pack_portable(const Matrix<typename Element::Bits>& m, int64_t begin, int64_t end,
+                   typename Element::Sum* sums) {
+  pack_chunk<Portable, Element>(m, begin, end, sums);
+}
+
+#ifdef NEQ_X86
+template <class Element>
+__attribute__((target("avx2"))) void pack_avx2(const Matrix<typename Element::Bits>& m,
+                                               int64_t begin, int64_t end,
+                                               typename Element::Sum* sums) {
+  pack_chunk<Avx2, Element>(m, begin, end, sums);
+}
+
+template <class Element>
+__attribute__((target(NEQ_AVX512))) void pack_avx512(const Matrix<typename Element::Bits>& m,
+                                                     int64_t begin, int64_t end,
+                                                     typename Element::Sum* sums) {
+  pack_chunk<Avx512, Element>(m, begin, end, sums);
+}
+#endif
+
+// Of the instructions that this processor has, ATEN_CPU_CAPABILITY bars the wider ones, as in torch.
+struct Processor {
+  bool avx2 = false, avx512 = false;
+
+  Processor() {
+#ifdef NEQ_X86
+    const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
+    const std::string most = variable ? variable : "avx512";
+    avx2 = __builtin_cpu_supports("avx2") && most != "default";
+    avx512 = avx2 && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+             __builtin_cpu_supports("bmi2") && most != "avx2";
+#endif
+  }
+};
+
+// The widest instructions that samples of `neurons` elements allow, and the lanes of their blocks.
+template <class Element>
+std::pair<Kernel<Element>, int64_t> kernel_for(int64_t neurons) {
+  static const Processor processor;
+#ifdef NEQ_X86
+  using T = typename Element::Bits;
+  if (processor.avx512) return {pack_avx512<Element>, std::min(neurons, Avx512::lanes<T>)};
+  if (processor.avx2 && neurons >= Avx2::lanes<T>) return {pack_avx2<Element>, Avx2::lanes<T>};
+#endif
+  return {pack_portable<Element>, std::min(neurons, kMostLanes)};
+}
+
+template <class Element>
+void pack(const void* dy, int64_t samples, int64_t neurons, int64_t stride, const int64_t* rows,
+          int64_t k, void* packed, void* sums, int threads) {
+  using T = typename Element::Bits;
+  using Sum = typename Element::Sum;
+  auto [kernel, lanes] = kernel_for<Element>(neurons);
+  const std::vector<Block> blocks = blocks_of(rows, k, neurons, lanes);
+  const Matrix<T> matrix{(const T*)dy, stride, blocks, lanes, (T*)packed, k};
+
+  // A chunk of samples is summed by one thread and the chunks in order afterwards, so that the
+  // sums depend on the chunks, which depend on the shape alone, and not on the threads.
+  const int64_t chunk = std::max<int64_t>(16, ceil_div(ceil_div(samples, 64), kGroup) * kGroup);
+  const int64_t chunks = ceil_div(samples, chunk);
+  const int64_t n_blocks = int64_t(blocks.size());
+  const int64_t width = n_blocks * lanes;
+  std::vector<Sum> partial(sums ? chunks * width : 0);  // [chunks, blocks, lanes]
+
+  // Waking a thread costs microseconds: each should move 32 KiB at least.
+  const int64_t bytes = samples * width * int64_t(sizeof(T));
+  const int team = int(std::clamp<int64_t>(bytes >> 15, 1, std::min<int64_t>(threads, chunks)));
+#pragma omp parallel num_threads(team) if (team > 1)
+  {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < chunks; ++i)
+      kernel(matrix, i * chunk, std::min(samples, (i + 1) * chunk),
+             sums ? partial.data() + i * width : nullptr);
+    if (sums) {
+#pragma omp for schedule(static)
+      for (int64_t b = 0; b < n_blocks; ++b) {
+        double total[kMostLanes] = {};  // most of the rounding would happen here, in float
+        for (int64_t i = 0; i < chunks; ++i)
+          for (int64_t lane = 0; lane < lanes; ++lane)
+            total[lane] += partial[i * width + b * lanes + lane];
+        Portable::compress(total, blocks[b].mask, (Sum*)sums + blocks[b].out, lanes);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void pack_columns(DType dtype, const void* dy, int64_t samples, int64_t neurons, int64_t stride,
+                  const int64_t* rows, int64_t k, void* packed, void* sums, int threads) {
+  const auto run = dtype == DType::float32    ? pack<Float>
+                   : dtype == DType::float64  ? pack<Double>
+                   : dtype == DType::bfloat16 ? pack<BFloat16>
+                                              : pack<Half>;
+  run(dy, samples, neurons, stride, rows, k, packed, sums, threads);
+}
+
+}  // namespace neq::cpu

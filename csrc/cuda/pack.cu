@@ -1,0 +1,134 @@
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "pack.h"
+
+namespace neq::cuda {
+namespace {
+
+__device__ inline float value(float x) { return x; }
+__device__ inline double value(double x) { return x; }
+__device__ inline float value(__half x) { return __half2float(x); }
+__device__ inline float value(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+// To the threads with threadIdx.y = 0: the sum over threadIdx.y, always in the same order. Few terms
+// are left here, of which each is a large part of the whole: in float, they'd do most of the rounding.
+template <int Threads>
+__device__ double sum_over_y(double mine) {
+  __shared__ double all[Threads];
+  all[threadIdx.y * blockDim.x + threadIdx.x] = mine;
+  __syncthreads();
+  double total = 0;
+  if (threadIdx.y == 0)
+    for (unsigned y = 0; y < blockDim.y; ++y) total += all[y * blockDim.x + threadIdx.x];
+  return total;
+}
+
+// A thread copies one column, of every blockDim.y-th sample of its block. Neighbouring threads
+// read neighbouring columns, so a warp's load falls in the few lines that it has to fetch anyway,
+// and `unroll` of them are in flight at a time.
+template <class T, class Sum>
+__global__ void __launch_bounds__(PackGrid::threads)
+    pack(const T* __restrict__ dy, int64_t samples, int64_t stride,
+         const int64_t* __restrict__ rows, int64_t k, T* __restrict__ packed,
+         Sum* __restrict__ partial, int64_t samples_per_block) {
+  constexpr int unroll = PackGrid::unroll;
+  const int64_t j = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t begin = blockIdx.y * samples_per_block;
+  const int64_t end = min(samples, begin + samples_per_block);
+  const int64_t step = blockDim.y;
+  Sum sum = 0;
+  if (j < k) {
+    int64_t t = begin + threadIdx.y;
+    const T* src = dy + t * stride + rows[j];
+    T* dst = packed + t * k + j;
+    for (; t + (unroll - 1) * step < end; t += unroll * step) {
+      T x[unroll];
+#pragma unroll
+      for (int i = 0; i < unroll; ++i, src += step * stride) x[i] = *src;
+#pragma unroll
+      for (int i = 0; i < unroll; ++i, dst += step * k) {
+        *dst = x[i];
+        sum += value(x[i]);
+      }
+    }
+    for (; t < end; t += step, src += step * stride, dst += step * k) {
+      *dst = *src;
+      sum += value(*src);
+    }
+  }
+  if (!partial) return;
+  const double total = sum_over_y<PackGrid::threads>(sum);
+  if (threadIdx.y == 0 && j < k) partial[blockIdx.y * k + j] = Sum(total);
+}
+
+// sums[j] = sum over s of partial[s, j], partial being [splits, k].
+constexpr int kLanes = 32;
+
+template <class Sum>
+__global__ void __launch_bounds__(kLanes* kLanes)
+    add_splits(const Sum* __restrict__ partial, int64_t splits, int64_t k, Sum* __restrict__ sums) {
+  const int64_t j = int64_t(blockIdx.x) * kLanes + threadIdx.x;
+  double sum = 0;
+  if (j < k)
+    for (int64_t s = threadIdx.y; s < splits; s += kLanes) sum += partial[s * k + j];
+  sum = sum_over_y<kLanes * kLanes>(sum);
+  if (threadIdx.y == 0 && j < k) sums[j] = Sum(sum);
+}
+
+template <class T, class Sum>
+cudaError_t launch(const void* dy, int64_t samples, int64_t stride, const int64_t* rows, int64_t k,
+                   void* packed, void* sums, void* scratch, cudaStream_t stream) {
+  if (k == 0) return cudaSuccess;
+  if (samples == 0) return sums ? cudaMemsetAsync(sums, 0, k * sizeof(Sum), stream) : cudaSuccess;
+  const PackGrid grid = PackGrid::of(samples, k);
+  Sum* partial = static_cast<Sum*>(sums && grid.splits > 1 ? scratch : sums);
+  pack<T, Sum><<<dim3(grid.strips, grid.splits), dim3(grid.columns, grid.threads / grid.columns), 0,
+                 stream>>>(static_cast<const T*>(dy), samples, stride, rows, k,
+                           static_cast<T*>(packed), partial, grid.samples);
+  if (partial != sums)
+    add_splits<<<ceil_div(k, kLanes), dim3(kLanes, kLanes), 0, stream>>>(
+        partial, grid.splits, k, static_cast<Sum*>(sums));
+  return cudaGetLastError();
+}
+
+// The calling thread's device, for as long as this lives.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) : error(cudaGetDevice(&previous_)), device_(device) {
+    if (error == cudaSuccess && device_ != previous_) error = cudaSetDevice(device_);
+  }
+  ~OnDevice() {
+    if (device_ != previous_) cudaSetDevice(previous_);
+  }
+  cudaError_t error;
+
+ private:
+  int previous_ = 0;
+  int device_;
+};
+
+}  // namespace
+
+int64_t pack_scratch_bytes(DType dtype, int64_t samples, int64_t k) {
+  const int64_t splits = PackGrid::of(samples, k).splits;
+  const int64_t bytes = dtype == DType::float64 ? sizeof(double) : sizeof(float);
+  return splits > 1 ? splits * k * bytes : 0;
+}
+
+const char* pack_columns(DType dtype, const void* dy, int64_t samples, int64_t stride,
+                         const int64_t* rows, int64_t k, void* packed, void* sums, void* scratch,
+                         int device, void* stream) {
+  const OnDevice guard(device);
+  if (guard.error != cudaSuccess) return cudaGetErrorString(guard.error);
+  const auto run = dtype == DType::float32    ? launch<float, float>
+                   : dtype == DType::float64  ? launch<double, double>
+                   : dtype == DType::bfloat16 ? launch<__nv_bfloat16, float>
+                                              : launch<__half, float>;
+  const cudaError_t error = run(dy, samples, stride, rows, k, packed, sums, scratch,
+                                static_cast<cudaStream_t>(stream));
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace neq::cuda

@@ -1,0 +1,11 @@
+#pragma once
+
+#include <cstdint>
+
+namespace neq {
+
+enum class DType { float32, float64, bfloat16, float16 };
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace neq

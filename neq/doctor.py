@@ -1,0 +1,104 @@
+"""What this machine has for neq: versions, devices, and which backends work or why not."""
+
+import argparse
+import importlib.metadata
+import platform
+import shutil
+import subprocess
+from typing import TYPE_CHECKING
+
+import torch
+
+from neq._version import __version__
+from neq_kernels import compiled
+
+if TYPE_CHECKING:
+    from argparse import _SubParsersAction
+
+Report = dict[str, dict[str, str]]
+
+
+def add_command(commands: "_SubParsersAction[argparse.ArgumentParser]") -> None:
+    text = "show versions, devices, and which backends work or why not"
+    parser = commands.add_parser("doctor", help=text, description=text)
+    parser.set_defaults(run=lambda args: print(render(report())))
+
+
+def report() -> Report:
+    return {"versions": versions(), "devices": devices(), "backends": backends()}
+
+
+def render(report: Report) -> str:
+    width = max(len(name) for section in report.values() for name in section)
+    lines = []
+    for section, entries in report.items():
+        lines += [section, *(f"  {name:{width}}  {text}" for name, text in entries.items())]
+    return "\n".join(lines)
+
+
+def versions() -> dict[str, str]:
+    return {
+        "neq": __version__,
+        "python": platform.python_version(),
+        **{name: _installed(name) for name in ("torch", "triton", "numpy")},
+        "c++": _compiler("c++", "g++", "clang++"),
+        "nvcc": _compiler("nvcc"),
+    }
+
+
+def devices() -> dict[str, str]:
+    capability = torch.backends.cpu.get_cpu_capability()
+    found = {"cpu": f"{_cpu_name()}, {capability}, {torch.get_num_threads()} threads"}
+    for i in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(i)
+        found[f"cuda:{i}"] = (
+            f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.multi_processor_count} multiprocessors, "
+            f"{gpu.total_memory / 2**30:.0f} GiB"
+        )
+    return found
+
+
+def backends() -> dict[str, str]:
+    gpu_less = None if torch.cuda.is_available() else "torch sees no CUDA device"
+    reasons = {
+        "torch": None,
+        "compiled, cpu": compiled.why_not("cpu"),
+        "compiled, cuda": compiled.why_not("cuda") or gpu_less,
+        "triton": _triton_lacks() or gpu_less,
+    }
+    return {name: f"no: {reason}" if reason else "yes" for name, reason in reasons.items()}
+
+
+def _triton_lacks() -> str | None:
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"triton does not import: {error}"
+    return None
+
+
+def _installed(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _compiler(*names: str) -> str:
+    """Where the first of them is, and the line of its --version that holds the number."""
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        return "not found"
+    run = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+    lines = [line for line in run.stdout.splitlines() if any(map(str.isdigit, line))]
+    release = [line for line in lines if "release" in line or "version" in line.lower()] or lines
+    return f"{path} ({release[0].strip() if release else 'says no version'})"
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = (line.split(": ")[1].strip() for line in file if line.startswith("model name"))
+            return next(names)
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,93 @@
+"""The compiled kernels as functions of tensors, and the reason where there are none.
+
+Where a kernel is missing, plain torch does the same work, more slowly.
+"""
+
+import torch  # before _C, which then shares the libgomp that torch brought, and so its threads
+from torch import Tensor
+
+try:
+    import neq_kernels._C as _C
+except ModuleNotFoundError:
+    _reason = (
+        "the extension neq_kernels._C was not built, for want of a C++ compiler if neq is "
+        "installed: install g++ or clang++, then neq again"
+    )
+    _devices: frozenset[str] = frozenset()
+except ImportError as error:
+    _reason = f"the extension neq_kernels._C does not load: {error}"
+    _devices = frozenset()
+else:
+    _reason = (
+        "the extension neq_kernels._C was built without CUDA, for want of nvcc or by NEQ_CUDA=0: "
+        "put nvcc on the PATH and install neq again"
+    )
+    _devices = frozenset(("cpu", "cuda") if _C.has_cuda else ("cpu",))
+
+_DTYPES: dict[torch.dtype, "_C.DType"] = {}  # what the kernels take
+if _devices:
+    for _name in ("float32", "float64", "bfloat16", "float16"):
+        _DTYPES[getattr(torch, _name)] = getattr(_C.DType, _name)
+
+
+def why_not(device: str) -> str | None:
+    """Why there are no compiled kernels for ``"cpu"`` or ``"cuda"`` tensors; None if there are."""
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}")
+    return None if device in _devices else _reason
+
+
+def pack_columns(dy: Tensor, rows: Tensor, want_sums: bool) -> tuple[Tensor, Tensor | None]:
+    """``dy[:, rows]`` [T, k], contiguous, and if wanted its column sums [k] from the same pass.
+
+    dy is [T, n]; rows int64 [k] may be in any order, ascending ones are fast. The sums are float32,
+    or float64 for float64, and the same bits each time. On the CPU rows outside of [0, n) are an
+    error; on a GPU the caller answers for them.
+    """
+    if dy.dim() != 2:
+        raise ValueError(f"dy must be [samples, neurons], got {list(dy.shape)}")
+    if rows.dtype is not torch.int64 or rows.dim() != 1:
+        raise ValueError(f"rows must be int64 of shape [k], got {rows.dtype} {list(rows.shape)}")
+    device = dy.get_device()  # -1: the CPU, or no memory at all
+    if rows.get_device() != device or rows.is_cpu != dy.is_cpu:
+        raise ValueError(f"rows must be on the device of dy, {dy.device}, got {rows.device}")
+    dtype = _DTYPES.get(dy.dtype)
+    stride, adjacent = dy.stride()
+    there = "cpu" if dy.is_cpu else "cuda" if dy.is_cuda else "elsewhere"
+    if dtype is None or adjacent != 1 or there not in _devices:
+        return _pack_columns_in_torch(dy, rows, want_sums)
+    rows = rows.contiguous()
+    (samples, neurons), k = dy.shape, rows.numel()
+    packed = dy.new_empty((samples, k))
+    sums = dy.new_empty(k, dtype=_sum_dtype(dy)) if want_sums else None
+    problem = (
+        dtype,
+        dy.data_ptr(),
+        samples,
+        neurons,
+        stride,
+        rows.data_ptr(),
+        k,
+        packed.data_ptr(),
+        0 if sums is None else sums.data_ptr(),
+    )
+    if device < 0:
+        _C.cpu_pack_columns(*problem, torch.get_num_threads())
+    else:
+        size = _C.cuda_pack_scratch_bytes(dtype, samples, k) if want_sums else 0
+        scratch = dy.new_empty(size, dtype=torch.uint8)
+        # the public torch.cuda.current_stream takes microseconds
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        _C.cuda_pack_columns(*problem, scratch.data_ptr(), device, stream)
+    return packed, sums
+
+
+def _pack_columns_in_torch(
+    dy: Tensor, rows: Tensor, want_sums: bool
+) -> tuple[Tensor, Tensor | None]:
+    packed = dy.index_select(1, rows)
+    return packed, packed.sum(0, dtype=_sum_dtype(dy)) if want_sums else None
+
+
+def _sum_dtype(dy: Tensor) -> torch.dtype:
+    return torch.float64 if dy.dtype is torch.float64 else torch.float32

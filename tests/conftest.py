@@ -1,0 +1,39 @@
+import shutil
+
+import pytest
+import torch
+
+collect_ignore = [] if shutil.which("nvcc") else ["test_cuda_compile.py"]
+
+
+def pytest_collection_modifyitems(config, items):
+    """Without a GPU, tests marked gpu are deselected: they don't exist there."""
+    if torch.cuda.is_available():
+        return
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu:
+        config.hook.pytest_deselected(items=gpu)
+        items[:] = [item for item in items if item not in gpu]
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned_memory():
+    """What torch allocates and nobody writes is NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    # only warn: cuBLAS wants an environment variable first, to be deterministic
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
