@@ -53,7 +53,8 @@ class Equilibrium(Policy):
 
     def _active(self, layer: Motion) -> Tensor:
         speed = layer.velocity.abs()
-        rests = torch.where(layer.active, 1.0, 1 + self.hysteresis) * self.eps
+        rests = torch.full_like(speed, self.eps)
+        rests[~layer.active] *= 1 + self.hysteresis
         # a NaN, not measured, compares as false: it trains
         resting = speed <= rests if self.recurrence == "released" else speed < rests
         return ~resting & layer.active if self.pinning else ~resting
