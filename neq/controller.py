@@ -81,7 +81,7 @@ class Controller:
         self.epoch = 0
 
         groups = _groups(self.model)
-        alone = _left_alone(groups, leave_alone)
+        alone = _left_alone(self.model, groups, leave_alone)
         # by name, in the model's order: the layers that share one weight, mostly one
         self.layers = {name: layers for name, layers in groups.items() if name not in alone}
         if not self.layers:
@@ -119,7 +119,6 @@ class Controller:
     def step(self) -> EpochRecord:
         """After an epoch: measure how each neuron moved in it, and set who trains in the next."""
         stopwatch = _Stopwatch(self._memory.devices[0])
-        self.epoch += 1
         samples = self._observe()
         sums = self._sum_over_ranks(self._memory.sums()).cpu()  # here the host waits for the device
         trained = self._active()
@@ -129,6 +128,7 @@ class Controller:
                 "outputs can't be compared: a loader must give the same samples in the same order "
                 "each time, without shuffling or augmentation"
             )
+        self.epoch += 1
         self._phi = self._memory.phi(sums)
         velocity = self._velocity.update(self._phi)
         if self.epoch >= self.warmup:
@@ -320,25 +320,32 @@ def _groups(model: nn.Module) -> dict[str, list[NeuronLayer]]:
     return {names[key]: layers for key, layers in groups.items()}
 
 
-def _left_alone(groups: dict[str, list[NeuronLayer]], leave_alone: LeaveAlone) -> set[str]:
+def _left_alone(
+    model: nn.Module, groups: dict[str, list[NeuronLayer]], leave_alone: LeaveAlone
+) -> set[str]:
     """The names of the groups to leave alone."""
+    names = {module: name for name, module in model.named_modules()}
     if leave_alone is None:
-        linear = [name for name, layers in groups.items() if isinstance(layers[-1], nn.Linear)]
-        return set(linear[-1:])
+        classifier = [module for module in names if isinstance(module, nn.Linear)][-1:]
+        return {name for name, layers in groups.items() if set(classifier) & set(layers)}
     if callable(leave_alone):
         return {
-            name for name, layers in groups.items() if any(leave_alone(m, name) for m in layers)
+            name
+            for name, layers in groups.items()
+            if any(leave_alone(layer, names[layer]) for layer in layers)
         }
     if isinstance(leave_alone, str):
-        raise TypeError(
-            f"leave_alone must be several names, like [{leave_alone!r}], not one string"
-        )
+        raise TypeError(f"leave_alone must be several names, like [{leave_alone!r}], not a string")
     alone: set[str] = set()
-    for prefix in leave_alone:
-        inside = {name for name in groups if name == prefix or name.startswith(f"{prefix}.")}
+    for path in leave_alone:
+        inside = {
+            name
+            for name, layers in groups.items()
+            if any(f"{names[layer]}.".startswith(f"{path}.") for layer in layers)
+        }
         if not inside:
             raise ValueError(
-                f"leave_alone: no layer is called {prefix!r} or lies in such a module; there are "
+                f"leave_alone: no layer is called {path!r} or lies in such a module; there are "
                 f"{', '.join(map(repr, groups))}"
             )
         alone |= inside

@@ -36,8 +36,8 @@ def wgrad_ms(model: nn.Module, layers: Layers, inputs: Inputs) -> dict[str, floa
     """Milliseconds of the dense weight gradients in one step, measured."""
     totals = dict.fromkeys(layers, 0.0)
 
-    def add(name: str, layer: NeuronLayer, args: tuple[Any, ...], output: Tensor) -> None:
-        totals[name] += _wgrad_ms(layer, args)
+    def add(name: str, layer: NeuronLayer, args: Any, kwargs: Any, output: Tensor) -> None:
+        totals[name] += _wgrad_ms(layer, args, kwargs)
 
     hooks = {layer: partial(add, name) for name, shared in layers.items() for layer in shared}
     with evaluating(model), hooked(hooks):
@@ -49,13 +49,13 @@ def _parameters(layer: NeuronLayer) -> list[Tensor]:
     return [p for p in (layer.weight, layer.bias) if p is not None]
 
 
-def _wgrad_ms(layer: NeuronLayer, args: tuple[Any, ...]) -> float:
+def _wgrad_ms(layer: NeuronLayer, args: Any, kwargs: Any) -> float:
     """Of one call with these arguments, which need no gradient: only wgrad is left of backward."""
     owned = [p for p in _parameters(layer) if p.requires_grad]
     if not owned:
         return 0.0
     with torch.enable_grad():
-        y = layer.plain.forward(layer, *args)
+        y = layer.plain.forward(layer, *args, **kwargs)
     dy = torch.ones_like(y)
     times = []
     for _ in range(6):

@@ -177,10 +177,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def hooked(hooks: Mapping[NeuronLayer, Callable[..., None]]) -> Iterator[None]:
-    """Inside, each of these layers has this forward hook."""
+    """Inside, each layer has its hook: ``hook(layer, args, kwargs, output)``."""
     with ExitStack() as stack:
         for layer, hook in hooks.items():
-            stack.callback(layer.register_forward_hook(hook).remove)
+            stack.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
         yield
 
 
@@ -249,7 +249,8 @@ def _mark(batch: Any) -> Tensor:
     """float64 [...]: the sum of each sample, in order, of each tensor in the batch."""
     if isinstance(batch, Tensor):
         real = torch.view_as_real(batch) if batch.is_complex() else batch
-        return real.detach().reshape(len(batch) if batch.dim() else 1, -1).double().sum(1)
+        samples = real.detach().reshape(len(batch) if batch.dim() else 1, -1)
+        return samples.sum(1, dtype=torch.float64)
     if isinstance(batch, Mapping):
         batch = batch.values()
     if isinstance(batch, Iterable) and not isinstance(batch, (str, bytes)):
@@ -258,7 +259,9 @@ def _mark(batch: Any) -> Tensor:
     return torch.zeros(0)
 
 
-def _show(see: See, number: int, layer: NeuronLayer, args: Any, output: Tensor) -> None:
+def _show(
+    see: See, number: int, layer: NeuronLayer, args: Any, kwargs: Any, output: Tensor
+) -> None:
     see(number, *by_neuron(layer, output))
 
 

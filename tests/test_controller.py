@@ -183,6 +183,10 @@ def test_leave_alone():
     assert list(inside.layers) == ["1"]
     headless = nn.Sequential(nn.Conv2d(3, 4, 1))
     assert list(neq.Controller(headless, optimizer=(), policy=neq.Everything()).layers) == ["0"]
+    # the classifier is the model's last Linear, also where that one isn't converted
+    model = neq.convert(Net(), filter_fn=lambda module, name: name != "head")
+    control = neq.Controller(model, optimizer=(), policy=neq.Everything())
+    assert {"tokens", "unused"} < set(control.layers)
     # what the user chose for such a layer stays
     model = neq.convert(Net())
     model.head.set_active([1])
@@ -293,7 +297,7 @@ def test_a_shuffled_probe_is_noticed():
     generator = torch.Generator().manual_seed(0)
     loader = DataLoader(TensorDataset(data()[0]), batch_size=8, shuffle=True, generator=generator)
     model, optimizer, control = build(probe=loader)
-    with pytest.raises(ValueError, match=r"not those of the epoch before \(epoch 1\).*shuffling"):
+    with pytest.raises(ValueError, match=r"not those of the epoch before \(epoch 0\).*shuffling"):
         train(model, optimizer, 1, control)
 
 
