@@ -99,9 +99,7 @@ class Controller:
         self._guards = [
             Guard(optimizer, self.model, on_thaw=on_thaw)
             for optimizer in self.optimizers
-            if not isinstance(
-                optimizer, RowOptimizer
-            )  # those leave frozen rows alone by themselves
+            if not isinstance(optimizer, RowOptimizer)  # they leave frozen rows alone themselves
         ]
         self._inputs: Inputs | None = None
         if example_inputs is not None:

@@ -441,31 +441,35 @@ class Contrary(neq.Policy):
         return [[dist.get_rank()] for _ in layers]
 
 
+DISTRIBUTED = {"equilibrium": neq.Equilibrium, "released": neq.Equilibrium.released}
+
+
 def on_rank(rank, folder):
     dist.init_process_group("gloo", f"file://{folder}/init", rank=rank, world_size=2)
     torch.set_num_threads(1)
     x, labels = data()
     mine = slice(rank, None, 2)
     results = {}
-    for name in ("equilibrium", "released"):
+    for name, policy in DISTRIBUTED.items():
         torch.manual_seed(rank)  # DDP takes rank 0's weights
         model = DistributedDataParallel(Net().eval(), find_unused_parameters=True)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
         control = neq.Controller(
             model,
             probe=x[:6][mine] if name == "equilibrium" else x[:6][:4] if rank else x[:6][4:],
-            policy=POLICIES[name](),
+            policy=policy(3e-4),
             optimizer=optimizer,
             history=f"{folder}/history-{name}.jsonl",
         )
+        phi = []
         for _ in range(4):
             optimizer.zero_grad()
             F.cross_entropy(model(x[mine]), labels[mine]).backward()
             optimizer.step()
             control.step()
+            phi.append(control._phi)
         assert next(iter(control.layers)) == "conv"
-        state = control.state_dict()
-        results[name] = state["masks"], state["phi"], len(control.history.records)
+        results[name] = masks(control), torch.stack(phi), len(control.history.records)
     contrary = neq.Controller(Net(), optimizer=(), policy=Contrary())
     contrary.step()
     results["contrary"] = masks(contrary)
@@ -486,29 +490,29 @@ def ranks(tmp_path_factory):
     return folder, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-@pytest.mark.parametrize("policy", ["equilibrium", "released"])
+@pytest.mark.parametrize("policy", DISTRIBUTED)
 def test_ranks_decide_alike_from_the_samples_of_all(policy, ranks):
-    _, (first, second) = ranks
-    assert torch.allclose(first[policy][1], second[policy][1], 0, 0, equal_nan=True)
-    for name, mask in first[policy][0].items():
-        assert torch.equal(mask, second[policy][0][name]), name
-    assert not all(mask.all() for mask in first[policy][0].values())
+    (first, phi, _), (second, phi_, _) = (results[policy] for results in ranks[1])
+    assert torch.allclose(phi, phi_, 0, 0, equal_nan=True)
+    for name, mask in first.items():
+        assert torch.equal(mask, second[name]), name
+    shares = torch.cat(list(first.values())).double().mean()
+    assert 0.1 < shares < 0.9
 
     # one process with all samples measures the same
     x, labels = data()
     torch.manual_seed(0)
     model = Net().eval()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    order = [0, 2, 4, 1, 3, 5]
     control = neq.Controller(
-        model, probe=x[:6][order], policy=POLICIES[policy](), optimizer=optimizer
+        model, probe=x[:6], policy=DISTRIBUTED[policy](3e-4), optimizer=optimizer
     )
-    for _ in range(4):
+    for epoch in range(4):
         optimizer.zero_grad()
         F.cross_entropy(model(x), labels).backward()
         optimizer.step()
         control.step()
-    assert torch.allclose(control._phi, first[policy][1], atol=1e-4, equal_nan=True)
+        assert torch.allclose(control._phi, phi[epoch], atol=1e-5, equal_nan=True)
 
 
 def test_only_rank_0_writes_history(ranks):
@@ -536,6 +540,8 @@ def test_a_compiled_model_is_measured_and_masked():
     torch.manual_seed(0)
     model = Net()
     compiled = torch.compile(model, backend="eager")
+    model.tokens.compile(backend="eager")
+    compiled(data()[0])  # compiled code, once there, takes no notice of new hooks
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     probe = data()[0][:6]
     control = neq.Controller(compiled, probe=probe, policy=neq.Random(0.5), optimizer=optimizer)
@@ -544,7 +550,8 @@ def test_a_compiled_model_is_measured_and_masked():
         train(compiled, optimizer)
         record = control.step()
     assert record.frozen_share > 0.4
-    assert record.layers[0].phi is not None
+    assert all(x.phi is not None for x in record.layers if x.name != "unused")
+    assert all(x.wgrad_flops > 0 for x in record.layers if x.name != "unused")
 
 
 def test_defect_tokens_are_not_scrambled_with_channels():

@@ -70,10 +70,12 @@ def test_budget_takes_the_fastest_for_their_price():
     control = controller(neq.Budget(amount=9))
     # 5 parameters a neuron, 4, 3
     assert control.policy.costs == {"0": 5, "1": 4, "2": 3}
-    motions = [motion(v, name=n) for n, v in zip("012", ([5, 1, 0], [-8, 0], [3, 2]), strict=True)]
-    # per parameter: 1, 0.2, 0 | 2, 0 | 1, 0.67; of equal ones the first
-    assert choose(control.policy, *motions) == [[0], [0], []]
-    assert choose(controller(neq.Budget(amount=8.99)).policy, *motions) == [[], [0], []]
+    motions = [
+        motion(v, name=n) for n, v in zip("012", ([5, 1, 0], [-8, 0], [4.5, 2]), strict=True)
+    ]
+    # per parameter: 1, 0.2, 0 | 2, 0 | 1.5, 0.67
+    assert choose(control.policy, *motions) == [[], [0], [0]]
+    assert choose(controller(neq.Budget(amount=6.99)).policy, *motions) == [[], [0], []]
     assert choose(controller(neq.Budget(amount=12)).policy, *motions) == [[0], [0], [0]]
     assert choose(controller(neq.Budget(amount=0)).policy, *motions) == [[], [], []]
 
@@ -117,6 +119,22 @@ def test_budget_in_milliseconds_is_measured_once_and_kept():
     other = neq.Budget(share=0.5, unit="ms")
     other.load_state_dict(policy.state_dict())
     assert other.costs == policy.costs
+
+
+def test_layers_may_be_called_by_keyword():
+    class Keyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 3), nn.ConvTranspose1d(3, 2, 3, stride=2)
+
+        def forward(self, x):
+            y = self.a(input=x).unsqueeze(2)
+            return self.b(input=y, output_size=[4])
+
+    for unit in ("flops", "ms"):
+        control = controller(neq.Budget(share=0.5, unit=unit), Keyword())
+        assert all(cost > 0 for cost in control.policy.costs.values())
+        assert [layer.phi for layer in control.step().layers] == [1, 1]
 
 
 def test_budget_counts_a_shared_weight_once_and_all_its_gradients():
@@ -197,18 +215,28 @@ def test_adaptive_eps_descends_by_hand():
     assert policy.eps == 0.25 - 0.125 * 1.5
     choose(policy, motion([0.0]))
     assert policy.eps == 0.25 - 0.125 * 1.5  # each step counts once
-    weight.grad = torch.tensor([[1e4, 0.0]])
-    optimizer.step()
-    weight.grad = torch.tensor([[1e4, 0.0]])
-    optimizer.step()
+    for _ in range(2):
+        weight.grad = torch.tensor([[1e4, 0.0]])
+        optimizer.step()
     assert choose(policy, motion([0.0])) == [[0]]
     assert policy.eps == 0  # it is a speed
-    weight.grad = torch.full((1, 2), torch.inf)  # as before a step that a GradScaler skips
-    optimizer.step()
-    choose(policy, motion([0.0]))
-    assert policy.eps == 0
     policy.detach()
     assert len(optimizer._optimizer_step_pre_hooks) == 1  # the guard's
+
+
+def test_adaptive_eps_under_a_gradient_scaler():
+    model = neq.convert(nn.Sequential(nn.Linear(2, 1, bias=False), nn.Linear(1, 1)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, fused=True)
+    policy = neq.AdaptiveEps(0.25, rate=0.125)
+    controller(policy, model, probe=torch.ones(1, 2), optimizer=optimizer, leave_alone=["1"])
+    # what a GradScaler leaves with an optimizer that unscales in its own step, and skips the last
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(0.0)
+    for step, skip in (((2.0, 0.0), 0), ((1.0, 4.0), 0), ((torch.inf, 1.0), 1)):
+        optimizer.found_inf.fill_(skip)
+        model[0].weight.grad = 4 * torch.tensor([step])
+        optimizer.step()
+    choose(policy, motion([0.0]))
+    assert policy.eps == 0.25 - 0.125 * 1.0  # g·u = (1, 4)·(1, 0)
 
 
 def test_adaptive_eps_resumes():

@@ -131,7 +131,8 @@ class _Descent:
         total = torch.zeros_like(self.slope)
         for p, before in zip(self.parameters, self.before, strict=True):
             if p.grad is not None:
-                total += (p.grad * (before - p)).sum(dtype=total.dtype).to(total.device)
+                update = before.float() - p.float()
+                total += (p.grad.float() * update).sum().to(total.device)
             before.copy_(p)
         if scale is not None:
             total = total / scale
