@@ -120,9 +120,8 @@ class Account:
         return StepTime(dense, dense - self.skipped * (dense - no_wgrad), measured)
 
     def __str__(self) -> str:
-        rows = [
-            ("layer", "kind", "calls", "active", "forward", "dgrad", "wgrad", "update", "moved")
-        ]
+        head = "layer", "kind", "calls", "active", "forward", "dgrad", "wgrad", "optimizer", "moved"
+        rows: list[tuple[str, ...]] = [head]
         for name, layer in self.layers.items():
             active = f"{layer.active / layer.neurons:.1%}" if layer.converted else "-"
             labels = name or "(the model)", layer.kind, str(layer.calls), active

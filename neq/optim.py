@@ -159,6 +159,8 @@ class Guard:
                     continue
                 if self._on_thaw == "reset":
                     self._reset_once(p, group, frozen)
+                if frozen.count == 0:
+                    self._begin(p, group)
                 if closure is None and p.grad is None:
                     continue
                 if closure is None and frozen.count == 0:
@@ -183,6 +185,13 @@ class Guard:
                     frozen.fill(t, _start(optimizer, group, key))
         self._hidden.clear()
         self._copies.clear()
+
+    def _begin(self, p: Tensor, group: dict[str, Any]) -> None:
+        """torch's fused SGD fails on parameters of which some step for the first time, others not."""
+        if isinstance(self._optimizer, torch.optim.SGD) and group["fused"] and group["momentum"]:
+            state = self._optimizer.state[p]
+            if state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(p)
 
     def _is_moved(self, p: Tensor, frozen: _Frozen) -> bool:
         """Might the optimizer move frozen elements of ``p``?"""
