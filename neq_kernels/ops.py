@@ -56,7 +56,7 @@ def _check_linear(dy: Tensor, x: Tensor, weight: Tensor, rows: Tensor, count: Te
             f"dy must be x's leading dimensions and {neurons} neurons, "
             f"got {list(dy.shape)} for x {list(x.shape)}"
         )
-    if x.shape[-1] != inputs:
+    if x.shape[-1:] != (inputs,):
         raise ValueError(f"x must end in {inputs} inputs, got {list(x.shape)}")
     if dy.dtype != x.dtype:
         raise ValueError(f"dy and x must have one dtype, got {dy.dtype} and {x.dtype}")
@@ -90,7 +90,6 @@ def _nothing(weight: Tensor, biases: int) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(weight), weight.new_zeros(biases)
 
 
-@torch.library.impl(_lib, "linear_wgrad", "CompositeExplicitAutograd")
 def _linear_wgrad(
     dy: Tensor, x: Tensor, weight: Tensor, rows: Tensor, count: Tensor, bias: bool
 ) -> tuple[Tensor, Tensor]:
@@ -98,12 +97,11 @@ def _linear_wgrad(
     k = int(count)
     if k == 0:
         return _nothing(weight, len(rows) if bias else 0)
-    # [T, n] and [T, inputs]: T runs over all leading dimensions
-    dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    samples = dy.shape[:-1].numel()  # not -1, which is ambiguous where a size is 0
+    dy, x = dy.reshape(samples, dy.shape[-1]), x.reshape(samples, x.shape[-1])
     return planner.linear_wgrad(dy, x, weight, rows, k, bias)
 
 
-@torch.library.impl(_lib, "conv_wgrad", "CompositeExplicitAutograd")
 def _conv_wgrad(
     dy: Tensor,
     x: Tensor,
@@ -121,7 +119,6 @@ def _conv_wgrad(
     return planner.conv_wgrad(dy, x, weight, rows, k, bias, conv)
 
 
-@torch.library.register_fake("neq::linear_wgrad", lib=_lib)
 def _fake_linear_wgrad(
     dy: Tensor, x: Tensor, weight: Tensor, rows: Tensor, count: Tensor, bias: bool
 ) -> tuple[Tensor, Tensor]:
@@ -129,7 +126,6 @@ def _fake_linear_wgrad(
     return torch.empty_like(weight), weight.new_empty(len(rows) if bias else 0)
 
 
-@torch.library.register_fake("neq::conv_wgrad", lib=_lib)
 def _fake_conv_wgrad(
     dy: Tensor,
     x: Tensor,
@@ -142,6 +138,13 @@ def _fake_conv_wgrad(
     _check_conv(dy, x, weight, rows, count, Conv.of(*geometry))
     return torch.empty_like(weight), weight.new_empty(len(rows) if bias else 0)
 
+
+for _name, _impl, _fake in (
+    ("linear_wgrad", _linear_wgrad, _fake_linear_wgrad),
+    ("conv_wgrad", _conv_wgrad, _fake_conv_wgrad),
+):
+    _lib.impl(_name, _impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"neq::{_name}", _fake, lib=_lib)
 
 # What ``neq`` calls: the overloads themselves, which skips the look-up of the packet.
 linear_wgrad = torch.ops.neq.linear_wgrad.default
