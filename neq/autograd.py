@@ -1,7 +1,7 @@
 """The one idea: a gradient of weight and bias for the active rows, beside a vendor's layer.
 
-    y = F.linear(x, W.detach(), b.detach())    # the vendor's forward; its backward gives dX only
-    y = row_grad(y, x, W, b, rows, conv)       # the same y; its backward gives dW and db
+y = F.linear(x, W.detach(), b.detach())    # the vendor's forward; its backward gives dX only
+y = row_grad(y, x, W, b, rows, conv)       # the same y; its backward gives dW and db
 """
 
 from typing import Any
@@ -32,9 +32,10 @@ class RowGrad(torch.autograd.Function):
         length: Tensor,
         conv: Conv | None,
     ) -> Tensor:
-        # the weight stays out of the saved tensors: its values are not needed, only its layout
-        ctx.save_for_backward(x, order, length)
-        ctx.weight, ctx.conv = weight, conv
+        # the rest stays out of the saved tensors: a saved_tensors_hook may round or offload those.
+        # The weight's values are not needed, only its layout
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.order, ctx.length, ctx.conv = weight, order, length, conv
         ctx.bias = bias is not None and bias.requires_grad
         # y itself would count as a view made here, and in-place activations are forbidden on those
         return y.detach()
@@ -44,9 +45,10 @@ class RowGrad(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
                 "a second derivative (create_graph=True) through a layer with frozen neurons is "
-                "not supported by backward(): use torch.func.grad, or set_active(None) for this step"
+                "not supported by backward(): use torch.func.grad, or set_active(None) for a step"
             )
-        x, order, length = ctx.saved_tensors
+        (x,) = ctx.saved_tensors
+        order, length = ctx.order, ctx.length
         if x is None or not _wanted(ctx):
             return dy, None, None, None, None, None, None
         if ctx.conv is None:
@@ -76,7 +78,7 @@ def row_grad(
 ) -> Tensor:
     """``y``, as an output of a layer with this weight and bias, of which only ``rows`` train."""
     if torch.compiler.is_compiling():
-        apply = RowGrad.apply
+        apply: Any = RowGrad.apply
     else:
         apply = _apply
         if rows.count == 0:

@@ -187,7 +187,7 @@ class Guard:
         self._copies.clear()
 
     def _begin(self, p: Tensor, group: dict[str, Any]) -> None:
-        """torch's fused SGD fails on parameters of which some step for the first time, others not."""
+        """torch's fused SGD fails where some parameters step for the first time, and others not."""
         if isinstance(self._optimizer, torch.optim.SGD) and group["fused"] and group["momentum"]:
             state = self._optimizer.state[p]
             if state.get("momentum_buffer") is None:

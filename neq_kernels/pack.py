@@ -31,6 +31,8 @@ def cost(problem: Problem) -> float:
     """The share of rows computed, and the time to read all of dY and write its packed rows."""
     if problem.groups > 1 or problem.device not in MACHINES:
         return inf  # the active rows of a grouped convolution make uneven groups
+    if problem.flops == 0:
+        return inf  # an empty batch: nothing to save
     machine = MACHINES[problem.device]
     share = _granules(problem.active, problem.neurons, problem.device) / problem.neurons
     moved = (1 + share) * prod(problem.dy) * problem.dtype.itemsize

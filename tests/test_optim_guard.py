@@ -1,4 +1,4 @@
-"""Frozen means frozen: for every optimizer in torch.optim, the same bits after any number of steps."""
+"""Frozen means frozen: the same bits after any steps, for every optimizer in torch.optim."""
 
 import copy
 import inspect
@@ -480,11 +480,13 @@ def test_remove():
 def test_bad_arguments():
     layer = neq.NEqLinear(3, 2)
     optimizer = torch.optim.SGD(layer.parameters())
-    with pytest.raises(TypeError, match=r"optimizer must be a torch.optim.Optimizer, got NEqLinear"):
+    with pytest.raises(
+        TypeError, match=r"optimizer must be a torch.optim.Optimizer, got NEqLinear"
+    ):
         Guard(layer, optimizer)
     with pytest.raises(ValueError, match="on_thaw must be 'keep' or 'reset', got 'melt'"):
         Guard(optimizer, layer, "melt")
-    with pytest.raises(TypeError, match="layers must be .* got Parameter among them"):
+    with pytest.raises(TypeError, match=r"layers must be .* got Parameter among them"):
         Guard(optimizer, layer.parameters())
 
 
