@@ -1,6 +1,8 @@
 """Training that stops paying for neurons that have stopped learning."""
 
+from neq import optim
 from neq._version import __version__
+from neq.accounting import Account, account
 from neq.convert import convert, revert
 from neq.modules import (
     NEqBatchNorm1d,
@@ -25,6 +27,7 @@ from neq.modules import (
 from neq.summary import summary
 
 __all__ = [
+    "Account",
     "NEqBatchNorm1d",
     "NEqBatchNorm2d",
     "NEqBatchNorm3d",
@@ -44,7 +47,9 @@ __all__ = [
     "NEqSyncBatchNorm",
     "NeuronLayer",
     "__version__",
+    "account",
     "convert",
+    "optim",
     "revert",
     "summary",
 ]

@@ -157,6 +157,7 @@ def account(
     what autograd says, so a dgrad that it prunes is not counted. Random number generators, modes
     and buffers are left as they were.
     """
+    samples = len(_first_tensor(example_inputs))
     known = convertible()
     kinds: dict[str, type[NeuronLayer]] = {}
     uncounted = []
@@ -170,7 +171,6 @@ def account(
     with _all_active(model) as masked:
         dense = _calls(model, kinds, example_inputs) if masked else now
 
-    samples = len(_first_tensor(example_inputs))
     updates = _updates(model, optimizer)
     layers = {}
     for name, kind in kinds.items():
