@@ -469,6 +469,19 @@ def test_hooks_closures_and_schedulers():
     assert changed_rows(layer, optimizer.step) == [False, False, False]
 
 
+@pytest.mark.parametrize("kind", [neq.optim.SGD, neq.optim.AdamW])
+def test_a_compiled_step(kind):
+    """It steps the rows of the moment, not those for which it was compiled."""
+    layer = neq.NEqLinear(2, 4)
+    optimizer = kind(layer.parameters(), lr=0.1, layers=layer)
+    for p in layer.parameters():
+        p.grad = torch.ones_like(p)
+    step = torch.compile(lambda: optimizer.step(), backend="eager")
+    for row in range(4):
+        layer.set_active([row])
+        assert changed_rows(layer, step) == [i == row for i in range(4)]
+
+
 def test_copies_and_pickles_follow_their_own_layers():
     for copied in (copy.deepcopy(small()), pickle.loads(pickle.dumps(small()))):
         layer, optimizer = copied
