@@ -88,10 +88,12 @@ class NeuronLayer(nn.Module):
             return out
         weight, bias = self.weight, self.bias
         rows.on(weight.device)
-        if nothing and not _in_process_group():
-            # out of the graph: what has nothing below it to train is not even visited by backward.
-            # (DDP waits for every parameter to be visited.)
-            return self._none_active(weight.detach(), _detach(bias), *args, **kwargs)
+        if nothing:
+            # out of the graph: what has nothing below it to train is not even visited by backward
+            y = self._none_active(weight.detach(), _detach(bias), *args, **kwargs)
+            if not _in_process_group() or _beyond_backward():
+                return y
+            return row_grad(y, None, weight, bias, rows, None)  # DDP waits for every parameter
         if weight.requires_grad and not weight.is_complex() and not _beyond_backward():
             return self._row_wise(weight, bias, *args, **kwargs)
         return self._element_wise(weight, bias, *args, **kwargs)
@@ -160,7 +162,7 @@ class _NEqConv(NeuronLayer, nn.modules.conv._ConvNd):
         output_size: list[int] | None = None,
     ) -> Tensor:
         input = _autocast(input)
-        batch = input if input.dim() == weight.dim() else input.unsqueeze(0)
+        batch = input.unsqueeze(0) if input.dim() == weight.dim() - 1 else input
         y, x, conv = self._convolve(batch, weight.detach(), _detach(bias), output_size)
         y = row_grad(y, x, weight, bias, self.rows, conv)
         return y if batch is input else y.squeeze(0)

@@ -91,12 +91,12 @@ def predict(problem: Problem) -> str:
 def tuning() -> Iterator[None]:
     """Inside, each problem not measured before is timed once, on the tensors that it comes with."""
     global _tuning
+    before, _tuning = _tuning, True
     _plans.clear()
-    _tuning = True
     try:
         yield
     finally:
-        _tuning = False
+        _tuning = before
 
 
 def save(path: str | Path) -> None:
