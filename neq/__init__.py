@@ -1,6 +1,8 @@
 """Training that stops paying for neurons that have stopped learning."""
 
+from neq import optim
 from neq._version import __version__
+from neq.accounting import Account, account
 from neq.controller import Controller
 from neq.convert import convert, revert
 from neq.equilibrium import Velocity, similarity
@@ -40,6 +42,7 @@ from neq.probes import NoiseProbe, Probe, WeightProbe
 from neq.summary import summary
 
 __all__ = [
+    "Account",
     "AdaptiveEps",
     "Budget",
     "Controller",
@@ -74,7 +77,9 @@ __all__ = [
     "Velocity",
     "WeightProbe",
     "__version__",
+    "account",
     "convert",
+    "optim",
     "revert",
     "similarity",
     "summary",

@@ -120,9 +120,8 @@ class Account:
         return StepTime(dense, dense - self.skipped * (dense - no_wgrad), measured)
 
     def __str__(self) -> str:
-        rows = [
-            ("layer", "kind", "calls", "active", "forward", "dgrad", "wgrad", "update", "moved")
-        ]
+        head = "layer", "kind", "calls", "active", "forward", "dgrad", "wgrad", "optimizer", "moved"
+        rows: list[tuple[str, ...]] = [head]
         for name, layer in self.layers.items():
             active = f"{layer.active / layer.neurons:.1%}" if layer.converted else "-"
             labels = name or "(the model)", layer.kind, str(layer.calls), active
@@ -158,6 +157,7 @@ def account(
     what autograd says, so a dgrad that it prunes is not counted. Random number generators, modes
     and buffers are left as they were.
     """
+    samples = len(_first_tensor(example_inputs))
     known = convertible()
     kinds: dict[str, type[NeuronLayer]] = {}
     uncounted = []
@@ -171,7 +171,6 @@ def account(
     with _all_active(model) as masked:
         dense = _calls(model, kinds, example_inputs) if masked else now
 
-    samples = len(_first_tensor(example_inputs))
     updates = _updates(model, optimizer)
     layers = {}
     for name, kind in kinds.items():

@@ -1,7 +1,7 @@
 """The one idea: a gradient of weight and bias for the active rows, beside a vendor's layer.
 
-    y = F.linear(x, W.detach(), b.detach())    # the vendor's forward; its backward gives dX only
-    y = row_grad(y, x, W, b, rows, conv)       # the same y; its backward gives dW and db
+y = F.linear(x, W.detach(), b.detach())    # the vendor's forward; its backward gives dX only
+y = row_grad(y, x, W, b, rows, conv)       # the same y; its backward gives dW and db
 """
 
 from typing import Any
@@ -18,7 +18,8 @@ class RowGrad(torch.autograd.Function):
     """Hands y and dY through; computes dW and db for the active rows only.
 
     ``x`` is what the layer's kernel saw (cast, padded), or None when no row is active: then nothing
-    is saved and nothing is computed, and weight and bias only keep their place in the graph.
+    is saved and nothing is computed, and weight and bias only keep their place in the graph. They
+    get zeros: without a gradient in the first step, DDP's static graph would never reduce any.
     """
 
     @staticmethod
@@ -32,10 +33,11 @@ class RowGrad(torch.autograd.Function):
         length: Tensor,
         conv: Conv | None,
     ) -> Tensor:
-        # the weight stays out of the saved tensors: its values are not needed, only its layout
-        ctx.save_for_backward(x, order, length)
-        ctx.weight, ctx.conv = weight, conv
-        ctx.bias = bias is not None and bias.requires_grad
+        # the rest stays out of the saved tensors: a saved_tensors_hook may round or offload those.
+        # The weight's values are not needed, only its layout
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.order, ctx.length, ctx.conv = weight, order, length, conv
+        ctx.bias = bias if bias is not None and bias.requires_grad else None
         # y itself would count as a view made here, and in-place activations are forbidden on those
         return y.detach()
 
@@ -44,16 +46,20 @@ class RowGrad(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
                 "a second derivative (create_graph=True) through a layer with frozen neurons is "
-                "not supported by backward(): use torch.func.grad, or set_active(None) for this step"
+                "not supported by backward(): use torch.func.grad, or set_active(None) for a step"
             )
-        x, order, length = ctx.saved_tensors
-        if x is None or not _wanted(ctx):
-            return dy, None, None, None, None, None, None
-        if ctx.conv is None:
-            dw, db = linear_wgrad(dy, x, ctx.weight, order, length, ctx.bias)
+        (x,) = ctx.saved_tensors
+        order, length = ctx.order, ctx.length
+        with_bias = ctx.bias is not None
+        if x is None:
+            dw, db = torch.zeros_like(ctx.weight), torch.zeros_like(ctx.bias) if with_bias else None
+        elif not _wanted(ctx):
+            dw, db = None, None
+        elif ctx.conv is None:
+            dw, db = linear_wgrad(dy, x, ctx.weight, order, length, with_bias)
         else:
-            dw, db = conv_wgrad(dy, x, ctx.weight, order, length, ctx.bias, *ctx.conv)
-        return dy, None, dw, db if ctx.bias else None, None, None, None
+            dw, db = conv_wgrad(dy, x, ctx.weight, order, length, with_bias, *ctx.conv)
+        return dy, None, dw, db if with_bias else None, None, None, None
 
 
 def _wanted(node: Any) -> bool:
@@ -75,11 +81,6 @@ def row_grad(
     y: Tensor, x: Tensor | None, weight: Tensor, bias: Tensor | None, rows: Rows, conv: Conv | None
 ) -> Tensor:
     """``y``, as an output of a layer with this weight and bias, of which only ``rows`` train."""
-    if torch.compiler.is_compiling():
-        apply = RowGrad.apply
-    else:
-        apply = _apply
-        if rows.count == 0:
-            x = None
+    apply: Any = RowGrad.apply if torch.compiler.is_compiling() else _apply
     out: Tensor = apply(y, x, weight, bias, rows.order, rows.length, conv)
     return out

@@ -88,12 +88,18 @@ def convert(
 
 
 def revert(model: Model) -> Model:
-    """Give every layer its torch class back, in place. All neurons train again."""
+    """Give every layer its torch class back, in place. All neurons train again.
+
+    What was derived from a layer of neq since then (a parametrization does) keeps its class.
+    """
+    layers = set(convertible().values())
     for module in model.modules():
-        if isinstance(module, NeuronLayer):
-            module.__class__ = module.plain
+        if isinstance(module, NeuronLayer) and type(module) in layers:
+            module.__class__ = module.plain  # type: ignore[assignment]  # another class is the point
             del module.rows
             vars(module).pop("layer_name", None)
+        elif isinstance(module, NeuronLayer):
+            module.set_active(None)
     return model
 
 
@@ -116,7 +122,7 @@ def obstacle(module: nn.Module) -> str | None:
     if "weight" not in module._parameters:
         return "its weight is computed at each forward (weight_norm, spectral_norm, pruning)"
     weight = module._parameters["weight"]
-    if weight is None:
+    if weight is None or weight.numel() == 0:
         return "it has no weight"
     if weight.is_meta:
         return "on the meta device"

@@ -5,13 +5,14 @@ state_dict are the torch module's own, and with all neurons active so is the for
 """
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.autograd.graph import saved_tensors_hooks
 
 from neq.autograd import row_grad
 from neq.rows import Rows, parse
@@ -27,12 +28,14 @@ class NeuronLayer(nn.Module):
 
     plain: ClassVar[type[nn.Module]]  # the torch module that this one stands for
     layer_name: str = ""  # where ``convert`` found it, for messages
-    weight: Tensor
-    bias: Tensor | None
+    weight: Any  # the torch module's own, as it declares them
+    bias: Any
     rows: Rows
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.weight is None or self.weight.numel() == 0:
+            raise ValueError(f"{type(self).__name__}: without a weight it has no neurons")
         self.rows = Rows(self.n_neurons, self.weight.device)
 
     def _get_name(self) -> str:
@@ -40,17 +43,17 @@ class NeuronLayer(nn.Module):
 
     @property
     def n_neurons(self) -> int:
-        return self.weight.shape[0]
+        return int(self.weight.shape[0])
 
     @property
     def active_rows(self) -> Tensor:
         """int64: the active neurons, ascending, on the layer's device."""
-        return self.rows.on(self.weight.device).active
+        return self.rows.on(self.weight.device).active.clone()
 
     @property
     def active_mask(self) -> Tensor:
         """bool [n_neurons], on the layer's device."""
-        return self.rows.on(self.weight.device).mask
+        return self.rows.on(self.weight.device).mask.clone()
 
     @property
     def active_fraction(self) -> float:
@@ -61,8 +64,8 @@ class NeuronLayer(nn.Module):
 
         rows: their indices in any order, or a bool mask with one entry per neuron, or None for all.
         """
-        where = f"{type(self).__name__} {self.layer_name!r}" if self.layer_name else type(self).__name__
-        self.rows.set(parse(rows, self.n_neurons, where))
+        named = f" {self.layer_name!r}" if self.layer_name else ""
+        self.rows.set(parse(rows, self.n_neurons, type(self).__name__ + named))
 
     @property
     def neuron_dim(self) -> int | None:
@@ -73,32 +76,34 @@ class NeuronLayer(nn.Module):
         """A mask [n_neurons], shaped to broadcast against the weight."""
         return mask.view(-1, *(1,) * (self.weight.dim() - 1))
 
-    def forward(self, input: Tensor, *args: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         rows = self.rows
         if torch.compiler.is_compiling():
             # a graph that depended on this layer's own mask would be recompiled at each change
             everything, nothing = not rows.phase.masked, False
         else:
             everything, nothing = rows.count == rows.neurons, rows.count == 0
-        if everything or not torch.is_grad_enabled():
-            out: Tensor = super().forward(input, *args)
+        if everything or not (torch.is_grad_enabled() or _beyond_backward()):
+            out: Tensor = super().forward(*args, **kwargs)
             return out
         weight, bias = self.weight, self.bias
         rows.on(weight.device)
-        if nothing and not _in_process_group():
-            # out of the graph: what has nothing below it to train is not even visited by backward.
-            # (DDP waits for every parameter to be visited.)
-            return self._vendor(input, weight.detach(), _detach(bias), *args)
-        if weight.requires_grad and not _beyond_backward():
-            return self._row_wise(input, weight, bias, *args)
-        return self._element_wise(input, weight, bias, *args)
+        if nothing:
+            # out of the graph: what has nothing below it to train is not even visited by backward
+            y = self._none_active(weight.detach(), _detach(bias), *args, **kwargs)
+            if not _in_process_group() or _beyond_backward():
+                return y
+            return row_grad(y, None, weight, bias, rows, None)  # DDP waits for every parameter
+        if weight.requires_grad and not weight.is_complex() and not _beyond_backward():
+            return self._row_wise(weight, bias, *args, **kwargs)
+        return self._element_wise(weight, bias, *args, **kwargs)
 
-    def _row_wise(self, input: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+    def _row_wise(self, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         """The gradient of the active rows only, computed by ``neq_kernels``, where it is one."""
-        return self._element_wise(input, weight, bias, *args)
+        return self._element_wise(weight, bias, *args, **kwargs)
 
     def _element_wise(
-        self, input: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
+        self, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any
     ) -> Tensor:
         """The same layer in plain torch operations: frozen elements enter it detached.
 
@@ -107,20 +112,28 @@ class NeuronLayer(nn.Module):
         mask = self.rows.mask
         weight = _freeze(weight, self.weight_mask(mask))
         bias = None if bias is None else _freeze(bias, _shaped(mask, bias))
-        return self._vendor(input, weight, bias, *args)
+        return self._vendor(weight, bias, *args, **kwargs)
 
-    def _vendor(self, input: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+    def _none_active(
+        self, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """With parameters that are not in the graph."""
+        return self._vendor(weight, bias, *args, **kwargs)
+
+    def _vendor(self, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         """The torch module's forward with other parameters, which a shallow copy of it holds."""
         other = self.plain.__new__(self.plain)
         vars(other).update(vars(self), weight=weight, bias=bias)
-        out: Tensor = self.plain.forward(other, input, *args)
+        out: Tensor = self.plain.forward(other, *args, **kwargs)
         return out
 
 
 class NEqLinear(NeuronLayer, nn.Linear):
     plain = nn.Linear
 
-    def _row_wise(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _row_wise(self, weight: Tensor, bias: Tensor | None, input: Tensor) -> Tensor:
+        if input.layout is not torch.strided or input.is_nested:
+            return self._element_wise(weight, bias, input)
         input = _autocast(input)
         y = F.linear(input, weight.detach(), _detach(bias))
         return row_grad(y, input, weight, bias, self.rows, None)
@@ -143,19 +156,28 @@ class _NEqConv(NeuronLayer, nn.modules.conv._ConvNd):
 
     def _row_wise(
         self,
-        input: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        output_size: Sequence[int] | None = None,
+        input: Tensor,
+        output_size: list[int] | None = None,
     ) -> Tensor:
         input = _autocast(input)
-        batch = input if input.dim() == weight.dim() else input.unsqueeze(0)
+        batch = input.unsqueeze(0) if input.dim() == weight.dim() - 1 else input
         y, x, conv = self._convolve(batch, weight.detach(), _detach(bias), output_size)
         y = row_grad(y, x, weight, bias, self.rows, conv)
         return y if batch is input else y.squeeze(0)
 
+    def _none_active(
+        self, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        if weight.is_complex() or _beyond_backward():  # several real convolutions; hooks forbidden
+            return self._vendor(weight, bias, *args, **kwargs)
+        weight = _autocast(weight)
+        with _saving_only(weight):  # torch also saves x, though dX needs but its shape and layout
+            return self._vendor(weight, bias, *args, **kwargs)
+
     def _convolve(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: Sequence[int] | None
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None
     ) -> tuple[Tensor, Tensor, Conv]:
         """The output, the input as the kernel saw it, and the geometry that joins the two."""
         x, padding = self._pad(x)
@@ -177,21 +199,21 @@ class _NEqConv(NeuronLayer, nn.modules.conv._ConvNd):
                 extra = [side for a, b in zip(left, right, strict=True) for side in (0, b - a)]
                 x = F.pad(x, extra)
             return x, tuple(reversed(left))
-        return x, self.padding  # type: ignore[return-value]
+        return x, cast(tuple[int, ...], self.padding)
 
 
-class _NEqConvTranspose(_NEqConv):
+class _NEqConvTranspose(_NEqConv, nn.modules.conv._ConvTransposeNd):
     @property
     def neuron_dim(self) -> int | None:
         return 1 if self.groups == 1 else None  # [inputs, neurons / groups, *kernel]
 
     def _convolve(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: Sequence[int] | None
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None
     ) -> tuple[Tensor, Tensor, Conv]:
-        spatial = len(self.stride)
-        sizes = self.stride, self.padding, self.kernel_size, spatial, self.dilation
+        spatial, padding = len(self.stride), cast(tuple[int, ...], self.padding)  # never a word
+        sizes: Any = (self.stride, padding, self.kernel_size, spatial, self.dilation)
         output_padding = tuple(self._output_padding(x, output_size, *sizes))
-        conv = self._geometry(self.padding, output_padding)
+        conv = self._geometry(padding, output_padding)
         run = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[spatial - 1]
         y = run(
             x, weight, bias, conv.stride, conv.padding, output_padding, conv.groups, conv.dilation
@@ -224,13 +246,13 @@ class NEqConvTranspose3d(_NEqConvTranspose, nn.ConvTranspose3d):
 
 
 class _NEqNorm(NeuronLayer):
-    """Affine norms. Their kernels compute all of dW and db in the pass that computes dX, so there is
-    no row to skip: frozen elements enter the forward detached, at the cost of copying two vectors.
+    """Affine norms. Their kernels compute all of dW and db in the pass that computes dX, so there
+    is no row to skip: frozen elements enter the forward detached, which copies two vectors.
     """
 
     @property
     def n_neurons(self) -> int:
-        return self.weight.numel()
+        return int(self.weight.numel())
 
     @property
     def neuron_dim(self) -> int | None:
@@ -290,9 +312,24 @@ def _shaped(mask: Tensor, p: Tensor) -> Tensor:
     return mask if p.dim() == 1 else mask.view(p.shape)
 
 
+def _saving_only(weight: Tensor) -> saved_tensors_hooks:
+    """Inside, autograd keeps no values but ``weight``'s; it gets other tensors back unwritten."""
+
+    def pack(t: Tensor) -> Any:
+        return t if t.is_set_to(weight) else (t.shape, t.stride(), t.dtype, t.device)
+
+    def unpack(saved: Any) -> Tensor:
+        if isinstance(saved, Tensor):
+            return saved
+        shape, stride, dtype, device = saved
+        return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+
+    return saved_tensors_hooks(pack, unpack)
+
+
 def _freeze(p: Tensor, active: Tensor) -> Tensor:
     """``p`` with its frozen elements detached; ``active`` broadcasts against it."""
-    return torch.where(active, p, p.detach()) if p.requires_grad else p
+    return torch.where(active, p, p.detach()) if p.requires_grad or _beyond_backward() else p
 
 
 def _autocast(x: Tensor) -> Tensor:
@@ -308,5 +345,5 @@ def _in_process_group() -> bool:
 
 
 def _beyond_backward() -> bool:
-    """Is autograd asked for more than ``backward()``: a function transform, a forward derivative?"""
+    """Is autograd asked for more than backward(): a function transform, a forward derivative?"""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

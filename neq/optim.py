@@ -5,9 +5,10 @@ A gradient of zero does not freeze a row: weight decay, momentum and Adam's mome
 without the time for frozen rows, and need no Guard.
 """
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +105,8 @@ class Guard:
     "keep" is the default because it is safe for every optimizer. With "reset", the step count of
     Adam and its relatives goes on, since it belongs to the whole parameter: nothing corrects the
     bias of moments that start from zero, and a thawed neuron's first steps are several times too
-    long. With SGD, "reset" merely forgets an old momentum.
+    long. (So are they with "keep" for a neuron frozen before its moments had settled, within the
+    first few hundred steps.) With SGD, "reset" merely forgets an old momentum.
 
     A step costs a copy of the frozen rows, there and back; of their state too with "keep". A layer
     that is frozen entirely costs nothing: its gradient is hidden from the optimizer for the length
@@ -159,6 +161,8 @@ class Guard:
                     continue
                 if self._on_thaw == "reset":
                     self._reset_once(p, group, frozen)
+                if frozen.count == 0:
+                    self._begin(p, group)
                 if closure is None and p.grad is None:
                     continue
                 if closure is None and frozen.count == 0:
@@ -183,6 +187,13 @@ class Guard:
                     frozen.fill(t, _start(optimizer, group, key))
         self._hidden.clear()
         self._copies.clear()
+
+    def _begin(self, p: Tensor, group: dict[str, Any]) -> None:
+        """torch's fused SGD fails where some parameters step for the first time, and others not."""
+        if isinstance(self._optimizer, torch.optim.SGD) and group["fused"] and group["momentum"]:
+            state = self._optimizer.state[p]
+            if state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(p)
 
     def _is_moved(self, p: Tensor, frozen: _Frozen) -> bool:
         """Might the optimizer move frozen elements of ``p``?"""
@@ -214,6 +225,21 @@ class Guard:
         self._reset[p] = frozen.active, state
 
 
+_eager_steps: dict[type[Optimizer], Callable[..., Any]] = {}
+
+
+def _eager_step(kind: type[Optimizer]) -> Callable[..., Any]:
+    """The step of one of torch's optimizers, by itself: never compiled, and without calling hooks.
+
+    Compiled, it would ask ``_init_group`` once and step the same rows for ever. Hooks are called by
+    the step around it; torch wraps a step in them when the first optimizer of its kind is made.
+    """
+    if kind not in _eager_steps:
+        step = inspect.unwrap(kind.step, stop=lambda f: not getattr(f, "hooked", False))
+        _eager_steps[kind] = torch.compiler.disable(step)
+    return _eager_steps[kind]
+
+
 class RowOptimizer(Optimizer):
     """What the optimizers below add to torch's.
 
@@ -229,6 +255,8 @@ class RowOptimizer(Optimizer):
     its frozen ones and their state not at all. All other parameters are left to torch, stepped as
     ``foreach``, ``fused`` and ``capturable`` say. The state_dict is torch's and goes both ways.
     """
+
+    _plain: ClassVar[type[Optimizer]]  # the torch optimizer that this one stands for
 
     def __init__(
         self,
@@ -247,6 +275,9 @@ class RowOptimizer(Optimizer):
         # a GradScaler then unscales gradients itself, and calls no step that it means to skip
         self._step_supports_amp_scaling = False
         self._guard = _RestGuard(self, layers, on_thaw)
+
+    def step(self, closure: Any = None) -> Any:
+        return _eager_step(self._plain)(self, closure)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_guarded": (self._guard._modules, self._guard._on_thaw)}
@@ -287,6 +318,8 @@ class SGD(RowOptimizer, torch.optim.SGD):
 
     A row that was frozen when its parameter was first stepped starts from a momentum of zero.
     """
+
+    _plain = torch.optim.SGD
 
     # torch's step asks this method what to step: it gets what has no frozen neurons
     def _init_group(
@@ -333,6 +366,8 @@ class SGD(RowOptimizer, torch.optim.SGD):
 class AdamW(RowOptimizer, torch.optim.AdamW):
     """``torch.optim.AdamW`` whose step takes the time of the active rows; see ``RowOptimizer``."""
 
+    _plain = torch.optim.AdamW
+
     # torch's step asks this method what to step: it gets what has no frozen neurons
     def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
         dense, by_rows = self._divide(group)
@@ -366,7 +401,7 @@ class _RestGuard(Guard):
     """Guards what a ``RowOptimizer`` leaves to torch although it has frozen neurons."""
 
     def _is_moved(self, p: Tensor, frozen: _Frozen) -> bool:
-        return p.grad is None or (frozen.count > 0 and not _steps_by_rows(p, frozen))
+        return frozen.count > 0 and (p.grad is None or not _steps_by_rows(p, frozen))
 
 
 def _steps_by_rows(p: Tensor, frozen: _Frozen) -> bool:

@@ -273,7 +273,8 @@ def by_neuron(layer: NeuronLayer, output: Tensor) -> tuple[Tensor, int]:
     elif isinstance(layer, _NEqConv):
         channel_dim = 1 - layer.weight.dim()  # from the end: a single sample has no dimension 0
     elif isinstance(layer, nn.modules.instancenorm._InstanceNorm):
-        channel_dim = 0 if output.dim() == layer._get_no_batch_dim() else 1
+        no_batch = layer._get_no_batch_dim()  # type: ignore[no-untyped-call]
+        channel_dim = 0 if output.dim() == no_batch else 1
     elif isinstance(layer, _NEqNorm):
         channel_dim = 1
     else:
@@ -284,7 +285,7 @@ def by_neuron(layer: NeuronLayer, output: Tensor) -> tuple[Tensor, int]:
 
 def parameter_rows(layer: NeuronLayer) -> Tensor:
     """[n, parameters]: the weight and bias of each neuron."""
-    weight = layer.weight.detach()
+    weight: Tensor = layer.weight.detach()
     if isinstance(layer, _NEqConv) and layer.transposed:
         inputs = weight.shape[0] // layer.groups
         weight = weight.unflatten(0, (layer.groups, inputs)).transpose(1, 2).flatten(0, 1)

@@ -20,29 +20,42 @@ class Rows:
     """The active neurons of a weight with ``neurons`` rows. All of them, to begin with."""
 
     def __init__(self, neurons: int, device: torch.device, phase: Phase | None = None) -> None:
-        self.neurons = neurons
         self.phase = Phase() if phase is None else phase
         self._device = device
-        self.set(torch.ones(neurons, dtype=torch.bool))
+        self.set(torch.ones(neurons, dtype=torch.bool, device="cpu"))
 
+    @torch.inference_mode(False)  # no backward pass can save a tensor made in inference mode
     def set(self, mask: Tensor) -> None:
         """Take a bool mask [neurons]. New tensors each time: a backward pass keeps its own."""
-        mask = mask.cpu()
-        self.count = int(mask.sum())
-        # the three that graphs read; shapes are the same whatever the mask
-        self.mask = mask.to(self._device)  # bool [neurons]
-        order = torch.argsort(mask, descending=True, stable=True)  # active first, each ascending
-        self.order = order.to(self._device)  # int64 [neurons]
-        self.length = torch.tensor(self.count)  # int64 [], on the CPU: kernels never wait for it
+        self._mask = mask.to("cpu", copy=True)
+        self.neurons, self.count = len(mask), int(self._mask.sum())
+        self.length = torch.tensor(self.count, device="cpu")  # int64 []: no kernel waits for it
+        self._place()
         if self.count < self.neurons:
             self.phase.masked = True
+
+    @torch.inference_mode(False)
+    def _place(self) -> None:
+        order = torch.argsort(self._mask, descending=True, stable=True)  # active first, ascending
+        # what graphs read, with ``length``; shapes are the same whatever the mask
+        self.mask = self._mask.to(self._device)  # bool [neurons]
+        self.order = order.to(self._device)  # int64 [neurons]
 
     def on(self, device: torch.device) -> "Rows":
         """These rows, moved after their layer if it has moved."""
         if device != self._device:
             self._device = device
-            self.mask, self.order = self.mask.to(device), self.order.to(device)
+            self._place()
         return self
+
+    def __getstate__(self) -> tuple[Phase, list[bool]]:
+        # not as tensors: ``torch.load`` could map those to any device
+        return self.phase, self._mask.tolist()
+
+    def __setstate__(self, state: tuple[Phase, list[bool]]) -> None:
+        self.phase, mask = state
+        self._device = torch.device("cpu")
+        self.set(torch.tensor(mask, dtype=torch.bool, device="cpu"))
 
     @property
     def active(self) -> Tensor:
@@ -56,37 +69,40 @@ def parse(rows: Any, neurons: int, layer: str) -> Tensor:
     ``layer`` names the layer in errors.
     """
     if rows is None:
-        return torch.ones(neurons, dtype=torch.bool)
+        return torch.ones(neurons, dtype=torch.bool, device="cpu")
+    if isinstance(rows, Tensor) and rows.is_meta:
+        raise ValueError(f"{layer}: rows are on the meta device, which holds no values")
+    given = type(rows).__name__
+    if hasattr(rows, "tolist") and not isinstance(rows, Tensor):
+        rows = rows.tolist()  # numpy has strides and dtypes that torch does not
     try:
-        rows = torch.as_tensor(rows)
+        named: Tensor = torch.as_tensor(rows, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
-            f"{layer}: rows must be indices, a bool mask or None, got {type(rows).__name__}"
+            f"{layer}: rows must be indices, a bool mask or None, got {given}"
         ) from error
-    if rows.device.type == "meta":
-        raise ValueError(f"{layer}: rows are on the meta device, which holds no values")
-    rows = rows.detach().cpu()
-    if rows.dim() != 1:
-        raise ValueError(f"{layer}: rows must have one dimension, got shape {list(rows.shape)}")
-    if rows.dtype == torch.bool:
-        if len(rows) != neurons:
+    if named.dim() != 1:
+        raise ValueError(f"{layer}: rows must have one dimension, got shape {list(named.shape)}")
+    if named.dtype == torch.bool:
+        if len(named) != neurons:
             raise ValueError(
                 f"{layer}: a bool mask must have one entry for each of the {neurons} neurons, "
-                f"got {len(rows)}"
+                f"got {len(named)}"
             )
-        return rows.clone()
-    mask = torch.zeros(neurons, dtype=torch.bool)
-    if len(rows) == 0:
+        return named
+    mask = torch.zeros(neurons, dtype=torch.bool, device="cpu")
+    if len(named) == 0:
         return mask
-    if rows.is_floating_point() or rows.is_complex():
-        raise TypeError(f"{layer}: rows must be integers or bools, got {rows.dtype}")
-    low, high = int(rows.min()), int(rows.max())
+    if named.is_floating_point() or named.is_complex():
+        raise TypeError(f"{layer}: rows must be integers or bools, got {named.dtype}")
+    named = named.long()
+    low, high = int(named.min()), int(named.max())
     if low < 0 or high >= neurons:
         raise ValueError(
             f"{layer}: rows must lie in [0, {neurons}), got {low if low < 0 else high}"
         )
-    mask[rows.long()] = True
-    if int(mask.sum()) != len(rows):
-        values, counts = rows.unique(return_counts=True)
+    mask[named] = True
+    if int(mask.sum()) != len(named):
+        values, counts = named.unique(return_counts=True)
         raise ValueError(f"{layer}: row {int(values[counts > 1][0])} is named more than once")
     return mask

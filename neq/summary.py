@@ -53,10 +53,11 @@ class Summary:
 def summary(model: nn.Module) -> Summary:
     """Every module of ``model`` that owns parameters, in the model's order."""
     layers = []
+    known = tuple(convertible())
     for name, module in model.named_modules():
         if isinstance(module, NeuronLayer):
             counts, reason = (module.n_neurons, module.rows.count), ""
-        elif type(module) in convertible() or _owns_parameters(module):
+        elif isinstance(module, known) or _owns_parameters(module):
             counts, reason = (0, 0), obstacle(module) or "not asked for"
         else:
             continue
@@ -66,7 +67,8 @@ def summary(model: nn.Module) -> Summary:
 
 def _owns_parameters(module: nn.Module) -> bool:
     # a quantized module keeps them packed, where _parameters does not show them
-    return any(p is not None for p in module._parameters.values()) or obstacle(module) == "quantized"
+    own = any(p is not None for p in module._parameters.values())
+    return own or obstacle(module) == "quantized"
 
 
 def _percent(active: int, neurons: int) -> str:

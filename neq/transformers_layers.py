@@ -10,12 +10,12 @@ from neq.autograd import row_grad
 from neq.modules import NeuronLayer, _autocast, _detach
 
 
-class NEqTransformersConv1D(NeuronLayer, Conv1D):
+class NEqTransformersConv1D(NeuronLayer, Conv1D):  # type: ignore[misc]  # Conv1D is untyped
     plain = Conv1D
 
     @property
     def n_neurons(self) -> int:
-        return self.weight.shape[1]
+        return int(self.weight.shape[1])
 
     @property
     def neuron_dim(self) -> int | None:
@@ -24,7 +24,7 @@ class NEqTransformersConv1D(NeuronLayer, Conv1D):
     def weight_mask(self, mask: Tensor) -> Tensor:
         return mask.view(1, -1)
 
-    def _row_wise(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        input = _autocast(input)
-        y = self._vendor(input, weight.detach(), _detach(bias))
-        return row_grad(y, input, weight.t(), bias, self.rows, None)
+    def _row_wise(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+        x = _autocast(x)
+        y = self._vendor(weight.detach(), _detach(bias), x)
+        return row_grad(y, x, weight.t(), bias, self.rows, None)

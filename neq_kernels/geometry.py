@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Conv(NamedTuple):
-    """Everything ``aten::convolution`` takes beside its tensors; one entry per spatial dimension."""
+    """What ``aten::convolution`` takes beside its tensors; one entry per spatial dimension."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -32,7 +32,7 @@ class Conv(NamedTuple):
 
     def channels(self, weight: Tensor) -> tuple[int, int]:
         """(neurons, inputs): the channels that come out and go in."""
-        # weight is [neurons, inputs/groups, *kernel], or [inputs, neurons/groups, *kernel] transposed
+        # weight: [neurons, inputs/groups, *kernel]; transposed [inputs, neurons/groups, *kernel]
         if self.transposed:
             return weight.shape[1] * self.groups, weight.shape[0]
         return weight.shape[0], weight.shape[1] * self.groups

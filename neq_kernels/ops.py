@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neq_kernels import chunked, pack_step, planner
+from neq_kernels import chunked, planner, row_step
 from neq_kernels.geometry import Conv
 
 _lib = torch.library.Library("neq", "DEF")
@@ -70,7 +70,7 @@ def _check_linear(dy: Tensor, x: Tensor, weight: Tensor, rows: Tensor, count: Te
             f"dy must be x's leading dimensions and {neurons} neurons, "
             f"got {list(dy.shape)} for x {list(x.shape)}"
         )
-    if x.shape[-1] != inputs:
+    if x.shape[-1:] != (inputs,):
         raise ValueError(f"x must end in {inputs} inputs, got {list(x.shape)}")
     if dy.dtype != x.dtype:
         raise ValueError(f"dy and x must have one dtype, got {dy.dtype} and {x.dtype}")
@@ -170,9 +170,10 @@ def _check_sgd(
     counts: list[Tensor],
     lr: Tensor,
     momentum: float,
+    *options: Any,
 ) -> None:
     if momentum == 0 and momentum_buffers:
-        raise ValueError(f"momentum_buffers must be empty without momentum, got {momentum=}")
+        raise ValueError("momentum_buffers must be empty without momentum")
     buffers = {"momentum_buffers": momentum_buffers} if momentum else {}
     _check_step(params, rows, counts, lr, grads=grads, **buffers)
 
@@ -187,7 +188,12 @@ def _check_adamw(
     rows: list[Tensor],
     counts: list[Tensor],
     lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
     amsgrad: bool,
+    maximize: bool,
 ) -> None:
     if max_exp_avg_sqs and not amsgrad:
         raise ValueError("max_exp_avg_sqs must be empty without amsgrad")
@@ -201,7 +207,6 @@ def _nothing(weight: Tensor, biases: int) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(weight), weight.new_zeros(biases)
 
 
-@torch.library.impl(_lib, "linear_wgrad", "CompositeExplicitAutograd")
 def _linear_wgrad(
     dy: Tensor, x: Tensor, weight: Tensor, rows: Tensor, count: Tensor, bias: bool
 ) -> tuple[Tensor, Tensor]:
@@ -209,12 +214,11 @@ def _linear_wgrad(
     k = int(count)
     if k == 0:
         return _nothing(weight, len(rows) if bias else 0)
-    # [T, n] and [T, inputs]: T runs over all leading dimensions
-    dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    samples = dy.shape[:-1].numel()  # not -1, which is ambiguous where a size is 0
+    dy, x = dy.reshape(samples, dy.shape[-1]), x.reshape(samples, x.shape[-1])
     return planner.linear_wgrad(dy, x, weight, rows, k, bias)
 
 
-@torch.library.impl(_lib, "conv_wgrad", "CompositeExplicitAutograd")
 def _conv_wgrad(
     dy: Tensor,
     x: Tensor,
@@ -232,7 +236,6 @@ def _conv_wgrad(
     return planner.conv_wgrad(dy, x, weight, rows, k, bias, conv)
 
 
-@torch.library.impl(_lib, "row_similarity", "CompositeExplicitAutograd")
 def _row_similarity(
     current: Tensor, previous: Tensor, channel_dim: int, per_sample: bool
 ) -> Tensor:
@@ -240,46 +243,16 @@ def _row_similarity(
     return chunked.row_similarity(current, previous, channel_dim % current.dim(), per_sample)
 
 
-@torch.library.impl(_lib, "sgd_rows_", "CompositeExplicitAutograd")
-def _sgd_rows_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    momentum_buffers: list[Tensor],
-    rows: list[Tensor],
-    counts: list[Tensor],
-    lr: Tensor,
-    momentum: float,
-    *options: Any,
-) -> None:
-    tensors = (params, grads, momentum_buffers, rows, counts, lr)
-    _check_sgd(*tensors, momentum)
-    pack_step.sgd_rows_(*tensors, momentum, *options)
+def _sgd_rows_(*args: Any) -> None:
+    _check_sgd(*args)
+    row_step.sgd_rows_(*args)
 
 
-@torch.library.impl(_lib, "adamw_rows_", "CompositeExplicitAutograd")
-def _adamw_rows_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    max_exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    rows: list[Tensor],
-    counts: list[Tensor],
-    lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    amsgrad: bool,
-    maximize: bool,
-) -> None:
-    tensors = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, rows, counts, lr)
-    _check_adamw(*tensors, amsgrad)
-    pack_step.adamw_rows_(*tensors, beta1, beta2, eps, weight_decay, amsgrad, maximize)
+def _adamw_rows_(*args: Any) -> None:
+    _check_adamw(*args)
+    row_step.adamw_rows_(*args)
 
 
-@torch.library.register_fake("neq::linear_wgrad", lib=_lib)
 def _fake_linear_wgrad(
     dy: Tensor, x: Tensor, weight: Tensor, rows: Tensor, count: Tensor, bias: bool
 ) -> tuple[Tensor, Tensor]:
@@ -287,7 +260,6 @@ def _fake_linear_wgrad(
     return torch.empty_like(weight), weight.new_empty(len(rows) if bias else 0)
 
 
-@torch.library.register_fake("neq::conv_wgrad", lib=_lib)
 def _fake_conv_wgrad(
     dy: Tensor,
     x: Tensor,
@@ -301,7 +273,6 @@ def _fake_conv_wgrad(
     return torch.empty_like(weight), weight.new_empty(len(rows) if bias else 0)
 
 
-@torch.library.register_fake("neq::row_similarity", lib=_lib)
 def _fake_row_similarity(
     current: Tensor, previous: Tensor, channel_dim: int, per_sample: bool
 ) -> Tensor:
@@ -310,41 +281,15 @@ def _fake_row_similarity(
     return current.new_empty((3, *samples, current.shape[channel_dim]), dtype=torch.float64)
 
 
-@torch.library.register_fake("neq::sgd_rows_", lib=_lib)
-def _fake_sgd_rows_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    momentum_buffers: list[Tensor],
-    rows: list[Tensor],
-    counts: list[Tensor],
-    lr: Tensor,
-    momentum: float,
-    *options: Any,
-) -> None:
-    _check_sgd(params, grads, momentum_buffers, rows, counts, lr, momentum)
-
-
-@torch.library.register_fake("neq::adamw_rows_", lib=_lib)
-def _fake_adamw_rows_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    max_exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    rows: list[Tensor],
-    counts: list[Tensor],
-    lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    amsgrad: bool,
-    maximize: bool,
-) -> None:
-    tensors = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, rows, counts, lr)
-    _check_adamw(*tensors, amsgrad)
-
+for _name, _impl, _fake in (
+    ("linear_wgrad", _linear_wgrad, _fake_linear_wgrad),
+    ("conv_wgrad", _conv_wgrad, _fake_conv_wgrad),
+    ("row_similarity", _row_similarity, _fake_row_similarity),
+    ("sgd_rows_", _sgd_rows_, _check_sgd),
+    ("adamw_rows_", _adamw_rows_, _check_adamw),
+):
+    _lib.impl(_name, _impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"neq::{_name}", _fake, lib=_lib)
 
 # What ``neq`` calls: the overloads themselves, which skips the look-up of the packet.
 linear_wgrad = torch.ops.neq.linear_wgrad.default

@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 from types import ModuleType
@@ -90,12 +91,12 @@ def predict(problem: Problem) -> str:
 def tuning() -> Iterator[None]:
     """Inside, each problem not measured before is timed once, on the tensors that it comes with."""
     global _tuning
+    before, _tuning = _tuning, True
     _plans.clear()
-    _tuning = True
     try:
         yield
     finally:
-        _tuning = False
+        _tuning = before
 
 
 def save(path: str | Path) -> None:
@@ -117,7 +118,7 @@ def _fastest(problem: Problem, *args: Any) -> str:
     """Time the backends in turns; dense keeps what it loses by less than ``MARGIN``."""
     conv = () if problem.conv is None else (problem.conv,)
     runs: dict[str, Callable[[], object]] = {
-        name: lambda run=getattr(backend, problem.op): run(*args, *conv)
+        name: partial(getattr(backend, problem.op), *args, *conv)
         for name, backend in BACKENDS.items()
         if backend.cost(problem) < float("inf")
     }

@@ -50,4 +50,5 @@ class Problem:
         layout = "channels_last" if self.channels_last else "contiguous"
         geometry = "" if self.conv is None else " ".join(map(str, self.conv))
         dtype = str(self.dtype).removeprefix("torch.")
-        return " ".join([self.op, dtype, layout, *sizes, f"{self.bucket}/{BUCKETS}", geometry])
+        kind = self.op, self.device, dtype, layout
+        return " ".join([*kind, *sizes, f"{self.bucket}/{BUCKETS}", geometry])

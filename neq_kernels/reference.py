@@ -3,6 +3,8 @@
 A frozen row is exactly zero, also where the dense gradient would be infinite or NaN.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,8 @@ def linear_wgrad(
     dy: Tensor, x: Tensor, weight: Tensor, rows: Tensor, count: Tensor, bias: bool
 ) -> tuple[Tensor, Tensor]:
     """dW = dYᵀ X [n, inputs] and db = Σ dY [n] (or [0] without bias), frozen rows zero."""
-    dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])  # [T, n], [T, inputs]
+    samples = dy.shape[:-1].numel()
+    dy, x = dy.reshape(samples, dy.shape[-1]), x.reshape(samples, x.shape[-1])
     frozen = ~active_mask(rows, count)
     dw = (dy.t() @ x).masked_fill(frozen[:, None], 0)
     db = dy.sum(0).masked_fill(frozen, 0)
@@ -34,10 +37,10 @@ def conv_wgrad(
     rows: Tensor,
     count: Tensor,
     bias: bool,
-    *geometry: object,
+    *geometry: Any,
 ) -> tuple[Tensor, Tensor]:
     """The gradient of ``torch.convolution``'s weight and bias for a given dY, frozen rows zero."""
-    conv = Conv(*geometry)
+    conv = Conv.of(*geometry)
     frozen = ~active_mask(rows, count)
     with torch.enable_grad():
         w = weight.detach().to(dy.dtype).requires_grad_()

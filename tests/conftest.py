@@ -33,6 +33,7 @@ def poisoned_memory():
 
 @pytest.fixture
 def one_thread():
+    """For tiny problems, where a second thread only waits, and does so busily."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
