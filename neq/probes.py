@@ -289,8 +289,8 @@ def parameter_rows(layer: NeuronLayer) -> Tensor:
     if isinstance(layer, _NEqConv) and layer.transposed:
         inputs = weight.shape[0] // layer.groups
         weight = weight.unflatten(0, (layer.groups, inputs)).transpose(1, 2).flatten(0, 1)
-    elif layer.weight_mask(layer.active_mask).shape[0] == 1:  # stored [inputs, n]
-        weight = weight.t()
+    elif layer.neuron_dim:
+        weight = weight.movedim(layer.neuron_dim, 0)
     weight = weight.reshape(layer.n_neurons, prod(weight.shape) // layer.n_neurons)
     if layer.bias is None:
         return weight
