@@ -187,11 +187,13 @@ class Controller:
         Previous outputs of other samples than this probe's (another rank's, say) are not taken, but
         measured anew.
         """
-        if state["masks"].keys() != self.layers.keys():
+        if list(state["masks"]) != list(self.layers):
             missing = sorted(self.layers.keys() - state["masks"].keys())
             unknown = sorted(state["masks"].keys() - self.layers.keys())
             raise ValueError(
                 f"the state is of other layers: it lacks {missing}, and this model lacks {unknown}"
+                if missing or unknown
+                else "the state is of the same layers in another order"
             )
         for (name, mask), n in zip(state["masks"].items(), self._sizes, strict=True):
             if len(mask) != n:
@@ -213,7 +215,10 @@ class Controller:
     def _count(self) -> Account | None:
         if self._inputs is None:
             return None
-        with evaluating(self.model):
+        # nothing is kept for the backward that never comes
+        nothing = torch.empty(0)
+        forget = torch.autograd.graph.saved_tensors_hooks(lambda _: nothing, lambda _: nothing)
+        with evaluating(self.model), forget:
             return account(self.model, self._inputs)
 
     def _observe(self) -> list[Tensor]:

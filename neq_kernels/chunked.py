@@ -10,7 +10,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-PIECE = {"cpu": 1 << 16, "cuda": 1 << 24}  # elements: what fits a core's cache, what fills a GPU
+PIECE = {"cpu": 1 << 17, "cuda": 1 << 24}  # elements: what fits a core's cache, what fills a GPU
 
 
 def row_similarity(current: Tensor, previous: Tensor, channel_dim: int, per_sample: bool) -> Tensor:

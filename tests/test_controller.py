@@ -3,6 +3,7 @@
 import copy
 import io
 import random
+import weakref
 
 import numpy as np
 import pytest
@@ -235,6 +236,29 @@ def test_tied_layers_are_measured_and_decided_together():
     assert model.a.active_fraction == model.b.active_fraction == 0
 
 
+def test_counting_keeps_no_activations():
+    alive = []
+
+    class Watched(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            y = self.a(x)
+            inside = weakref.ref(y)
+            y = self.b(F.gelu(y))  # whose backward wants its input
+            alive.append((torch.is_grad_enabled(), inside() is not None))
+            return y
+
+    model, x = Watched(), torch.ones(2, 4)
+    model(x)
+    neq.Controller(model, probe=x, policy=neq.Everything(), optimizer=())
+    assert alive[0] == (True, True)
+    assert (True, False) in alive[1:]
+    assert (True, True) not in alive[1:]
+
+
 def test_several_optimizers():
     torch.manual_seed(0)
     model = Net()
@@ -427,6 +451,9 @@ def test_controller_refuses():
     state = make(policy=neq.Everything()).state_dict()
     with pytest.raises(ValueError, match=r"it lacks \['head'\], and this model lacks \[\]"):
         make(policy=neq.Everything(), leave_alone=()).load_state_dict(state)
+    reordered = state | {"masks": dict(reversed(state["masks"].items()))}
+    with pytest.raises(ValueError, match="the same layers in another order"):
+        make(policy=neq.Everything()).load_state_dict(reordered)
     state["masks"]["conv"] = torch.ones(9, dtype=torch.bool)
     with pytest.raises(ValueError, match="layer 'conv' has 6 neurons, the state was saved with 9"):
         make(policy=neq.Everything()).load_state_dict(state)
@@ -525,6 +552,31 @@ def test_where_ranks_choose_otherwise_rank_0_holds(ranks):
     _, results = ranks
     for result in results:
         assert all(m.nonzero().tolist() == [[0]] for m in result["contrary"].values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("memory", ["device", "host", "sketch"])
+def test_on_a_gpu_the_same_is_measured_and_resumed(memory):
+    model, optimizer, control = build(neq.Everything())
+    twin = copy.deepcopy(neq.revert(copy.deepcopy(model))).cuda()
+    options = {"probe": data()[0][:6], "policy": neq.Random(0.5), "optimizer": (), "memory": memory}
+    other = neq.Controller(twin, **options)
+    train(model, optimizer)
+    with torch.no_grad():
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            q.copy_(p)
+        for p, q in zip(model.buffers(), twin.buffers(), strict=True):
+            q.copy_(p)
+    control.step()
+    other.step()
+    assert twin.conv.active_mask.is_cuda
+    assert twin.conv.active_fraction == 0.5
+    assert torch.allclose(control._phi, other._phi, atol=2e-3, equal_nan=True)
+    resumed = neq.Controller(twin, **options)
+    resumed.load_state_dict(other.state_dict())
+    resumed.step()
+    measured = resumed._phi[~resumed._phi.isnan()]
+    assert (measured == 1).all()
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile], ids=["DataParallel", "compile"])
