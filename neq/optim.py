@@ -85,7 +85,7 @@ def _frozen(modules: Iterable[nn.Module]) -> dict[Tensor, _Frozen]:
             mask = None
             if name == "weight":
                 dim = layer.neuron_dim
-                mask = layer.weight_mask(rows.mask) if dim is None else None
+                mask = layer.spread(rows.mask) if dim is None else None
             else:
                 dim = 0 if p.dim() == 1 else None
                 mask = rows.mask.view(p.shape) if dim is None else None
