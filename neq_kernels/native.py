@@ -13,11 +13,11 @@ from neq_kernels.geometry import Conv
 from neq_kernels.problem import Problem
 
 # Arithmetic that the vendor's dense kernels do while a byte of X or dY arrives, and during a call.
-FLOPS_PER_BYTE = 10
+FLOPS_PER_BYTE = 6
 CALL_FLOPS = 3e6
 LANES = 16  # of a vector, which channels fill or waste
 # How much longer tiles take that read every X just once: it comes from farther away.
-ONE_TAP = 1.3
+ONE_TAP = 1.2
 BUSY = 8  # products that a core needs under way at once
 # How much faster than with float32 the vendor is where there are matrix instructions.
 HALF_PRECISION = 16
