@@ -16,7 +16,15 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-SOURCES = ["csrc/bindings.cpp", "csrc/cpu/pack.cpp", "csrc/cpu/step.cpp"]
+SOURCES = [
+    "csrc/bindings.cpp",
+    "csrc/cpu/conv_wgrad.cpp",
+    "csrc/cpu/conv_wgrad_avx2.cpp",
+    "csrc/cpu/conv_wgrad_avx512.cpp",
+    "csrc/cpu/conv_wgrad_portable.cpp",
+    "csrc/cpu/pack.cpp",
+    "csrc/cpu/step.cpp",
+]
 CUDA_SOURCES = ["csrc/cuda/pack.cu"]
 CUDA_TARGETS = [80, 90, 100]
 

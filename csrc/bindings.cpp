@@ -1,11 +1,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "cpu/conv_wgrad.h"
 #include "cpu/pack.h"
 #include "cpu/step.h"
 #ifdef NEQ_CUDA
@@ -83,6 +85,80 @@ void cpu_adamw_rows(neq::DType dtype, const std::vector<Addresses>& all,
   neq::cpu::adamw_rows(dtype, params, {lr, beta1, beta2, eps, weight_decay, maximize}, threads);
 }
 
+using Ints = std::vector<int64_t>;
+
+// The last of up to three dimensions, preceded by what a missing one has.
+neq::cpu::Size3 size3(const Ints& given, int64_t missing) {
+  neq::cpu::Size3 size{missing, missing, missing};
+  std::copy_backward(given.begin(), given.end(), size.end());
+  return size;
+}
+
+// Of a tensor with two dimensions before its spatial ones.
+neq::cpu::Strides5 strides5(const Ints& given) {
+  neq::cpu::Strides5 strides{given[0], given[1]};
+  std::copy_backward(given.begin() + 2, given.end(), strides.end());
+  return strides;
+}
+
+void cpu_conv_wgrad(neq::DType dtype, uintptr_t dy, const Ints& dy_size, const Ints& dy_strides,
+                    uintptr_t x, const Ints& x_size, const Ints& x_strides, uintptr_t dw,
+                    const Ints& dw_size, const Ints& dw_strides, uintptr_t db, uintptr_t rows,
+                    int64_t k, const Ints& stride, const Ints& padding, const Ints& dilation,
+                    int64_t groups, neq::cpu::Isa isa, int threads, int split_for) {
+  const auto spatial = [](const Ints& sizes) { return Ints(sizes.begin() + 2, sizes.end()); };
+  for (const Ints* sizes : {&dy_size, &dy_strides, &x_size, &x_strides, &dw_size, &dw_strides})
+    require(sizes->size() == stride.size() + 2, "dimensions", int64_t(sizes->size()),
+            std::to_string(stride.size() + 2));
+  for (const Ints* sizes : {&stride, &padding, &dilation})
+    require(sizes->size() >= 1 && sizes->size() <= 3 && sizes->size() == stride.size(),
+            "spatial dimensions", int64_t(sizes->size()), "1, 2 or 3, and equal");
+  for (const Ints* sizes : {&dy_size, &x_size, &dw_size, &stride, &dilation})
+    for (const int64_t size : *sizes) require(size >= 1, "a size or stride", size, "at least 1");
+  for (const int64_t size : padding) require(size >= 0, "padding", size, "at least 0");
+  const int64_t neurons = dy_size[1];
+  require(dw_size[0] == neurons, "neurons of dw", dw_size[0], std::to_string(neurons));
+  require(x_size[0] == dy_size[0], "samples of x", x_size[0], std::to_string(dy_size[0]));
+  require(groups >= 1 && neurons % groups == 0 && x_size[1] == groups * dw_size[1], "groups",
+          groups, "a divisor of neurons that makes x's channels groups times dw's");
+  for (size_t i = 0; i < stride.size(); ++i) {
+    const int64_t reach = (dy_size[i + 2] - 1) * stride[i] + (dw_size[i + 2] - 1) * dilation[i];
+    require(reach < x_size[i + 2] + 2 * padding[i], "reach of the kernel", reach,
+            "within the padded input");
+  }
+  const auto* row = pointer<const int64_t>(rows);
+  for (int64_t j = 0; j < k; ++j)
+    require(row[j] > (j ? row[j - 1] : -1) && row[j] < neurons, "rows", row[j],
+            "ascending, between 0 and neurons = " + std::to_string(neurons));
+  require(neq::cpu::has_isa(isa), "isa", int64_t(isa), "one that this processor has");
+  require(threads >= 1, "threads", threads, "at least 1");
+  require(split_for >= 1, "split_for", split_for, "at least 1");
+
+  py::gil_scoped_release release;
+  neq::cpu::ConvWgrad problem;
+  problem.dtype = dtype;
+  problem.samples = dy_size[0];
+  problem.neurons = neurons;
+  problem.groups = groups;
+  problem.channels = dw_size[1];
+  problem.input = size3(spatial(x_size), 1);
+  problem.output = size3(spatial(dy_size), 1);
+  problem.kernel = size3(spatial(dw_size), 1);
+  problem.stride = size3(stride, 1);
+  problem.padding = size3(padding, 0);
+  problem.dilation = size3(dilation, 1);
+  problem.dy = pointer<const void>(dy);
+  problem.dy_strides = strides5(dy_strides);
+  problem.x = pointer<const void>(x);
+  problem.x_strides = strides5(x_strides);
+  problem.dw = pointer<void>(dw);
+  problem.dw_strides = strides5(dw_strides);
+  problem.db = pointer<void>(db);
+  problem.rows = row;
+  problem.k = k;
+  neq::cpu::conv_wgrad(problem, isa, threads, split_for);
+}
+
 #ifdef NEQ_CUDA
 int64_t cuda_pack_scratch_bytes(neq::DType dtype, int64_t samples, int64_t k) {
   require(samples >= 0, "samples", samples, "at least 0");
@@ -120,6 +196,17 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_adamw_rows", &cpu_adamw_rows, py::arg("dtype"), py::arg("all"), py::arg("counts"),
         py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
         py::arg("weight_decay"), py::arg("maximize"), py::arg("threads"));
+  py::enum_<neq::cpu::Isa>(m, "Isa")
+      .value("best", neq::cpu::Isa::best)
+      .value("avx512", neq::cpu::Isa::avx512)
+      .value("avx2", neq::cpu::Isa::avx2)
+      .value("portable", neq::cpu::Isa::portable);
+  m.def("cpu_has_isa", &neq::cpu::has_isa, py::arg("isa"));
+  m.def("cpu_conv_wgrad", &cpu_conv_wgrad, py::arg("dtype"), py::arg("dy"), py::arg("dy_size"),
+        py::arg("dy_strides"), py::arg("x"), py::arg("x_size"), py::arg("x_strides"),
+        py::arg("dw"), py::arg("dw_size"), py::arg("dw_strides"), py::arg("db"), py::arg("rows"),
+        py::arg("k"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),
+        py::arg("groups"), py::arg("isa"), py::arg("threads"), py::arg("split_for"));
 #ifdef NEQ_CUDA
   m.attr("has_cuda") = true;
   m.def("cuda_pack_scratch_bytes", &cuda_pack_scratch_bytes, py::arg("dtype"), py::arg("samples"),

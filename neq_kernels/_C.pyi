@@ -1,4 +1,6 @@
-# Addresses are those of Tensor.data_ptr(); 0 for sums asks for none.
+# Addresses are those of Tensor.data_ptr(); 0 for sums or db asks for none.
+
+from collections.abc import Sequence
 
 class DType:
     float32: DType
@@ -6,8 +8,37 @@ class DType:
     bfloat16: DType
     float16: DType
 
+class Isa:
+    best: Isa
+    avx512: Isa
+    avx2: Isa
+    portable: Isa
+
 has_cuda: bool
 
+def cpu_has_isa(isa: Isa) -> bool: ...
+def cpu_conv_wgrad(
+    dtype: DType,
+    dy: int,
+    dy_size: Sequence[int],
+    dy_strides: Sequence[int],
+    x: int,
+    x_size: Sequence[int],
+    x_strides: Sequence[int],
+    dw: int,
+    dw_size: Sequence[int],
+    dw_strides: Sequence[int],
+    db: int,
+    rows: int,
+    k: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    isa: Isa,
+    threads: int,
+    split_for: int,
+) -> None: ...
 def cpu_pack_columns(
     dtype: DType,
     dy: int,

@@ -24,10 +24,10 @@ else:
     )
     _devices = frozenset(("cpu", "cuda") if _C.has_cuda else ("cpu",))
 
-_DTYPES: dict[torch.dtype, "_C.DType"] = {}  # what the kernels take
+DTYPES: dict[torch.dtype, "_C.DType"] = {}  # what the kernels take
 if _devices:
     for _name in ("float32", "float64", "bfloat16", "float16"):
-        _DTYPES[getattr(torch, _name)] = getattr(_C.DType, _name)
+        DTYPES[getattr(torch, _name)] = getattr(_C.DType, _name)
 
 
 def why_not(device: str) -> str | None:
@@ -51,7 +51,7 @@ def pack_columns(dy: Tensor, rows: Tensor, want_sums: bool) -> tuple[Tensor, Ten
     device = dy.get_device()  # -1: the CPU, or no memory at all
     if rows.get_device() != device or rows.is_cpu != dy.is_cpu:
         raise ValueError(f"rows must be on the device of dy, {dy.device}, got {rows.device}")
-    dtype = _DTYPES.get(dy.dtype)
+    dtype = DTYPES.get(dy.dtype)
     stride, adjacent = dy.stride()
     there = "cpu" if dy.is_cpu else "cuda" if dy.is_cuda else "elsewhere"
     if dtype is None or adjacent != 1 or there not in _devices:
@@ -80,6 +80,53 @@ def pack_columns(dy: Tensor, rows: Tensor, want_sums: bool) -> tuple[Tensor, Ten
         stream = torch._C._cuda_getCurrentRawStream(device)
         _C.cuda_pack_columns(*problem, scratch.data_ptr(), device, stream)
     return packed, sums
+
+
+def conv_wgrad(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    bias: bool,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+    isa: str = "best",
+) -> tuple[Tensor, Tensor]:
+    """dW like ``weight`` and db [n] (or [0] without bias) of a convolution on the CPU.
+
+    Both are float32, or float64 for float64, and zero but for the ascending ``rows``. They are the
+    same bits for the same number of threads, or with ``torch.use_deterministic_algorithms`` any.
+    """
+    threads = torch.get_num_threads()
+    split_for = 8 if torch.are_deterministic_algorithms_enabled() else threads
+    dw = torch.empty_like(weight, dtype=_sum_dtype(dy))
+    db = dw.new_empty(len(weight) if bias else 0)
+    rows = rows.contiguous()
+    _C.cpu_conv_wgrad(
+        DTYPES[dy.dtype],
+        dy.data_ptr(),
+        dy.shape,
+        dy.stride(),
+        x.data_ptr(),
+        x.shape,
+        x.stride(),
+        dw.data_ptr(),
+        dw.shape,
+        dw.stride(),
+        db.data_ptr(),
+        rows.data_ptr(),
+        len(rows),
+        stride,
+        padding,
+        dilation,
+        groups,
+        getattr(_C.Isa, isa),
+        threads,
+        split_for,
+    )
+    return dw, db
 
 
 def _pack_columns_in_torch(

@@ -7,7 +7,6 @@
 
 #include "processor.h"
 
-#define NEQ_INLINE inline __attribute__((always_inline))
 
 namespace neq::cpu {
 namespace {

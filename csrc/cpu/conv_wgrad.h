@@ -1,0 +1,40 @@
+#pragma once
+
+#include <array>
+#include <cstdint>
+
+#include "../dtype.h"
+
+namespace neq::cpu {
+
+enum class Isa { best, avx512, avx2, portable };
+
+using Size3 = std::array<int64_t, 3>;     // depth, height, width; 1 (or 0 of padding) where missing
+using Strides5 = std::array<int64_t, 5>;  // in elements, of a tensor [a, b, depth, height, width]
+
+// dw[rows[j], c, tap] = sum over samples and pixels of dy[sample, rows[j], pixel]
+//                                                     * x[sample, c, pixel * stride - padding + tap * dilation]
+// and db[rows[j]] = sum of dy[sample, rows[j], pixel]. Rows not named become zero.
+struct ConvWgrad {
+  DType dtype;  // of x and dy; dw and db are float, or double for double
+  int64_t samples, neurons, groups;
+  int64_t channels;  // of x in one group
+  Size3 input, output, kernel, stride, padding, dilation;
+  const void* dy;  // [samples, neurons, output]
+  Strides5 dy_strides;
+  const void* x;  // [samples, groups * channels, input]
+  Strides5 x_strides;
+  void* dw;  // [neurons, channels, kernel]
+  Strides5 dw_strides;
+  void* db;             // [neurons], or null
+  const int64_t* rows;  // [k], ascending
+  int64_t k;
+};
+
+// The sum is the same for the same `split_for`, however many threads there are: it is the number of
+// threads that the work is split for.
+void conv_wgrad(const ConvWgrad& problem, Isa isa, int threads, int split_for);
+
+bool has_isa(Isa isa);
+
+}  // namespace neq::cpu
