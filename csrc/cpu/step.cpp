@@ -7,7 +7,6 @@
 
 #include "processor.h"
 
-
 namespace neq::cpu {
 namespace {
 
