@@ -39,7 +39,7 @@ class _Frozen:
 
     def covers(self, state: object, p: Tensor) -> bool:
         """Does this entry of the optimizer's state for ``p`` hold something for each neuron?"""
-        if not isinstance(state, Tensor) or state.dim() != p.dim():
+        if not isinstance(state, Tensor) or state.dim() != p.dim() or state.is_sparse:
             return False
         if self.dim is None:
             return state.shape == p.shape
@@ -401,6 +401,7 @@ class _RestGuard(Guard):
     """Guards what a ``RowOptimizer`` leaves to torch although it has frozen neurons."""
 
     def _is_moved(self, p: Tensor, frozen: _Frozen) -> bool:
+        # a closure may yet give it a sparse gradient
         return frozen.count > 0 and (p.grad is None or not _steps_by_rows(p, frozen))
 
 
