@@ -73,7 +73,7 @@ class NeuronLayer(nn.Module):
         """The dimension of the weight that counts its neurons; None where it takes several."""
         return 0
 
-    def weight_mask(self, mask: Tensor) -> Tensor:
+    def _spread(self, mask: Tensor) -> Tensor:
         """A mask [n_neurons], shaped to broadcast against the weight."""
         return mask.view(-1, *(1,) * (self.weight.dim() - 1))
 
@@ -111,7 +111,7 @@ class NeuronLayer(nn.Module):
         Saves no work where the weight is a matrix, but differentiates in every way that torch does.
         """
         mask = self.rows.mask
-        weight = _freeze(weight, self.weight_mask(mask))
+        weight = _freeze(weight, self._spread(mask))
         bias = None if bias is None else _freeze(bias, _shaped(mask, bias))
         return self._vendor(weight, bias, *args, **kwargs)
 
@@ -147,7 +147,7 @@ class _NEqConv(NeuronLayer, nn.modules.conv._ConvNd):
     def n_neurons(self) -> int:
         return self.out_channels
 
-    def weight_mask(self, mask: Tensor) -> Tensor:
+    def _spread(self, mask: Tensor) -> Tensor:
         return self._geometry((), ()).spread(mask, self.weight)
 
     def _geometry(self, padding: tuple[int, ...], output_padding: tuple[int, ...]) -> Conv:
@@ -259,7 +259,7 @@ class _NEqNorm(NeuronLayer):
     def neuron_dim(self) -> int | None:
         return 0 if self.weight.dim() == 1 else None
 
-    def weight_mask(self, mask: Tensor) -> Tensor:
+    def _spread(self, mask: Tensor) -> Tensor:
         return _shaped(mask, self.weight)
 
 
