@@ -1,6 +1,6 @@
 """The operators: schema, checks and fake of each. What they mean is in ``reference.py``.
 
-Every operator takes its active rows as two tensors, so that a compiled graph sees the same shapes
+What works on active rows takes them as two tensors, so that a compiled graph sees the same shapes
 whatever the mask:
 
     rows   int64 [n], on the device of the others: a permutation of the neurons, the active first
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neq_kernels import planner, row_step
+from neq_kernels import chunked, planner, row_step
 from neq_kernels.geometry import Conv
 
 _lib = torch.library.Library("neq", "DEF")
@@ -29,6 +29,9 @@ _lib.define(
     "conv_wgrad(Tensor dy, Tensor x, Tensor weight, Tensor rows, Tensor count, bool bias,"
     " int[] stride, int[] padding, int[] dilation, bool transposed, int[] output_padding,"
     " int groups) -> (Tensor, Tensor)"
+)
+_lib.define(
+    "row_similarity(Tensor current, Tensor previous, int channel_dim, bool per_sample) -> Tensor"
 )
 _lib.define(
     "sgd_rows_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor[] rows,"
@@ -95,6 +98,34 @@ def _check_conv(
     if dy.dtype != x.dtype:
         raise ValueError(f"dy and x must have one dtype, got {dy.dtype} and {x.dtype}")
     _check_rows(out_channels, dy, rows, count)
+
+
+def _check_similarity(
+    current: Tensor, previous: Tensor, channel_dim: int, per_sample: bool
+) -> None:
+    for name, y in (("current", current), ("previous", previous)):
+        if not y.is_floating_point():
+            raise TypeError(f"{name} must be of a real floating-point dtype, got {y.dtype}")
+    if current.shape != previous.shape:
+        raise ValueError(
+            f"current and previous must have one shape, "
+            f"got {list(current.shape)} and {list(previous.shape)}"
+        )
+    if current.device != previous.device:
+        raise ValueError(
+            f"current and previous must be on one device, got {current.device} and "
+            f"{previous.device}"
+        )
+    dims = current.dim()
+    if not -dims <= channel_dim < dims:
+        raise ValueError(
+            f"channel_dim must be a dimension of {list(current.shape)}, got {channel_dim}"
+        )
+    if per_sample and channel_dim in (0, -dims):
+        raise ValueError(
+            "per_sample: dimension 0 holds the samples, so channel_dim must be another one, "
+            f"got {channel_dim} for {list(current.shape)}"
+        )
 
 
 def _check_step(
@@ -205,6 +236,13 @@ def _conv_wgrad(
     return planner.conv_wgrad(dy, x, weight, rows, k, bias, conv)
 
 
+def _row_similarity(
+    current: Tensor, previous: Tensor, channel_dim: int, per_sample: bool
+) -> Tensor:
+    _check_similarity(current, previous, channel_dim, per_sample)
+    return chunked.row_similarity(current, previous, channel_dim % current.dim(), per_sample)
+
+
 def _sgd_rows_(*args: Any) -> None:
     _check_sgd(*args)
     row_step.sgd_rows_(*args)
@@ -235,9 +273,18 @@ def _fake_conv_wgrad(
     return torch.empty_like(weight), weight.new_empty(len(rows) if bias else 0)
 
 
+def _fake_row_similarity(
+    current: Tensor, previous: Tensor, channel_dim: int, per_sample: bool
+) -> Tensor:
+    _check_similarity(current, previous, channel_dim, per_sample)
+    samples = current.shape[:1] if per_sample else ()
+    return current.new_empty((3, *samples, current.shape[channel_dim]), dtype=torch.float64)
+
+
 for _name, _impl, _fake in (
     ("linear_wgrad", _linear_wgrad, _fake_linear_wgrad),
     ("conv_wgrad", _conv_wgrad, _fake_conv_wgrad),
+    ("row_similarity", _row_similarity, _fake_row_similarity),
     ("sgd_rows_", _sgd_rows_, _check_sgd),
     ("adamw_rows_", _adamw_rows_, _check_adamw),
 ):
@@ -247,5 +294,6 @@ for _name, _impl, _fake in (
 # What ``neq`` calls: the overloads themselves, which skips the look-up of the packet.
 linear_wgrad = torch.ops.neq.linear_wgrad.default
 conv_wgrad = torch.ops.neq.conv_wgrad.default
+row_similarity = torch.ops.neq.row_similarity.default
 sgd_rows_ = torch.ops.neq.sgd_rows_.default
 adamw_rows_ = torch.ops.neq.adamw_rows_.default

@@ -51,6 +51,17 @@ def conv_wgrad(
     return torch.empty_like(weight).copy_(dw), (db if bias else db[:0]).to(weight.dtype)
 
 
+def row_similarity(current: Tensor, previous: Tensor, channel_dim: int, per_sample: bool) -> Tensor:
+    """⟨y, y'⟩, |y|² and |y'|² of each neuron, over all that is not the channel; float64 [3, n].
+
+    Or over one sample (dimension 0) at a time: [3, samples, n].
+    """
+    y, y_ = current.double().movedim(channel_dim, -1), previous.double().movedim(channel_dim, -1)
+    start = 1 if per_sample else 0
+    products = (y * y_, y * y, y_ * y_)
+    return torch.stack([p.unsqueeze(start).flatten(start, -2).sum(start) for p in products])
+
+
 def sgd_rows_(
     params: list[Tensor],
     grads: list[Tensor],
