@@ -84,6 +84,8 @@ def _frozen(modules: Iterable[nn.Module]) -> dict[Tensor, _Frozen]:
                 continue
             bias = name.startswith("bias")
             dim = (0 if p.dim() == 1 else None) if bias else layer.neuron_dim
+            if dim is not None and (p.dim() <= dim or p.shape[dim] != rows.neurons):
+                continue  # not the neurons' own: a scale common to all of them
             mask = None
             if dim is None:
                 mask = rows.mask.view(p.shape) if bias else layer._spread(rows.mask)

@@ -458,6 +458,18 @@ def test_a_weight_computed_from_other_parameters(compute):
         assert changed.tolist() == [False, False, True, False]
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+def test_a_parameter_that_is_no_neurons_own_trains():
+    layer = torch.nn.utils.weight_norm(neq.NEqLinear(3, 4), dim=None)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, weight_decay=0.1)
+    Guard(optimizer, [layer])
+    layer.set_active([2])
+    scale = bits(layer.weight_g)
+    layer(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(bits(layer.weight_g), scale)
+
+
 def test_conversion_after_the_guard_and_back():
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
