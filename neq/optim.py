@@ -88,7 +88,7 @@ def _frozen(modules: Iterable[nn.Module]) -> dict[Tensor, _Frozen]:
                 continue  # not the neurons' own: a scale common to all of them
             mask = None
             if dim is None:
-                mask = rows.mask.view(p.shape) if bias else layer._spread(rows.mask)
+                mask = rows.mask.view(p.shape) if bias else layer.spread(rows.mask)
             found[p] = _Frozen(rows.order, rows.length, rows.count, rows.mask, dim, mask)
     return found
 

@@ -116,7 +116,7 @@ def masks(model):
     found = {}
     for layer in layers_of(model):
         active = layer.active_mask
-        found[layer.weight] = layer._spread(active).expand_as(layer.weight)
+        found[layer.weight] = layer.spread(active).expand_as(layer.weight)
         if layer.bias is not None:
             found[layer.bias] = active.view(layer.bias.shape)
     return found

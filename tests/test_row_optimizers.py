@@ -278,7 +278,7 @@ def active_elements(model):
     for name, layer in model.named_modules():
         if isinstance(layer, neq.NeuronLayer):
             mask = layer.active_mask
-            found[f"{name}.weight"] = layer._spread(mask).expand_as(layer.weight)
+            found[f"{name}.weight"] = layer.spread(mask).expand_as(layer.weight)
             found[f"{name}.bias"] = mask.view(layer.bias.shape)
     return found
 
