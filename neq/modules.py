@@ -65,9 +65,15 @@ class NeuronLayer(nn.Module):
         rows: their indices in any order, or a bool mask with one entry per neuron, or None for all.
         """
         named = f" {self.layer_name!r}" if self.layer_name else ""
-        self.rows.set(parse(rows, self.n_neurons, type(self).__name__ + named))
+        mask = parse(rows, self.n_neurons, type(self).__name__ + named)
+        self.rows.on(self.weight.device).set(mask)
 
-    def _spread(self, mask: Tensor) -> Tensor:
+    @property
+    def neuron_dim(self) -> int | None:
+        """The dimension of the weight that counts its neurons; None where it takes several."""
+        return 0
+
+    def weight_mask(self, mask: Tensor) -> Tensor:
         """A mask [n_neurons], shaped to broadcast against the weight."""
         return mask.view(-1, *(1,) * (self.weight.dim() - 1))
 
@@ -75,7 +81,7 @@ class NeuronLayer(nn.Module):
         rows = self.rows
         if torch.compiler.is_compiling():
             # a graph that depended on this layer's own mask would be recompiled at each change
-            everything, nothing = not rows.phase.masked, False
+            everything, nothing = not Rows.ever_masked, False
         else:
             everything, nothing = rows.count == rows.neurons, rows.count == 0
         if everything or not (torch.is_grad_enabled() or _beyond_backward()):
@@ -105,7 +111,7 @@ class NeuronLayer(nn.Module):
         Saves no work where the weight is a matrix, but differentiates in every way that torch does.
         """
         mask = self.rows.mask
-        weight = _freeze(weight, self._spread(mask))
+        weight = _freeze(weight, self.weight_mask(mask))
         bias = None if bias is None else _freeze(bias, _shaped(mask, bias))
         return self._vendor(weight, bias, *args, **kwargs)
 
@@ -141,7 +147,7 @@ class _NEqConv(NeuronLayer, nn.modules.conv._ConvNd):
     def n_neurons(self) -> int:
         return self.out_channels
 
-    def _spread(self, mask: Tensor) -> Tensor:
+    def weight_mask(self, mask: Tensor) -> Tensor:
         return self._geometry((), ()).spread(mask, self.weight)
 
     def _geometry(self, padding: tuple[int, ...], output_padding: tuple[int, ...]) -> Conv:
@@ -198,6 +204,10 @@ class _NEqConv(NeuronLayer, nn.modules.conv._ConvNd):
 
 
 class _NEqConvTranspose(_NEqConv, nn.modules.conv._ConvTransposeNd):
+    @property
+    def neuron_dim(self) -> int | None:
+        return 1 if self.groups == 1 else None  # [inputs, neurons / groups, *kernel]
+
     def _convolve(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None
     ) -> tuple[Tensor, Tensor, Conv]:
@@ -245,7 +255,11 @@ class _NEqNorm(NeuronLayer):
     def n_neurons(self) -> int:
         return int(self.weight.numel())
 
-    def _spread(self, mask: Tensor) -> Tensor:
+    @property
+    def neuron_dim(self) -> int | None:
+        return 0 if self.weight.dim() == 1 else None
+
+    def weight_mask(self, mask: Tensor) -> Tensor:
         return _shaped(mask, self.weight)
 
 
