@@ -39,7 +39,7 @@ class _Frozen:
 
     def covers(self, state: object, p: Tensor) -> bool:
         """Does this entry of the optimizer's state for ``p`` hold something for each neuron?"""
-        if not isinstance(state, Tensor) or state.dim() != p.dim():
+        if not isinstance(state, Tensor) or state.dim() != p.dim() or state.is_sparse:
             return False
         if self.dim is None:
             return state.shape == p.shape
@@ -69,8 +69,8 @@ def _frozen(modules: Iterable[nn.Module]) -> dict[Tensor, _Frozen]:
         return found
     owners: dict[Tensor, NeuronLayer] = {}
     for layer in layers:
-        for name in ("weight", "bias"):
-            p = layer._parameters.get(name)
+        # also what weights are computed from: weight_orig of pruning, weight_g of weight_norm
+        for name, p in layer._parameters.items():
             if p is None:
                 continue
             owner = owners.setdefault(p, layer)
@@ -82,13 +82,13 @@ def _frozen(modules: Iterable[nn.Module]) -> dict[Tensor, _Frozen]:
             rows = layer.rows.on(p.device)
             if rows.count == rows.neurons:
                 continue
+            bias = name.startswith("bias")
+            dim = (0 if p.dim() == 1 else None) if bias else layer.neuron_dim
+            if dim is not None and (p.dim() <= dim or p.shape[dim] != rows.neurons):
+                continue  # not the neurons' own: a scale common to all of them
             mask = None
-            if name == "weight":
-                dim = layer.neuron_dim
-                mask = layer.weight_mask(rows.mask) if dim is None else None
-            else:
-                dim = 0 if p.dim() == 1 else None
-                mask = rows.mask.view(p.shape) if dim is None else None
+            if dim is None:
+                mask = rows.mask.view(p.shape) if bias else layer.spread(rows.mask)
             found[p] = _Frozen(rows.order, rows.length, rows.count, rows.mask, dim, mask)
     return found
 
@@ -401,6 +401,7 @@ class _RestGuard(Guard):
     """Guards what a ``RowOptimizer`` leaves to torch although it has frozen neurons."""
 
     def _is_moved(self, p: Tensor, frozen: _Frozen) -> bool:
+        # a closure may yet give it a sparse gradient
         return frozen.count > 0 and (p.grad is None or not _steps_by_rows(p, frozen))
 
 

@@ -21,7 +21,7 @@ class NEqTransformersConv1D(NeuronLayer, Conv1D):  # type: ignore[misc]  # Conv1
     def neuron_dim(self) -> int | None:
         return 1
 
-    def weight_mask(self, mask: Tensor) -> Tensor:
+    def spread(self, mask: Tensor) -> Tensor:
         return mask.view(1, -1)
 
     def _row_wise(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:

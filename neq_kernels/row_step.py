@@ -20,10 +20,7 @@ if compiled.why_not("cpu") is None:
 else:
     _DTYPES = {}
 
-_FORMATS = {
-    4: (torch.contiguous_format, torch.channels_last),
-    5: (torch.contiguous_format, torch.channels_last_3d),
-}
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def sgd_rows_(
@@ -93,9 +90,10 @@ def _divide(params: list[Tensor], *others: list[Tensor]) -> dict[Any, list[int]]
         dtype = _DTYPES.get(p.dtype) if p.is_cpu else None
         if dtype is not None:
             alike = [p, *(tensors[i] for tensors in others if tensors)]
-            formats = _FORMATS.get(p.dim(), (torch.contiguous_format,))
-            if not any(all(t.is_contiguous(memory_format=f) for t in alike) for f in formats):
-                dtype = None
+            if not all(t.is_contiguous() for t in alike):
+                other = _CHANNELS_LAST.get(p.dim())
+                if other is None or not all(t.is_contiguous(memory_format=other) for t in alike):
+                    dtype = None
         divided.setdefault(dtype, []).append(i)
     return divided
 
@@ -112,6 +110,6 @@ def _table(
     """
     addresses = [[t.data_ptr() for t in ts] if ts else [0] * len(rows) for ts in lists]
     return [
-        (*tensors, r.data_ptr(), len(r), p.numel() // len(r), int(k))
+        (*tensors, r.data_ptr(), r.numel(), p.numel() // r.numel(), int(k))
         for p, r, k, *tensors in zip(lists[0], rows, counts, *addresses, strict=True)
     ]

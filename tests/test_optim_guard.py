@@ -5,6 +5,7 @@ import inspect
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -115,7 +116,7 @@ def masks(model):
     found = {}
     for layer in layers_of(model):
         active = layer.active_mask
-        found[layer.weight] = layer.weight_mask(active).expand_as(layer.weight)
+        found[layer.weight] = layer.spread(active).expand_as(layer.weight)
         if layer.bias is not None:
             found[layer.bias] = active.view(layer.bias.shape)
     return found
@@ -432,6 +433,41 @@ def test_values_written_by_others_are_kept():
     push(layer, optimizer, 1)
     assert torch.equal(layer.weight[1:], loaded["weight"][1:])
     assert not torch.equal(layer.weight[0], loaded["weight"][0])
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda layer: torch.nn.utils.prune.l1_unstructured(layer, "weight", 0.3),
+        torch.nn.utils.weight_norm,
+    ],
+    ids=["prune", "weight_norm"],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+def test_a_weight_computed_from_other_parameters(compute):
+    layer = neq.NEqLinear(3, 4)
+    compute(layer)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, weight_decay=0.1)
+    Guard(optimizer, [layer])
+    layer.set_active([2])
+    before = [bits(p) for p in layer.parameters()]
+    layer(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    for p, b in zip(layer.parameters(), before, strict=True):
+        changed = (bits(p) != b).view(4, -1).any(1)
+        assert changed.tolist() == [False, False, True, False]
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+def test_a_parameter_that_is_no_neurons_own_trains():
+    layer = torch.nn.utils.weight_norm(neq.NEqLinear(3, 4), dim=None)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, weight_decay=0.1)
+    Guard(optimizer, [layer])
+    layer.set_active([2])
+    scale = bits(layer.weight_g)
+    layer(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(bits(layer.weight_g), scale)
 
 
 def test_conversion_after_the_guard_and_back():

@@ -10,6 +10,7 @@
 
 #include "element.h"
 #include "processor.h"
+
 #ifdef NEQ_X86
 #include <immintrin.h>
 #endif

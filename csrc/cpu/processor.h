@@ -3,9 +3,7 @@
 #include <cstdlib>
 #include <string>
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define NEQ_X86 1
-#endif
+#include "element.h"
 
 namespace neq::cpu {
 

@@ -7,12 +7,11 @@
 
 #include "processor.h"
 
-#define NEQ_INLINE inline __attribute__((always_inline))
-
 namespace neq::cpu {
 namespace {
 
-// Each kernel steps one row. The step is bound by memory, so 256-bit vectors are wide enough.
+// Each kernel steps one row. Its constants are copied to where no store can reach them: else no loop
+// becomes vectors.
 
 template <class T>
 struct SGDRow {
@@ -32,20 +31,22 @@ struct SGDRow {
     T* __restrict p = (T*)s.param + at;
     const T* __restrict grad = (const T*)s.grad + at;
     T* __restrict m = (T*)s.first + at;
-    const bool has_momentum = s.first;
-    const T sign = maximize ? T(-1) : T(1);
-    const T keep = begin ? T(0) : momentum, add = begin ? T(1) : undamped;
-    if (!has_momentum) {
+    const int64_t width = s.width;
+    const T rate = lr, decay = weight_decay, sign = maximize ? T(-1) : T(1);
+    if (!s.first) {
 #pragma omp simd
-      for (int64_t i = 0; i < s.width; ++i) p[i] -= lr * (sign * grad[i] + weight_decay * p[i]);
+      for (int64_t i = 0; i < width; ++i) p[i] -= rate * (sign * grad[i] + decay * p[i]);
       return;
     }
+    const T keep = begin ? T(0) : momentum, add = begin ? T(1) : undamped;
+    // the step is along gradient * ahead + momentum * behind
+    const T ahead = nesterov ? T(1) : T(0), behind = nesterov ? momentum : T(1);
 #pragma omp simd
-    for (int64_t i = 0; i < s.width; ++i) {
-      T g = sign * grad[i] + weight_decay * p[i];
+    for (int64_t i = 0; i < width; ++i) {
+      T g = sign * grad[i] + decay * p[i];
       T next = keep * m[i] + add * g;
       m[i] = next;
-      p[i] -= lr * (nesterov ? g + momentum * next : next);
+      p[i] -= rate * (ahead * g + behind * next);
     }
   }
 };
@@ -70,25 +71,28 @@ struct AdamWRow {
     T* __restrict m = (T*)s.first + at;
     T* __restrict v = (T*)s.second + at;
     T* __restrict largest = s.largest ? (T*)s.largest + at : nullptr;
+    const int64_t width = s.width;
+    const T old1 = beta1, old2 = beta2, new1 = 1 - old1, new2 = 1 - old2;
+    const T decayed = keep, step = rate, root = scale, floor = eps;
     const T sign = maximize ? T(-1) : T(1);
-    const T new1 = 1 - beta1, new2 = 1 - beta2;
     if (!largest) {
 #pragma omp simd
-      for (int64_t i = 0; i < s.width; ++i) {
-        T g = sign * grad[i];
-        m[i] = beta1 * m[i] + new1 * g;
-        v[i] = beta2 * v[i] + new2 * g * g;
-        p[i] = keep * p[i] - rate * m[i] / (std::sqrt(v[i]) * scale + eps);
+      for (int64_t i = 0; i < width; ++i) {
+        T g = sign * grad[i], first = old1 * m[i] + new1 * g, second = old2 * v[i] + new2 * g * g;
+        m[i] = first;
+        v[i] = second;
+        p[i] = decayed * p[i] - step * first / (std::sqrt(second) * root + floor);
       }
       return;
     }
 #pragma omp simd
-    for (int64_t i = 0; i < s.width; ++i) {
-      T g = sign * grad[i];
-      m[i] = beta1 * m[i] + new1 * g;
-      v[i] = beta2 * v[i] + new2 * g * g;
-      largest[i] = std::max(largest[i], v[i]);
-      p[i] = keep * p[i] - rate * m[i] / (std::sqrt(largest[i]) * scale + eps);
+    for (int64_t i = 0; i < width; ++i) {
+      T g = sign * grad[i], first = old1 * m[i] + new1 * g, second = old2 * v[i] + new2 * g * g;
+      T most = largest[i] > second ? largest[i] : second;
+      m[i] = first;
+      v[i] = second;
+      largest[i] = most;
+      p[i] = decayed * p[i] - step * first / (std::sqrt(most) * root + floor);
     }
   }
 };
@@ -109,6 +113,12 @@ __attribute__((target("avx2,fma"))) void step_avx2(const Row& row, const Stepped
                                                    int64_t end) {
   step_rows(row, s, begin, end);
 }
+
+template <class Row>
+__attribute__((target("avx512f,avx512vl,avx512dq,fma,prefer-vector-width=512"))) void step_avx512(
+    const Row& row, const Stepped& s, int64_t begin, int64_t end) {
+  step_rows(row, s, begin, end);
+}
 #endif
 
 template <class Row>
@@ -118,6 +128,7 @@ template <class Row>
 Kernel<Row> kernel() {
 #ifdef NEQ_X86
   static const Processor processor;
+  if (processor.avx512) return step_avx512<Row>;
   if (processor.avx2) return step_avx2<Row>;
 #endif
   return step_portable<Row>;

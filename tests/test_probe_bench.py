@@ -1,0 +1,43 @@
+"""bench/probe.py runs and says what it promises."""
+
+import json
+
+import pytest
+import torch
+
+from bench import probe
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_bench_of_the_probe(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(probe, "BATCH", 4)
+    monkeypatch.setattr(probe, "SAMPLES", 3)
+    file = tmp_path / "out.json"
+    probe.main(["--epochs", "2", "--steps", "1", "--eps", "1", "--json", str(file)])
+    results = json.loads(file.read_text())["results"]
+    assert [row["memory"] for row in results] == ["device", "host", "sketch"]
+    for row in results:
+        assert row["probe_ms"] > 0
+        assert row["step_ms"] > 0
+        assert row["frozen"] > 0.5
+    assert [row["agreement"] for row in results[:2]] == [1, 1]
+    assert "a sketch and all outputs agree on" in capsys.readouterr().out
+
+
+def test_agreement_by_hand():
+    frozen = torch.tensor([True, True, False, False])
+    assert probe.agreement(frozen, torch.tensor([True, False, True, False])) == 1 / 3
+    assert probe.agreement(~frozen & frozen, ~frozen & frozen) == 1
+
+
+def test_images_by_class(tmp_path):
+    from PIL import Image
+
+    for value, name in ((0, "ant"), (200, "bee")):
+        (tmp_path / name).mkdir()
+        for i in range(2):
+            Image.new("RGB", (32, 32), (value, value, value)).save(tmp_path / name / f"{i}.png")
+    images, labels = probe.from_folder(tmp_path)
+    assert images.shape == (4, 3, 32, 32)
+    assert labels.tolist() == [0, 1, 0, 1]  # the first samples are of all classes
+    assert images.mean(dim=(1, 2, 3)).sign().tolist() == [-1, 1, -1, 1]
