@@ -19,8 +19,8 @@ LANES = 16  # of a vector, which channels fill or waste
 # How much longer tiles take that read every X just once: it comes from farther away.
 ONE_TAP = 1.2
 BUSY = 8  # products that a core needs under way at once
-# How much faster than with float32 the vendor is where there are matrix instructions.
-HALF_PRECISION = 16
+# How much longer than the vendor it takes where that has matrix instructions for 16 bits.
+HALF_PRECISION = 4.5
 
 
 def cost(problem: Problem) -> float:
@@ -37,10 +37,10 @@ def cost(problem: Problem) -> float:
     waste = vectors * LANES / (channels * taps)
     rows = max(1.0, problem.active / conv.groups)
     idle = max(1.0, BUSY / (rows * min(vectors, 4)))
-    faster = HALF_PRECISION if problem.dtype.itemsize < 4 else 1
+    slower = HALF_PRECISION if problem.dtype.itemsize < 4 else 1
     share = problem.active / problem.neurons * waste * idle * (ONE_TAP if one_tap else 1)
     moved = (prod(problem.dy) + prod(problem.x)) * problem.dtype.itemsize
-    return faster * (share + (FLOPS_PER_BYTE * moved + CALL_FLOPS) / problem.flops)
+    return slower * (share + (FLOPS_PER_BYTE * moved + CALL_FLOPS) / problem.flops)
 
 
 def linear_wgrad(

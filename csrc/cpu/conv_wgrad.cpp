@@ -1,13 +1,11 @@
 #include "conv_wgrad.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <new>
-#include <string>
 #include <vector>
 
 #include "conv_wgrad_kernels.h"
-#include "element.h"
+#include "processor.h"
 
 // The gradient is a product of matrices, dW [k, inputs] = dYᵀ [k, pixels] X [pixels, inputs], where
 // an input is a channel at a tap of the kernel. Here is how it is cut up; the arithmetic is in
@@ -566,18 +564,11 @@ class Gradient {
   double* bias_sums;  // [pixel_parts, k]
 };
 
-// The widest that this processor has, and that ATEN_CPU_CAPABILITY does not bar, as in torch.
-Isa best_isa() {
-  const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
-  const std::string most = variable ? variable : "avx512";
-  if (most != "default" && most != "avx2" && has_isa(Isa::avx512)) return Isa::avx512;
-  return most != "default" && has_isa(Isa::avx2) ? Isa::avx2 : Isa::portable;
-}
-
 template <class T>
 const Kernels<T>& kernels_of(Isa isa) {
-  static const Isa best = best_isa();
-  if (isa == Isa::best) isa = best;
+  static const Processor processor;
+  if (isa == Isa::best)
+    isa = processor.avx512 ? Isa::avx512 : processor.avx2 ? Isa::avx2 : Isa::portable;
 #ifdef NEQ_X86
   if (isa == Isa::avx512) return avx512::kernels<T>();
   if (isa == Isa::avx2) return avx2::kernels<T>();
