@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neq_kernels import dense, pack
+from neq_kernels import dense, fused, pack
 from neq_kernels.geometry import Conv
 from neq_kernels.problem import BUCKETS, Problem
 
-BACKENDS: dict[str, ModuleType] = {"dense": dense, "pack": pack}
+BACKENDS: dict[str, ModuleType] = {"dense": dense, "pack": pack, "fused": fused}
 MARGIN = 0.05
 
 _plans: dict[tuple[object, ...], str] = {}  # every problem met, by what tells it from others
@@ -91,12 +91,12 @@ def predict(problem: Problem) -> str:
 def tuning() -> Iterator[None]:
     """Inside, each problem not measured before is timed once, on the tensors that it comes with."""
     global _tuning
+    before, _tuning = _tuning, True
     _plans.clear()
-    _tuning = True
     try:
         yield
     finally:
-        _tuning = False
+        _tuning = before
 
 
 def save(path: str | Path) -> None:
