@@ -1,9 +1,12 @@
 import shutil
+from importlib.util import find_spec
 
 import pytest
 import torch
 
 collect_ignore = [] if shutil.which("nvcc") else ["test_cuda_compile.py"]
+if find_spec("triton") is None:
+    collect_ignore += ["test_fused.py", "test_triton_compile.py"]
 
 
 def pytest_collection_modifyitems(config, items):
@@ -33,6 +36,7 @@ def poisoned_memory():
 
 @pytest.fixture
 def one_thread():
+    """For tiny problems, where a second thread only waits, and does so busily."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

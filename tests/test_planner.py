@@ -1,0 +1,222 @@
+import json
+from dataclasses import replace
+from math import inf
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from strategies import FLOAT32, conv_case, linear_case, meta, problem_of
+
+from neq_kernels import conv_wgrad, linear_wgrad, planner
+from neq_kernels.geometry import Conv
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LINEAR = linear_case((64,), 8, 32, range(8))
+CONV = conv_case((4, 8, 10, 10), (3, 3), 32, range(8), padding=1)
+STRIDED = conv_case((4, 8, 10, 10), (3, 3), 32, range(8), stride=2)
+LARGE = linear_case((2048,), 2048, 1024, range(128))  # where packing is sure to pay
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    monkeypatch.setattr(planner, "_plans", {})
+    monkeypatch.setattr(planner, "_measured", {})
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time stands still, but for what backends spend of it."""
+    clock = SimpleNamespace(now=0.0, readings=0)
+
+    def perf_counter():
+        clock.readings += 1
+        return clock.now
+
+    monkeypatch.setattr(planner, "time", SimpleNamespace(perf_counter=perf_counter))
+    return clock
+
+
+@pytest.fixture
+def backends(monkeypatch, clock):
+    """Make the planner choose between backends of known costs and times."""
+
+    def install(**costs_and_seconds):
+        calls = []
+
+        def backend(name, cost, seconds):
+            def run(dy, x, weight, *_):
+                calls.append(name)
+                clock.now += seconds
+                return weight, weight
+
+            return SimpleNamespace(cost=lambda problem: cost, linear_wgrad=run, conv_wgrad=run)
+
+        table = {name: backend(name, *values) for name, values in costs_and_seconds.items()}
+        monkeypatch.setattr(planner, "BACKENDS", table)
+        return calls
+
+    return install
+
+
+def op_of(case):
+    return "linear_wgrad" if case.conv is None else "conv_wgrad"
+
+
+def choose(case, dtypes=FLOAT32, device="cpu"):
+    args = meta(case.args(dtypes)) if device == "meta" else case.args(dtypes)
+    dy, x, weight, rows, count, bias, *_ = args
+    return planner.choose(op_of(case), dy, x, weight, rows, int(count), bias, case.conv)
+
+
+def measure(case, backend):
+    planner._measured[problem_of(op_of(case), *case.args()).key] = backend
+
+
+@pytest.mark.parametrize("case", [LINEAR, CONV], ids=op_of)
+def test_all_rows_are_dense(backends, case):
+    backends(dense=(1.0, 1), other=(0.1, 1))
+    assert choose(case) == "other"
+    assert choose(replace(case, active=frozenset(range(32)))) == "dense"
+
+
+@pytest.mark.parametrize(
+    ("costs", "choice"),
+    [
+        ((0.7, 0.8), "first"),
+        ((0.8, 0.7), "second"),
+        ((1 - planner.MARGIN, 1.0), "first"),
+        ((1.001 - planner.MARGIN, 1.0), "dense"),
+        ((2.0, inf), "dense"),
+    ],
+)
+def test_prediction_is_the_lowest_cost_if_it_gains_the_margin(backends, costs, choice):
+    first, second = costs
+    calls = backends(dense=(1.0, 1), first=(first, 1), second=(second, 1))
+    linear_wgrad(*LINEAR.args())
+    conv_wgrad(*CONV.args())
+    assert calls == [choice, choice]
+
+
+def test_pack_is_predicted_for_few_rows_of_a_large_layer_only():
+    assert choose(LARGE) == "pack"
+    assert choose(replace(LARGE, active=frozenset(range(1000)))) == "dense"
+    assert choose(LINEAR) == "dense"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("groups", [2, 32], ids=["groups", "depthwise"])
+def test_groups_never_go_to_pack(device, groups):
+    case = conv_case((4, 32, 10, 10), (3, 3), 32, [0], groups=groups)
+    problem = problem_of("conv_wgrad", *case.args())
+    assert planner.BACKENDS["pack"].cost(replace(problem, device=device)) == inf
+    with planner.tuning(), mock.patch.object(planner.BACKENDS["pack"], "conv_wgrad") as pack:
+        conv_wgrad(*case.args())
+    pack.assert_not_called()
+
+
+def test_an_unknown_device_is_dense():
+    assert choose(LARGE, device="meta") == "dense"
+
+
+def test_an_empty_batch_is_dense():
+    assert choose(linear_case((0,), 8, 32, range(8))) == "dense"
+    assert choose(conv_case((0, 8, 10, 10), (3, 3), 32, range(8))) == "dense"
+
+
+@pytest.mark.parametrize("case", [LINEAR, CONV], ids=op_of)
+def test_tuning_takes_what_is_faster_than_dense(backends, case):
+    calls = backends(dense=(1.0, 5), quick=(3.0, 2), slow=(0.1, 9), unable=(inf, 1))
+    assert choose(case) == "slow"
+    with planner.tuning():
+        assert choose(case) == "quick"
+    assert choose(case) == "quick"
+    assert "unable" not in calls
+
+
+@pytest.mark.parametrize(("seconds", "choice"), [(94, "other"), (96, "dense"), (200, "dense")])
+def test_tuning_leaves_dense_only_for_the_margin(backends, seconds, choice):
+    backends(dense=(1.0, 100), other=(0.1, seconds))
+    with planner.tuning():
+        assert choose(LINEAR) == choice
+
+
+def test_tuning_measures_a_problem_once(backends):
+    calls = backends(dense=(1.0, 5), other=(1.0, 4))
+    with planner.tuning():
+        choose(LINEAR)
+        once = len(calls)
+        choose(LINEAR)
+        choose(replace(LINEAR, active=frozenset(range(7))))  # in the same sixteenth
+    with planner.tuning():
+        choose(LINEAR)
+    assert len(calls) == once > 0
+    with planner.tuning():
+        choose(CONV)
+    assert len(calls) == 2 * once
+
+
+def test_tuning_ends_with_an_error(backends, clock):
+    backends(dense=(1.0, 5), other=(1.0, 4))
+    with pytest.raises(RuntimeError, match="theirs"), planner.tuning():
+        raise RuntimeError("theirs")
+    choose(LINEAR)
+    assert clock.readings == 0
+
+
+def test_nothing_is_timed_outside_of_tuning(clock):
+    for case in LINEAR, CONV, LARGE:
+        for rows in case.active, [0], range(case.neurons):
+            args = replace(case, active=frozenset(rows)).args()
+            (linear_wgrad if case.conv is None else conv_wgrad)(*args)
+    assert clock.readings == 0
+
+
+def test_measured_choices_survive_a_file(backends, clock, tmp_path):
+    backends(dense=(1.0, 5), other=(1.0, 4))
+    with planner.tuning():
+        choose(LINEAR), choose(CONV)
+    planner.save(tmp_path / "table.json")
+    assert list(json.loads((tmp_path / "table.json").read_text()).values()) == ["other"] * 2
+
+    planner._measured.clear()
+    planner._plans.clear()
+    readings = clock.readings
+    assert [choose(LINEAR), choose(CONV)] == ["dense", "dense"]
+    planner.load(str(tmp_path / "table.json"))
+    assert [choose(LINEAR), choose(CONV)] == ["other", "other"]
+    assert clock.readings == readings
+
+
+def test_load_rejects_unknown_backends(tmp_path):
+    table = tmp_path / "table.json"
+    table.write_text(json.dumps({"a": "pack", "b": "magic", "c": "dense"}))
+    with pytest.raises(ValueError, match=r"table.json names .*\['magic'\], known are \['dense"):
+        planner.load(table)
+    assert planner._measured == {}
+
+
+CHANNELS_LAST = ("channels_last",) * 3
+OTHERS = {
+    "dtype": (LINEAR, LINEAR, {"dtypes": (torch.float64, torch.float32)}),
+    "device": (LINEAR, LINEAR, {"device": "meta"}),
+    "samples": (LINEAR, linear_case((63,), 8, 32, range(8)), {}),
+    "inputs": (LINEAR, linear_case((64,), 9, 32, range(8)), {}),
+    "neurons": (LINEAR, linear_case((64,), 8, 31, range(7)), {}),
+    "bucket": (LINEAR, replace(LINEAR, active=frozenset(range(9))), {}),
+    "layout": (CONV, replace(CONV, layouts=CHANNELS_LAST), {}),
+    # as stride 2 rounds, dy's shape is the same
+    "pixels": (STRIDED, replace(STRIDED, x=(4, 8, 9, 10)), {}),
+    "kernel": (STRIDED, replace(STRIDED, weight=(32, 8, 4, 4)), {}),
+    "conv": (CONV, replace(CONV, conv=Conv((1, 1), (1, 1), (2, 2), False, (0, 0), 1)), {}),
+}
+
+
+@pytest.mark.parametrize(("case", "other", "options"), OTHERS.values(), ids=OTHERS)
+def test_problems_that_differ_share_no_plan(case, other, options):
+    assert choose(other, **options) == "dense"
+    planner._plans.clear()
+    measure(case, "pack")
+    assert choose(case) == "pack"
+    assert choose(other, **options) == "dense"
