@@ -18,7 +18,8 @@ class RowGrad(torch.autograd.Function):
     """Hands y and dY through; computes dW and db for the active rows only.
 
     ``x`` is what the layer's kernel saw (cast, padded), or None when no row is active: then nothing
-    is saved and nothing is computed, and weight and bias only keep their place in the graph.
+    is saved and nothing is computed, and weight and bias only keep their place in the graph. They
+    get zeros: without a gradient in the first step, DDP's static graph would never reduce any.
     """
 
     @staticmethod
@@ -36,7 +37,7 @@ class RowGrad(torch.autograd.Function):
         # The weight's values are not needed, only its layout
         ctx.save_for_backward(x)
         ctx.weight, ctx.order, ctx.length, ctx.conv = weight, order, length, conv
-        ctx.bias = bias is not None and bias.requires_grad
+        ctx.bias = bias if bias is not None and bias.requires_grad else None
         # y itself would count as a view made here, and in-place activations are forbidden on those
         return y.detach()
 
@@ -49,13 +50,16 @@ class RowGrad(torch.autograd.Function):
             )
         (x,) = ctx.saved_tensors
         order, length = ctx.order, ctx.length
-        if x is None or not _wanted(ctx):
-            return dy, None, None, None, None, None, None
-        if ctx.conv is None:
-            dw, db = linear_wgrad(dy, x, ctx.weight, order, length, ctx.bias)
+        with_bias = ctx.bias is not None
+        if x is None:
+            dw, db = torch.zeros_like(ctx.weight), torch.zeros_like(ctx.bias) if with_bias else None
+        elif not _wanted(ctx):
+            dw, db = None, None
+        elif ctx.conv is None:
+            dw, db = linear_wgrad(dy, x, ctx.weight, order, length, with_bias)
         else:
-            dw, db = conv_wgrad(dy, x, ctx.weight, order, length, ctx.bias, *ctx.conv)
-        return dy, None, dw, db if ctx.bias else None, None, None, None
+            dw, db = conv_wgrad(dy, x, ctx.weight, order, length, with_bias, *ctx.conv)
+        return dy, None, dw, db if with_bias else None, None, None, None
 
 
 def _wanted(node: Any) -> bool:
@@ -77,11 +81,6 @@ def row_grad(
     y: Tensor, x: Tensor | None, weight: Tensor, bias: Tensor | None, rows: Rows, conv: Conv | None
 ) -> Tensor:
     """``y``, as an output of a layer with this weight and bias, of which only ``rows`` train."""
-    if torch.compiler.is_compiling():
-        apply: Any = RowGrad.apply
-    else:
-        apply = _apply
-        if rows.count == 0:
-            x = None
+    apply: Any = RowGrad.apply if torch.compiler.is_compiling() else _apply
     out: Tensor = apply(y, x, weight, bias, rows.order, rows.length, conv)
     return out

@@ -67,7 +67,7 @@ class NeuronLayer(nn.Module):
         named = f" {self.layer_name!r}" if self.layer_name else ""
         self.rows.set(parse(rows, self.n_neurons, type(self).__name__ + named))
 
-    def weight_mask(self, mask: Tensor) -> Tensor:
+    def _spread(self, mask: Tensor) -> Tensor:
         """A mask [n_neurons], shaped to broadcast against the weight."""
         return mask.view(-1, *(1,) * (self.weight.dim() - 1))
 
@@ -83,10 +83,12 @@ class NeuronLayer(nn.Module):
             return out
         weight, bias = self.weight, self.bias
         rows.on(weight.device)
-        if nothing and not _in_process_group():
-            # out of the graph: what has nothing below it to train is not even visited by backward.
-            # (DDP waits for every parameter to be visited.)
-            return self._none_active(weight.detach(), _detach(bias), *args, **kwargs)
+        if nothing:
+            # out of the graph: what has nothing below it to train is not even visited by backward
+            y = self._none_active(weight.detach(), _detach(bias), *args, **kwargs)
+            if not _in_process_group() or _beyond_backward():
+                return y
+            return row_grad(y, None, weight, bias, rows, None)  # DDP waits for every parameter
         if weight.requires_grad and not weight.is_complex() and not _beyond_backward():
             return self._row_wise(weight, bias, *args, **kwargs)
         return self._element_wise(weight, bias, *args, **kwargs)
@@ -103,7 +105,7 @@ class NeuronLayer(nn.Module):
         Saves no work where the weight is a matrix, but differentiates in every way that torch does.
         """
         mask = self.rows.mask
-        weight = _freeze(weight, self.weight_mask(mask))
+        weight = _freeze(weight, self._spread(mask))
         bias = None if bias is None else _freeze(bias, _shaped(mask, bias))
         return self._vendor(weight, bias, *args, **kwargs)
 
@@ -139,7 +141,7 @@ class _NEqConv(NeuronLayer, nn.modules.conv._ConvNd):
     def n_neurons(self) -> int:
         return self.out_channels
 
-    def weight_mask(self, mask: Tensor) -> Tensor:
+    def _spread(self, mask: Tensor) -> Tensor:
         return self._geometry((), ()).spread(mask, self.weight)
 
     def _geometry(self, padding: tuple[int, ...], output_padding: tuple[int, ...]) -> Conv:
@@ -155,7 +157,7 @@ class _NEqConv(NeuronLayer, nn.modules.conv._ConvNd):
         output_size: list[int] | None = None,
     ) -> Tensor:
         input = _autocast(input)
-        batch = input if input.dim() == weight.dim() else input.unsqueeze(0)
+        batch = input.unsqueeze(0) if input.dim() == weight.dim() - 1 else input
         y, x, conv = self._convolve(batch, weight.detach(), _detach(bias), output_size)
         y = row_grad(y, x, weight, bias, self.rows, conv)
         return y if batch is input else y.squeeze(0)
@@ -243,7 +245,7 @@ class _NEqNorm(NeuronLayer):
     def n_neurons(self) -> int:
         return int(self.weight.numel())
 
-    def weight_mask(self, mask: Tensor) -> Tensor:
+    def _spread(self, mask: Tensor) -> Tensor:
         return _shaped(mask, self.weight)
 
 

@@ -32,7 +32,10 @@ def linear_wgrad(
     db = dy.sum(0, dtype=weight.dtype) if bias else weight.new_empty(0)
     if k < len(rows):
         frozen = rows[k:]
-        dw.index_fill_(0, frozen, 0)
+        if weight.stride(0) == 1:
+            _zero_columns(dw.t(), rows, k)
+        else:
+            dw.index_fill_(0, frozen, 0)
         if bias:
             db.index_fill_(0, frozen, 0)
     return dw, db
@@ -53,6 +56,19 @@ def conv_wgrad(
         if bias:
             db.index_fill_(0, frozen, 0)
     return dw, db
+
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
+
+
+def _zero_columns(matrix: Tensor, columns: Tensor, k: int) -> None:
+    """Zero all but the first ``k`` of ``columns``, NaN or not, in one pass over the memory.
+
+    Filling columns one by one would touch each cache line many times.
+    """
+    bits = _BITS[matrix.element_size()]
+    keep = columns.new_zeros(len(columns), dtype=bits).index_fill_(0, columns[:k], -1)
+    matrix.view(bits).bitwise_and_(keep)
 
 
 def vendor_conv_wgrad(dy: Tensor, x: Tensor, weight: Tensor, conv: Conv) -> Tensor:

@@ -20,22 +20,23 @@ class Machine(NamedTuple):
     """What a kind of device can do, roughly: enough to tell whether packing pays."""
 
     granule: int  # rows that the vendor's kernels compute in one piece
-    flops_per_byte: float  # arithmetic done in the time that packing moves a byte
+    flops_per_byte: float  # arithmetic done in the time that packing or scattering moves a byte
     call_flops: float  # arithmetic done in the time of the extra calls
 
 
-MACHINES = {"cpu": Machine(16, 40, 3e6), "cuda": Machine(64, 175, 1e10)}
+# "cpu" fits what was measured (docs/measured-facts.md); "cuda" is an estimate
+MACHINES = {"cpu": Machine(16, 15, 3e6), "cuda": Machine(64, 175, 1e10)}
 
 
 def cost(problem: Problem) -> float:
-    """The share of rows computed, and the time to read all of dY and write its packed rows."""
+    """The share of rows computed, and the time to pack dY (read all, write some) and scatter dW."""
     if problem.groups > 1 or problem.device not in MACHINES:
         return inf  # the active rows of a grouped convolution make uneven groups
     if problem.flops == 0:
         return inf  # an empty batch: nothing to save
     machine = MACHINES[problem.device]
     share = _granules(problem.active, problem.neurons, problem.device) / problem.neurons
-    moved = (1 + share) * prod(problem.dy) * problem.dtype.itemsize
+    moved = (1 + share) * (prod(problem.dy) + prod(problem.weight)) * problem.dtype.itemsize
     return share + (machine.flops_per_byte * moved + machine.call_flops) / problem.flops
 
 
@@ -50,7 +51,9 @@ def linear_wgrad(
 ) -> tuple[Tensor, Tensor]:
     packed = _granules(k, len(rows), dy.device.type)
     dy_packed, db = pack_columns(dy, rows[:packed], bias)  # [T, packed]
-    return _scatter(weight, rows, k, 0, dy_packed.t() @ x, db)
+    # [packed, inputs], in the order in memory in which it is scattered
+    dw = (x.t() @ dy_packed).t() if weight.stride(0) == 1 else dy_packed.t() @ x
+    return _scatter(weight, rows, k, 0, dw, db)
 
 
 def conv_wgrad(
@@ -74,10 +77,9 @@ def _scatter(
     weight: Tensor, rows: Tensor, k: int, neurons: int, dw_packed: Tensor, db_packed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """dW and db from those of the packed rows, of which the first ``k`` are active."""
-    active, frozen = rows[:k], rows[k:]
+    active = rows[:k]
     dw_active = dw_packed.narrow(neurons, 0, k).to(weight.dtype)
-    dw = torch.empty_like(weight)
-    dw.index_copy_(neurons, active, dw_active).index_fill_(neurons, frozen, 0)
+    dw = torch.zeros_like(weight).index_copy_(neurons, active, dw_active)
     if db_packed is None:
         return dw, weight.new_empty(0)
     db = weight.new_zeros(len(rows)).index_copy_(0, active, db_packed[:k].to(weight.dtype))

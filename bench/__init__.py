@@ -1,0 +1,1 @@
+"""Benchmarks. The scripts to run: backward_speed.py and overhead.py."""

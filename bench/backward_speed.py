@@ -1,0 +1,182 @@
+"""How much of the theory is wall-clock: single weight gradients, dense against neq.
+
+    python bench/backward_speed.py
+    python bench/backward_speed.py --suite full --only resnet --json out.json --plot out.png
+
+For every problem, layout and active fraction f, timed in turns on the same inputs:
+
+    dense      the vendor's weight gradient, in the layout in which it is fastest
+    neq        what the layer runs: the plain path at f = 1, nothing at all at f = 0
+    masked     dense, then zeros for the frozen neurons: the published way, the same at any f
+    gather     index the active channels, call the vendor, index into zeros
+    realised   (dense - neq) / ((1 - f) dense): the share of the saving that is wall-clock
+
+Before anything is timed it is compared with neq_kernels.reference in float64: an error of more than
+twice the vendor's own ends the run.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench import options, report
+from bench.contenders import Active, Case, Gate, WrongResultError
+from bench.problems import Problem, problems
+from bench.report import Row
+from bench.timing import Times, environment, interleave
+from neq_kernels import planner
+
+DTYPES = ("float32", "bfloat16", "float16")
+LAYOUTS = ("contiguous", "channels_last")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    given = parse(arguments)
+    device, dtype = given.device, getattr(torch, given.dtype)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # dense is to be as fast as it can
+    facts = environment(device)
+    report.show_environment(facts)
+    rows: list[Row] = []
+    with planner.tuning() if given.tune else nullcontext():
+        for problem in tqdm(given.problems, unit="problem", disable=None, leave=False):
+            try:
+                rows += measure(problem, given.layouts, given.active, device, dtype, given.seconds)
+            except WrongResultError as error:
+                sys.exit(f"error: {error}")
+    report.show(rows, facts)
+    if given.tune and given.table:
+        planner.save(given.table)
+    if given.json:
+        results = {"environment": facts, "results": rows}
+        given.json.write_text(json.dumps(results, indent=1) + "\n")
+    if given.plot:
+        report.plot(rows, facts, given.plot)
+
+
+def measure(
+    problem: Problem,
+    layouts: Iterable[str],
+    fractions: Iterable[float],
+    device: torch.device,
+    dtype: torch.dtype,
+    seconds: float,
+) -> list[Row]:
+    """The rows of one problem: check every contender, then time all of them in turns."""
+    # the baseline is the fastest layout, whichever are asked for
+    cases = {layout: Case.make(problem, layout, device, dtype) for layout in problem.layouts}
+    asked = [case for case in cases.values() if case.layout in layouts] or [*cases.values()]
+    weight, truth = asked[0].weight, asked[0].truth()
+    # of few neurons, several fractions may be the same number
+    counts = dict.fromkeys(active_count(f, problem.neurons) for f in fractions)
+    masks = [Active.random(k, weight) for k in counts]
+    half = Active.random(problem.neurons // 2, weight)
+
+    calls: dict[tuple[object, ...], Callable[[int], object]] = {
+        ("dense", layout): case.dense for layout, case in cases.items()
+    }
+    for case in asked:
+        gate, layout = Gate(case, truth), case.layout
+        calls["masked", layout] = gate.admit("masked", partial(case.masked, half), half)
+        for active in masks:
+            calls["neq", layout, active.k] = gate.admit("neq", case.neq(active), active)
+            if active.k:
+                gather = partial(case.gather, active)
+                calls["gather", layout, active.k] = gate.admit("gather", gather, active)
+
+    times = interleave(calls, device, seconds)
+    return [row(case, active, times) for case in asked for active in masks]
+
+
+def active_count(fraction: float, neurons: int) -> int:
+    """At least one neuron, unless none is asked for."""
+    return max(round(fraction * neurons), 1) if fraction else 0
+
+
+def row(case: Case, active: Active, times: dict[tuple[object, ...], Times]) -> Row:
+    """What is known of one case with some neurons active."""
+    problem, layout = case.problem, case.layout
+    fastest = min(problem.layouts, key=lambda layout: times["dense", layout].p50)
+    out: Row = {
+        "op": problem.op,
+        "name": problem.name,
+        "shape": problem.shape,
+        "count": problem.count,
+        "dtype": str(case.weight.dtype).removeprefix("torch."),
+        "layout": layout,
+        "active": active.k / problem.neurons,
+        "backend": case.backend(active),
+        "dense_layout": fastest,
+    }
+    measured = {
+        "dense": times["dense", fastest],
+        "plain": times["dense", layout],  # what the layer was before it was converted
+        "neq": times["neq", layout, active.k],
+        "masked": times["masked", layout],
+        "gather": times.get(("gather", layout, active.k)),
+    }
+    for name, t in measured.items():
+        out[f"{name}_p20"], out[f"{name}_ms"], out[f"{name}_p80"] = t or (None, None, None)
+    dense, neq, frozen = out["dense_ms"], out["neq_ms"], 1 - out["active"]
+    out["ratio"] = neq / dense
+    out["realised"] = (dense - neq) / (frozen * dense) if frozen else None
+    return out
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--suite", choices=("quick", "full"), default="quick")
+    add(
+        "--device",
+        type=options.usable_device,
+        help="cpu, cuda, cuda:1; by default a GPU if there is one",
+    )
+    add("--dtype", choices=DTYPES, default="float32")
+    add("--layout", choices=(*LAYOUTS, "both"), default="both", help="of images")
+    add("--active", type=options.fractions, default="1,.75,.5,.25,.1,0", metavar="F,F,...")
+    add(
+        "--only",
+        type=options.pattern,
+        metavar="PATTERN",
+        help="of names, such as resnet50 or swin.*mlp",
+    )
+    add("--seconds", type=options.positive, default=3.0, metavar="S", help="of timing per problem")
+    add("--tune", action="store_true", help="let the planner time its backends, not predict them")
+    add("--table", type=Path, metavar="FILE", help="of the planner's choices; --tune adds to it")
+    add("--json", type=options.output, metavar="FILE")
+    add("--plot", type=options.image, metavar="FILE")
+    given = parser.parse_args(arguments)
+
+    given.device = given.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    given.layouts = LAYOUTS if given.layout == "both" else (given.layout,)
+    given.problems = problems(given.suite, given.device.type)
+    if given.only:
+        names = [problem.name for problem in given.problems]
+        given.problems = [p for p in given.problems if given.only.search(p.name)]
+        if not given.problems:
+            parser.error(
+                f"argument --only: {given.only.pattern!r} matches no problem of the "
+                f"{given.suite} suite, which has {', '.join(names)}"
+            )
+    if given.table and (given.table.exists() or not given.tune):
+        try:
+            planner.load(given.table)
+        except (OSError, ValueError, AttributeError) as error:
+            parser.error(f"argument --table: {given.table} is no table of choices: {error}")
+    return given
+
+
+if __name__ == "__main__":
+    main()

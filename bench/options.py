@@ -1,0 +1,74 @@
+"""Command-line options: what text may be given and what it means.
+
+argparse prints an ArgumentTypeError after the option's name, and ends the run.
+"""
+
+import argparse
+import re
+from pathlib import Path
+
+import torch
+
+
+def usable_device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:N, got {text!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(
+            f"{text} is not there: torch {torch.__version__} sees "
+            f"{torch.cuda.device_count()} CUDA devices"
+        )
+    return device
+
+
+def fractions(text: str) -> list[float]:
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = [-1.0]
+    if not all(0 <= value <= 1 for value in values):
+        raise argparse.ArgumentTypeError(
+            f"must be fractions from 0 to 1, separated by commas, got {text!r}"
+        )
+    return values
+
+
+def positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    return value
+
+
+def pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from error
+
+
+def output(text: str) -> Path:
+    """A file to be written at the end: better to know now that it can't be."""
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} can't be written: no such folder, or it is one")
+    return path
+
+
+def image(text: str) -> Path:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise argparse.ArgumentTypeError("needs matplotlib: pip install matplotlib") from error
+    kinds = Figure().canvas.get_supported_filetypes()
+    path = output(text)
+    if path.suffix[1:] not in kinds:
+        raise argparse.ArgumentTypeError(f"{text!r} must end in one of .{', .'.join(kinds)}")
+    return path
