@@ -1,7 +1,7 @@
 """Gather the active rows inside of the matrix product: no packed copy of dY, no copy of dW.
 
 One Triton kernel serves linear layers and 1-d and 2-d convolutions in channels_last. What it costs
-beside the product is a two-byte load for each active element of dY and tile of columns, so it suits
+beside the product is a small copy for each active element of dY and tile of columns, so it suits
 few rows, and weights too short for ``pack`` to pay. The kernels are in ``triton_wgrad``.
 """
 
@@ -28,7 +28,7 @@ class Tile(NamedTuple):
     columns: int
     depth: int  # samples in a step
     warps: int
-    stages: int  # of X in flight
+    stages: int  # steps under way at a time
 
 
 def cost(problem: Problem) -> float:
@@ -65,8 +65,10 @@ def _triton_is_there() -> bool:
 def tile(dtype: torch.dtype, precision: str, k: int, columns: int) -> Tile:
     """For ``k`` active rows of so many weights: as large as the registers allow without a spill."""
     if dtype is torch.float32 and precision == "ieee":
-        return Tile(64, 64, 16, 8, 3)  # without tensor cores
-    rows, width = 64 if k <= 64 else 128, 64 if columns <= 64 else 128
+        return Tile(64, 64, 16, 4, 3)  # without tensor cores
+    # whatever its rows, a tile costs as much as 16 more of them
+    rows = min((128, 64, 32), key=lambda rows: ceil(k / rows) * (rows + 16))
+    width = 64 if columns <= 64 else 128
     return Tile(rows, width, 32, 8 if rows == width == 128 else 4, 4)
 
 
@@ -146,13 +148,16 @@ def _wgrad(
     if split:
         to_dw = dy.new_empty((cut, padded, columns), dtype=torch.float32)
         to_db = dy.new_empty((cut, padded if bias else 0), dtype=torch.float32)
+    pairs = dy.element_size() == 2 and n % 2 == 0 and dy.stride(0) % 2 == 0 == dy.data_ptr() % 4
+    if pairs:
+        dy = dy.view(torch.int32)
     with torch.cuda.device_of(dy):
         triton_wgrad.product[padded // t.rows, across, cut](
             dy, x, rows, to_dw, to_db,
             T, n, k, C, columns, ceil(steps / cut) * t.depth,
             dy.stride(0), x.stride()[:3], dw_strides, tuple(x_size), tuple(dy_size),
             width, conv.stride, conv.padding, conv.dilation,
-            EVEN=even, BIAS=bias, SPLIT=split, PRECISION=precision,
+            PAIRS=pairs, EVEN=even, BIAS=bias, SPLIT=split, PRECISION=precision,
             ROWS=t.rows, COLUMNS=t.columns, DEPTH=t.depth,
             num_warps=t.warps, num_stages=t.stages, enable_fp_fusion=True,
         )  # fmt: skip

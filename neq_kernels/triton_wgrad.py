@@ -1,8 +1,9 @@
 """The Triton kernels behind ``fused``: a matrix product that gathers its rows as it reads them.
 
 dW[rows] = dY[:, rows]ᵀ X is computed in tiles of ROWS active neurons by COLUMNS weights. A tile
-walks the samples in steps of DEPTH. X comes in whole lines through the asynchronous pipeline; the
-active neurons of dY are gathered into registers one step ahead of the product that needs them.
+walks the samples in steps of DEPTH, a few of them on their way at any time. An asynchronous copy
+moves 4 bytes or more, so of a 16-bit dY the aligned pair that holds an active neuron is copied, and
+its half picked on the way from shared memory to the tensor cores.
 
 The sum over samples is long and dW is small, so it is cut into parts: ``product`` leaves one
 partial dW per part, and ``finish`` adds them up, always in the same order, and scatters the result.
@@ -17,6 +18,7 @@ import triton.language as tl
 @triton.jit
 def product(
     dy,  # [T, n], neurons adjacent; T counts the output's pixels: image, row, column
+    #      PAIRS: int32 [T, n / 2], each of them two neurons
     x,  # [images, H, W, C], channels adjacent; EVEN: its pixels are those of dy, x_strides[2] apart
     rows,  # int64 [n]: a permutation of the neurons, the active ones first
     dw,  # [n, kernel height, kernel width, C]; SPLIT: float32 [parts, padded, columns]
@@ -36,6 +38,7 @@ def product(
     stride,
     padding,
     dilation,  # each of rows, columns
+    PAIRS: tl.constexpr,
     EVEN: tl.constexpr,
     BIAS: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -54,7 +57,7 @@ def product(
         left = 0  # only frozen neurons: nothing to add up
 
     dy_step = DEPTH * tl.full((), dy_stride, tl.int64)
-    dy_at = dy + (start + step)[:, None] * dy_stride + row[None, :]
+    dy_at = dy + (start + step)[:, None] * dy_stride + (row // 2 if PAIRS else row)[None, :]
     if EVEN:
         x_step = DEPTH * tl.full((), x_strides[2], tl.int64)
         x_at = x + (start + step)[:, None] * x_strides[2] + column[None, :]
@@ -72,7 +75,6 @@ def product(
 
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     sums = tl.zeros((DEPTH, ROWS), tl.float32)
-    gathered = tl.load(dy_at, mask=(step < left)[:, None], other=0.0)  # [DEPTH, ROWS]
     for done in range(0, left, DEPTH):
         there = (step < left - done)[:, None] & (column < columns)[None, :]
         if EVEN:
@@ -93,12 +95,15 @@ def product(
             carry = (out_y >= height).to(tl.int32)
             out_y -= carry * height
             image += DEPTH // width // height + carry
+        gathered = tl.load(dy_at, mask=(step < left - done)[:, None], other=0)  # [DEPTH, ROWS]
         dy_at += dy_step
-        ahead = tl.load(dy_at, mask=(step < left - done - DEPTH)[:, None], other=0.0)
+        if PAIRS:
+            half = gathered >> (row % 2 * 16).to(tl.int32)[None, :]
+            gathered = half.to(tl.int16).to(x.dtype.element_ty, bitcast=True)
         total = tl.dot(tl.trans(gathered), read, total, input_precision=PRECISION)
         if BIAS:
-            sums += gathered
-        gathered = ahead
+            if tl.program_id(1) == 0:
+                sums += gathered
 
     if SPLIT:
         padded = (k + ROWS - 1) // ROWS * ROWS

@@ -136,7 +136,7 @@ def test_conv_exact(device, dtypes, case, deal):
 @in_dtypes
 @pytest.mark.parametrize("samples", [40, 600], ids=["whole", "cut"])
 @pytest.mark.parametrize("inputs", [50, 130])
-@pytest.mark.parametrize("active", [3, 130])
+@pytest.mark.parametrize("active", [3, 40, 130])
 def test_every_tile(device, dtypes, samples, inputs, active):
     case = linear_case((samples,), inputs, 150, range(5, 5 + active))
     check(case, case.args(dtypes, device))
@@ -168,9 +168,10 @@ def test_frozen_rows_are_zero_whatever_meets_in_them(device, dtypes, case, parts
 
 
 @on_devices
+@in_dtypes
 @in_cases
-def test_same_bits_however_often(device, case):
-    dy, x, *rest = case.args(device=device)
+def test_same_bits_however_often(device, dtypes, case):
+    dy, x, *rest = case.args(dtypes, device)
     args = torch.randn_like(dy), torch.randn_like(x), *rest
     with dealt(3):
         same(run(case, args), run(case, args))
@@ -234,6 +235,11 @@ def test_parts_fill_the_gpu_and_bound_the_scratch():
             parts = fused.parts(tiles, steps, 264)
             assert parts == 1 or parts * tiles <= 4 * 264
             assert parts <= max(1, steps // 8)
+
+
+def test_tiles_waste_few_rows():
+    rows = {k: fused.tile(torch.bfloat16, "ieee", k, 128).rows for k in (1, 32, 33, 64, 128, 130)}
+    assert rows == {1: 32, 32: 32, 33: 64, 64: 64, 128: 128, 130: 64}
 
 
 def test_cost_claims_nothing_and_rules_out_what_the_kernel_cannot_do():

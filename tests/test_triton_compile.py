@@ -12,13 +12,15 @@ from aot import launches
 from neq_kernels import fused
 from neq_kernels.geometry import Conv
 
-TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}  # of tiles with 64 rows or more
 BLOCK_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # of shared memory, at most
 CONV = Conv((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
 NEURONS = 256
 
 every_target = pytest.mark.parametrize("arch", TENSOR_CORES, ids="sm_{}".format)
-every_tile = pytest.mark.parametrize(("k", "inputs"), [(40, 64), (40, 256), (200, 64), (200, 256)])
+every_tile = pytest.mark.parametrize(
+    ("k", "inputs"), [(k, inputs) for k in (20, 40, 200) for inputs in (64, 256)]
+)
 
 
 def linear(dtype, k, inputs, samples=4096):
@@ -47,10 +49,13 @@ def kernels(arch, call):
     return compiled
 
 
-def check_wide(kernel):
-    """X comes asynchronously, 16 bytes at a time; dW or its parts leave so."""
-    assert kernel.count("LDGSTS") == kernel.count("LDGSTS", "128") > 0
+def check_product(kernel, arch, k=64):
+    """It multiplies on tensor cores; all of dY and X comes asynchronously, X 16 bytes at a time,
+    and so leaves dW or its parts."""
+    assert kernel.count(TENSOR_CORES[arch] if k > 32 else "HMMA")
+    assert kernel.count("LDGSTS", "128")
     assert kernel.count("STG", "128")
+    assert not kernel.count("LDG", "U16")
 
 
 @pytest.fixture
@@ -64,8 +69,7 @@ def tf32_switch():
 @every_tile
 def test_linear(arch, k, inputs):
     product, finish = kernels(arch, linear(torch.bfloat16, k, inputs))
-    assert product.count(TENSOR_CORES[arch])
-    check_wide(product)
+    check_product(product, arch, k)
     assert finish.count("STG", "128")
     assert not finish.count("LDG", "U16")
 
@@ -74,16 +78,14 @@ def test_linear(arch, k, inputs):
 @every_tile
 def test_conv(arch, k, inputs):
     (product,) = kernels(arch, conv(torch.bfloat16, k, inputs))
-    assert product.count(TENSOR_CORES[arch])
-    check_wide(product)
+    check_product(product, arch, k)
 
 
 @every_target
 @pytest.mark.parametrize("problem", [linear, conv])
 def test_float16(arch, problem):
     product = kernels(arch, problem(torch.float16, 200, 256))[0]
-    assert product.count(TENSOR_CORES[arch])
-    check_wide(product)
+    check_product(product, arch)
 
 
 @every_target
