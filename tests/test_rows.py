@@ -1,0 +1,210 @@
+"""set_active and what it leaves to read, and each of its errors."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import neq
+
+each = pytest.mark.parametrize
+NEURONS = 8
+
+
+@pytest.fixture
+def layer():
+    return neq.NEqLinear(4, NEURONS)
+
+
+def mask(*rows):
+    return torch.isin(torch.arange(NEURONS), torch.tensor(rows))
+
+
+ROWS = {
+    "list": [5, 1, 3],
+    "tuple": (3, 5, 1),
+    "range": range(1, 7, 2),
+    "list of numpy integers": [np.int64(5), np.int32(3), np.uint8(1)],
+    "list of tensors": [torch.tensor(5), torch.tensor(1), torch.tensor(3)],
+    "numpy": np.array([5, 3, 1]),
+    "numpy reversed": np.array([1, 3, 5])[::-1],
+    "numpy every second": np.array([1, 0, 3, 0, 5, 0])[::2],
+    "numpy uint16": np.array([5, 3, 1], dtype=np.uint16),
+    "numpy uint64": np.array([5, 3, 1], dtype=np.uint64),
+    "numpy mask": np.isin(np.arange(NEURONS), [1, 3, 5]),
+    "int64": torch.tensor([5, 1, 3]),
+    "int32": torch.tensor([5, 1, 3], dtype=torch.int32),
+    "uint8": torch.tensor([5, 1, 3], dtype=torch.uint8),
+    "uint32": torch.tensor([5, 1, 3], dtype=torch.uint32),
+    "strided": torch.tensor([5, 0, 1, 0, 3])[::2],
+    "mask": mask(1, 3, 5),
+    "list of bools": mask(1, 3, 5).tolist(),
+    "tuple of bools": tuple(mask(1, 3, 5).tolist()),
+}
+
+
+@each("rows", ROWS.values(), ids=ROWS)
+def test_every_way_to_name_three_rows(layer, rows):
+    layer.set_active(rows)
+    assert layer.active_rows.tolist() == [1, 3, 5]
+    assert layer.active_rows.dtype == torch.int64
+    assert torch.equal(layer.active_mask, mask(1, 3, 5))
+    assert layer.active_fraction == 3 / 8
+    assert layer.n_neurons == 8
+
+
+@each(
+    "rows",
+    [[], (), range(0), np.array([]), np.array([], dtype=np.int64), torch.tensor([]), mask()],
+    ids=["list", "tuple", "range", "numpy float", "numpy int", "tensor", "mask"],
+)
+def test_no_row(layer, rows):
+    layer.set_active(rows)
+    assert layer.active_rows.tolist() == []
+    assert layer.active_rows.dtype == torch.int64
+    assert not layer.active_mask.any()
+    assert layer.active_fraction == 0
+
+
+@each("rows", [None, range(NEURONS), mask(*range(NEURONS))], ids=["None", "range", "mask"])
+def test_all_rows(layer, rows):
+    assert layer.active_fraction == 1, "to begin with"
+    layer.set_active([2])
+    layer.set_active(rows)
+    assert layer.active_rows.tolist() == list(range(NEURONS))
+    assert layer.active_mask.all()
+    assert layer.active_fraction == 1
+
+
+def test_many_rows_come_back_in_order():
+    layer = neq.NEqLayerNorm(5000)
+    rows = torch.randperm(5000)[:2000]
+    layer.set_active(rows)
+    assert torch.equal(layer.active_rows, rows.sort().values)
+    assert torch.equal(layer.active_mask.nonzero().flatten(), rows.sort().values)
+
+
+ERRORS = {
+    "duplicate": ([1, 4, 4], ValueError, "row 4 is named more than once"),
+    "too large": ([1, 8], ValueError, r"rows must lie in \[0, 8\), got 8"),
+    "negative": ([1, -1], ValueError, r"rows must lie in \[0, 8\), got -1"),
+    "float list": ([1.0, 2.0], TypeError, "rows must be integers or bools, got torch.float32"),
+    "float tensor": (torch.ones(8), TypeError, "integers or bools, got torch.float32"),
+    "float numpy": (np.ones(8), TypeError, "rows must be integers or bools, got torch.float"),
+    "complex": ([1j], TypeError, "rows must be integers or bools, got torch.complex64"),
+    "one number": (3, ValueError, r"rows must have one dimension, got shape \[\]"),
+    "two dimensions": ([[1, 2]], ValueError, r"rows must have one dimension, got shape \[1, 2\]"),
+    "two-dimensional mask": (
+        torch.ones(8, 1, dtype=torch.bool),
+        ValueError,
+        r"rows must have one dimension, got shape \[8, 1\]",
+    ),
+    "short mask": (
+        [True, False],
+        ValueError,
+        "a bool mask must have one entry for each of the 8 neurons, got 2",
+    ),
+    "empty mask": (torch.zeros(0, dtype=torch.bool), ValueError, "each of the 8 neurons, got 0"),
+    "meta": (torch.empty(2, device="meta"), ValueError, "rows are on the meta device"),
+    "string": ("all", TypeError, "rows must be indices, a bool mask or None, got str"),
+    "set": ({1, 2}, TypeError, "rows must be indices, a bool mask or None, got set"),
+    "dict": ({1: 2}, TypeError, "rows must be indices, a bool mask or None, got dict"),
+    "ragged": ([[1], [2, 3]], TypeError, "rows must be indices, a bool mask or None, got list"),
+    "list of None": ([None], TypeError, "rows must be indices, a bool mask or None, got list"),
+    "numpy strings": (np.array(["a"]), TypeError, "a bool mask or None, got ndarray"),
+    "iterator": (iter([1]), TypeError, "a bool mask or None, got list_iterator"),
+    "layer": (nn.Linear(1, 1), TypeError, "rows must be indices, a bool mask or None, got Linear"),
+    "beyond int64": ([2**70], TypeError, "rows must be indices, a bool mask or None, got list"),
+}
+
+
+@each(("rows", "error", "message"), ERRORS.values(), ids=ERRORS)
+def test_errors_name_the_layer_and_change_nothing(layer, rows, error, message):
+    layer.set_active([2, 3])
+    with pytest.raises(error, match=f"^NEqLinear: .*{message}"):
+        layer.set_active(rows)
+    assert layer.active_rows.tolist() == [2, 3]
+
+
+def test_errors_name_the_layer_in_its_model():
+    model = neq.convert(nn.Sequential(nn.ReLU(), nn.ModuleDict({"head": nn.Conv2d(3, 4, 1)})))
+    with pytest.raises(ValueError, match=r"^NEqConv2d '1\.head': rows must lie in \[0, 4\), got 9"):
+        model[1]["head"].set_active([9])
+
+
+@each(
+    ("layer", "neurons"),
+    [
+        (neq.NEqLinear(3, 5), 5),
+        (neq.NEqConv2d(4, 6, 3, groups=2), 6),
+        (neq.NEqConvTranspose2d(4, 6, 3, groups=2), 6),
+        (neq.NEqBatchNorm2d(7), 7),
+        (neq.NEqGroupNorm(2, 8), 8),
+        (neq.NEqLayerNorm((3, 4)), 12),
+        (neq.NEqRMSNorm((3, 4)), 12),
+        (neq.NEqInstanceNorm1d(5, affine=True), 5),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else str(value),
+)
+def test_n_neurons(layer, neurons):
+    assert layer.n_neurons == neurons
+    assert layer.active_mask.shape == (neurons,)
+    layer.set_active([neurons - 1])
+    with pytest.raises(ValueError, match=rf"rows must lie in \[0, {neurons}\)"):
+        layer.set_active([neurons])
+
+
+def test_what_was_given_and_what_is_returned_belong_to_the_caller(layer):
+    given = mask(1, 3, 5)
+    layer.set_active(given)
+    given[:] = True
+    layer.active_mask[:] = False
+    layer.active_rows[:] = 0
+    assert layer.active_rows.tolist() == [1, 3, 5]
+    assert torch.equal(layer.active_mask, mask(1, 3, 5))
+
+
+def test_rows_chosen_in_inference_mode_can_be_trained(layer):
+    norm = neq.NEqLayerNorm(NEURONS)
+    with torch.inference_mode():
+        converted = neq.convert(nn.Linear(4, NEURONS))
+        for chosen in torch.tensor([1, 3]), mask(1, 3), [1, 3]:
+            layer.set_active(chosen)
+            norm.set_active(chosen)
+        converted.set_active([1, 3])
+    norm(layer(torch.randn(2, 4))).square().sum().backward()
+    converted(torch.randn(2, 4)).sum().backward()
+    for p in layer.bias, norm.bias, converted.bias:
+        assert p.grad.nonzero().flatten().tolist() == [1, 3]
+
+
+def test_rows_do_not_follow_the_default_device(layer):
+    x = torch.randn(2, 4)
+    with torch.device("meta"):  # as with a GPU as the default device
+        layer.set_active([1, 3])
+        layer.set_active(range(3))
+        layer.set_active(None)
+        layer.set_active(np.array([1, 3]))
+        neq.convert(nn.Linear(4, NEURONS, device="cpu")).set_active([1])
+    layer(x).sum().backward()
+    assert layer.bias.grad.nonzero().flatten().tolist() == [1, 3]
+
+
+def test_rows_are_not_lost_on_the_meta_device():
+    with torch.device("meta"):
+        layer = neq.NEqLinear(4, NEURONS)
+    layer.set_active([1, 3])
+    assert layer.active_rows.is_meta
+    layer.to_empty(device="cpu")
+    assert layer.active_rows.tolist() == [1, 3]
+
+
+@pytest.mark.gpu
+def test_rows_are_on_the_device_of_the_layer(layer):
+    layer.set_active(torch.tensor([5, 1], device="cuda"))
+    assert layer.active_rows.device.type == "cpu"
+    layer.cuda()
+    assert layer.active_rows.is_cuda
+    assert layer.active_mask.is_cuda
+    layer(torch.randn(2, 4, device="cuda")).sum().backward()
+    assert layer.bias.grad.nonzero().flatten().tolist() == [1, 5]
