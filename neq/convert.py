@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from neq import modules
 from neq.modules import NeuronLayer
-from neq.rows import Phase, Rows
+from neq.rows import Rows
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -69,7 +69,6 @@ def convert(
         names = sorted(getattr(c, "__name__", repr(c)) for c in unknown)
         allowed = ", ".join(sorted(c.__name__ for c in known))
         raise ValueError(f"classes: neq knows no layer for {', '.join(names)}; allowed: {allowed}")
-    phase = Phase()
     decided = {id(m.weight): m for m in model.modules() if isinstance(m, NeuronLayer)}
     for name, module in model.named_modules():
         if type(module) not in wanted or obstacle(module) is not None:
@@ -82,7 +81,7 @@ def convert(
         module.__class__ = known[type(module)]
         module.layer_name = name
         # layers that share a weight share the decision on it
-        module.rows = twin.rows if twin else Rows(module.n_neurons, module.weight.device, phase)
+        module.rows = twin.rows if twin else Rows(module.n_neurons, module.weight.device)
         decided[id(module.weight)] = module
     return model
 

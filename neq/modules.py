@@ -65,7 +65,8 @@ class NeuronLayer(nn.Module):
         rows: their indices in any order, or a bool mask with one entry per neuron, or None for all.
         """
         named = f" {self.layer_name!r}" if self.layer_name else ""
-        self.rows.set(parse(rows, self.n_neurons, type(self).__name__ + named))
+        mask = parse(rows, self.n_neurons, type(self).__name__ + named)
+        self.rows.on(self.weight.device).set(mask)
 
     def _spread(self, mask: Tensor) -> Tensor:
         """A mask [n_neurons], shaped to broadcast against the weight."""
@@ -75,7 +76,7 @@ class NeuronLayer(nn.Module):
         rows = self.rows
         if torch.compiler.is_compiling():
             # a graph that depended on this layer's own mask would be recompiled at each change
-            everything, nothing = not rows.phase.masked, False
+            everything, nothing = not Rows.ever_masked, False
         else:
             everything, nothing = rows.count == rows.neurons, rows.count == 0
         if everything or not (torch.is_grad_enabled() or _beyond_backward()):

@@ -1,26 +1,19 @@
 """Which neurons of one weight are active: the one decision that layers sharing the weight share."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 
-class Phase:
-    """Shared by the layers of one ``convert``: has any of them ever been masked?
-
-    A compiled graph is specialised on this alone, not on any layer's mask: the plain graph until
-    the first mask, one more graph for all masks after it.
-    """
-
-    masked = False
-
-
 class Rows:
     """The active neurons of a weight with ``neurons`` rows. All of them, to begin with."""
 
-    def __init__(self, neurons: int, device: torch.device, phase: Phase | None = None) -> None:
-        self.phase = Phase() if phase is None else phase
+    # Has any layer of this process ever been masked? Compiled graphs are specialised on this alone:
+    # the plain graph until the first mask, one more for all masks of all layers after it.
+    ever_masked: ClassVar[bool] = False
+
+    def __init__(self, neurons: int, device: torch.device) -> None:
         self._device = device
         self.set(torch.ones(neurons, dtype=torch.bool, device="cpu"))
 
@@ -32,7 +25,7 @@ class Rows:
         self.length = torch.tensor(self.count, device="cpu")  # int64 []: no kernel waits for it
         self._place()
         if self.count < self.neurons:
-            self.phase.masked = True
+            Rows.ever_masked = True
 
     @torch.inference_mode(False)
     def _place(self) -> None:
@@ -48,12 +41,12 @@ class Rows:
             self._place()
         return self
 
-    def __getstate__(self) -> tuple[Phase, list[bool]]:
+    def __getstate__(self) -> list[bool]:
         # not as tensors: ``torch.load`` could map those to any device
-        return self.phase, self._mask.tolist()
+        mask: list[bool] = self._mask.tolist()
+        return mask
 
-    def __setstate__(self, state: tuple[Phase, list[bool]]) -> None:
-        self.phase, mask = state
+    def __setstate__(self, mask: list[bool]) -> None:
         self._device = torch.device("cpu")
         self.set(torch.tensor(mask, dtype=torch.bool, device="cpu"))
 

@@ -54,11 +54,16 @@ def summary(model: nn.Module) -> Summary:
     """Every module of ``model`` that owns parameters, in the model's order."""
     layers = []
     known = tuple(convertible())
+    converted = [(name, m) for name, m in model.named_modules() if isinstance(m, NeuronLayer)]
+    owners = {id(layer.weight): (name, layer.plain) for name, layer in converted}
     for name, module in model.named_modules():
         if isinstance(module, NeuronLayer):
             counts, reason = (module.n_neurons, module.rows.count), ""
         elif isinstance(module, known) or _owns_parameters(module):
             counts, reason = (0, 0), obstacle(module) or "not asked for"
+            owner, kind = owners.get(id(module._parameters.get("weight")), ("", type(module)))
+            if reason == "not asked for" and kind is not type(module):
+                reason = f"it shares the weight of {owner}, a {kind.__name__}"
         else:
             continue
         layers.append(LayerSummary(name, type(module).__name__, *counts, reason))

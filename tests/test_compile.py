@@ -21,13 +21,15 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 import neq
+from neq.rows import Rows
 
 each = pytest.mark.parametrize
 pytestmark = pytest.mark.usefixtures("one_thread", "fresh_dynamo")
 
 
 @pytest.fixture
-def fresh_dynamo():
+def fresh_dynamo(monkeypatch):
+    monkeypatch.setattr(Rows, "ever_masked", False)  # as in a new process
     torch._dynamo.reset()
     counters.clear()
     yield
@@ -89,6 +91,16 @@ def test_twenty_masks_cost_at_most_two_recompiles(backend):
     assert not counters["graph_break"]
 
 
+def test_layers_that_no_convert_joined_and_that_are_masked_one_by_one():
+    model = nn.Sequential(neq.NEqLinear(8, 16), neq.NEqLayerNorm(16), neq.NEqLinear(16, 4))
+    call, count = compiled(model)
+    for layer in (None, *model, *model):
+        if layer is not None:
+            mask_anyhow(layer)
+        train(call, model, torch.randn(3, 8))
+    assert count.frame_count <= 2
+
+
 def test_masks_before_the_first_call_cost_no_recompile():
     model = neq.convert(Tiny())
     mask_randomly(model)
@@ -137,6 +149,7 @@ def test_a_model_never_masked_is_compiled_as_the_plain_model():
     assert "autograd_function_apply" in after
 
     torch._dynamo.reset()
+    Rows.ever_masked = False
     model = neq.convert(copy.deepcopy(plain))
     x = tiny_input()
     y, mine = train(compiled(model)[0], model, x)

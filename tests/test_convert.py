@@ -95,6 +95,14 @@ def test_classes(classes):
     assert reasons(model)["norm"] == "not asked for"
 
 
+def test_a_weight_shared_with_a_layer_of_another_kind():
+    model = nn.ModuleDict({"first": nn.LayerNorm(4), "second": nn.BatchNorm1d(4)})
+    model.second.weight = model.first.weight
+    neq.convert(model)
+    assert type(model.second) is nn.BatchNorm1d
+    assert reasons(model)["second"] == "it shares the weight of first, a LayerNorm"
+
+
 @each("unknown", [nn.ReLU, neq.NEqLinear, nn.Module, "Linear"], ids=str)
 def test_classes_that_neq_has_no_layer_for(unknown):
     name = getattr(unknown, "__name__", "'Linear'")
