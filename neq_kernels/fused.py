@@ -21,6 +21,11 @@ INT32 = 2**31
 POINTWISE = Conv((1, 1), (0, 0), (1, 1), False, (0, 0), 1)
 
 
+class Gpu(NamedTuple):
+    arch: int  # its compute capability: 80, 90, 100
+    processors: int
+
+
 class Tile(NamedTuple):
     """What one program of the kernel computes, and how."""
 
@@ -62,14 +67,16 @@ def _triton_is_there() -> bool:
     return find_spec("triton") is not None
 
 
-def tile(dtype: torch.dtype, precision: str, k: int, columns: int) -> Tile:
+def tile(arch: int, dtype: torch.dtype, precision: str, k: int, columns: int, bias: bool) -> Tile:
     """For ``k`` active rows of so many weights: as large as the registers allow without a spill."""
     if dtype is torch.float32 and precision == "ieee":
         return Tile(64, 64, 16, 4, 3)  # without tensor cores
-    # whatever its rows, a tile costs as much as 16 more of them
+    # whatever its size, a tile costs as much as 16 more rows or 32 more columns
     rows = min((128, 64, 32), key=lambda rows: ceil(k / rows) * (rows + 16))
-    width = 64 if columns <= 64 else 128
-    return Tile(rows, width, 32, 8 if rows == width == 128 else 4, 4)
+    wide = arch >= 90 and dtype is not torch.float32 and rows == 128 and not bias
+    widths = (256, 128, 64) if wide else (128, 64)
+    width = min(widths, key=lambda width: ceil(columns / width) * (width + 32))
+    return Tile(rows, width, 32, 8 if rows * width >= 128**2 else 4, 3 if width == 256 else 4)
 
 
 @cache
@@ -84,8 +91,9 @@ def parts(tiles: int, steps: int, slots: int) -> int:
 
 
 @cache
-def processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def gpu(device: torch.device) -> Gpu:
+    found = torch.cuda.get_device_properties(device)
+    return Gpu(10 * found.major + found.minor, found.multi_processor_count)
 
 
 def linear_wgrad(
@@ -131,9 +139,10 @@ def _wgrad(
     columns = height * width * C
 
     precision = "tf32" if precision == "tf32" else "ieee"
-    t = tile(dy.dtype, precision, k, columns)
+    arch, processors = gpu(dy.device)
+    t = tile(arch, dy.dtype, precision, k, columns, bias)
     across, steps = ceil(columns / t.columns), ceil(T / t.depth)
-    cut = parts(ceil(k / t.rows) * across, steps, processors(dy.device) * 8 // t.warps)
+    cut = parts(ceil(k / t.rows) * across, steps, processors * 8 // t.warps)
     split = cut > 1
     padded = ceil((k if split else n) / t.rows) * t.rows
 

@@ -61,7 +61,7 @@ def planned():
     """Every call is the fused kernel's, also where there is no GPU to ask for its size."""
     with (
         mock.patch.object(planner, "choose", return_value="fused"),
-        mock.patch.object(fused, "processors", return_value=4),
+        mock.patch.object(fused, "gpu", return_value=fused.Gpu(90, 4)),
     ):
         yield
 
@@ -133,12 +133,13 @@ def test_conv_exact(device, dtypes, case, deal):
 
 
 @on_devices
-@in_dtypes
+@pytest.mark.parametrize("dtypes", DTYPES[-1:])
 @pytest.mark.parametrize("samples", [40, 600], ids=["whole", "cut"])
 @pytest.mark.parametrize("inputs", [50, 130])
-@pytest.mark.parametrize("active", [3, 40, 130])
-def test_every_tile(device, dtypes, samples, inputs, active):
-    case = linear_case((samples,), inputs, 150, range(5, 5 + active))
+@pytest.mark.parametrize("active", [3, 40, 120])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_every_tile(device, dtypes, samples, inputs, active, bias):
+    case = linear_case((samples,), inputs, 150, range(5, 5 + active), bias=bias)
     check(case, case.args(dtypes, device))
 
 
@@ -237,9 +238,16 @@ def test_parts_fill_the_gpu_and_bound_the_scratch():
             assert parts <= max(1, steps // 8)
 
 
-def test_tiles_waste_few_rows():
-    rows = {k: fused.tile(torch.bfloat16, "ieee", k, 128).rows for k in (1, 32, 33, 64, 128, 130)}
+def test_tiles_waste_little():
+    def rows_and_columns(arch, k, columns, bias):
+        return fused.tile(arch, torch.bfloat16, "ieee", k, columns, bias)[:2]
+
+    rows = {k: rows_and_columns(90, k, 128, True)[0] for k in (1, 32, 33, 64, 128, 130)}
     assert rows == {1: 32, 32: 32, 33: 64, 64: 64, 128: 128, 130: 64}
+    columns = {n: rows_and_columns(90, 128, n, False)[1] for n in (9, 64, 128, 256, 384, 4096)}
+    assert columns == {9: 64, 64: 64, 128: 128, 256: 256, 384: 128, 4096: 256}
+    assert rows_and_columns(80, 128, 4096, False) == (128, 128)
+    assert rows_and_columns(90, 128, 4096, True) == (128, 128)
 
 
 def test_cost_claims_nothing_and_rules_out_what_the_kernel_cannot_do():

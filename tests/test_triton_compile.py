@@ -23,10 +23,10 @@ every_tile = pytest.mark.parametrize(
 )
 
 
-def linear(dtype, k, inputs, samples=4096):
+def linear(dtype, k, inputs, samples=4096, bias=True):
     shapes = (samples, NEURONS), (samples, inputs), (NEURONS, inputs)
     tensors = (torch.empty(shape, dtype=dtype) for shape in shapes)
-    return lambda: fused.linear_wgrad(*tensors, torch.arange(NEURONS), k, bias=True)
+    return lambda: fused.linear_wgrad(*tensors, torch.arange(NEURONS), k, bias)
 
 
 def conv(dtype, k, inputs, images=1):
@@ -40,8 +40,12 @@ def conv(dtype, k, inputs, images=1):
     return lambda: fused.conv_wgrad(*tensors, torch.arange(NEURONS), k, False, geometry)
 
 
+def on_gpu(arch):
+    return mock.patch.object(fused, "gpu", return_value=fused.Gpu(arch, 132))
+
+
 def kernels(arch, call):
-    with mock.patch.object(fused, "processors", return_value=132), launches(arch) as compiled:
+    with on_gpu(arch), launches(arch) as compiled:
         call()
     for kernel in compiled:
         assert kernel.local_bytes == 0, f"{kernel.name} spills registers"
@@ -67,18 +71,21 @@ def tf32_switch():
 
 @every_target
 @every_tile
-def test_linear(arch, k, inputs):
-    product, finish = kernels(arch, linear(torch.bfloat16, k, inputs))
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_linear(arch, k, inputs, bias):
+    product, finish = kernels(arch, linear(torch.bfloat16, k, inputs, 4096, bias))
     check_product(product, arch, k)
     assert finish.count("STG", "128")
     assert not finish.count("LDG", "U16")
+    (product,) = kernels(arch, linear(torch.bfloat16, k, inputs, 200, bias))
+    check_product(product, arch, k)
 
 
 @every_target
 @every_tile
 def test_conv(arch, k, inputs):
-    (product,) = kernels(arch, conv(torch.bfloat16, k, inputs))
-    check_product(product, arch, k)
+    check_product(kernels(arch, conv(torch.bfloat16, k, inputs))[0], arch, k)
+    check_product(kernels(arch, conv(torch.bfloat16, k, inputs, images=32))[0], arch, k)
 
 
 @every_target
