@@ -26,7 +26,7 @@ sanitize: $(VENV)/.deps
 		$(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize/lib PYTHONSAFEPATH=1 \
-		$(BIN)/python -m pytest --capture=sys tests/test_pack_columns.py $(ARGS)
+		$(BIN)/python -m pytest --capture=sys tests/test_pack_columns.py tests/test_row_optimizers.py $(ARGS)
 
 format: $(VENV)/.deps
 	$(BIN)/ruff check --fix

@@ -16,11 +16,12 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-SOURCES = ["csrc/bindings.cpp", "csrc/cpu/pack.cpp"]
+SOURCES = ["csrc/bindings.cpp", "csrc/cpu/pack.cpp", "csrc/cpu/step.cpp"]
 CUDA_SOURCES = ["csrc/cuda/pack.cu"]
 CUDA_TARGETS = [80, 90, 100]
 
-CXX_FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wextra".split()
+# without errno, loops with a square root become vectors
+CXX_FLAGS = "-std=c++20 -O3 -fno-math-errno -fPIC -fvisibility=hidden -Wall -Wextra".split()
 NVCC_FLAGS = "-std=c++20 -O3 -Xcompiler=-fPIC,-fvisibility=hidden,-Wall".split()
 
 

@@ -1,9 +1,13 @@
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "cpu/pack.h"
+#include "cpu/step.h"
 #ifdef NEQ_CUDA
 #include "cuda/pack.h"
 #endif
@@ -41,6 +45,44 @@ void cpu_pack_columns(neq::DType dtype, uintptr_t dy, int64_t samples, int64_t n
                          pointer<void>(sums), threads);
 }
 
+// One parameter: the addresses of it, its gradient, three states and its rows; neurons, width and k.
+using Addresses = std::array<uintptr_t, 9>;
+
+std::vector<neq::cpu::Stepped> stepped(const std::vector<Addresses>& all,
+                                       const std::vector<double>& counts) {
+  require(counts.empty() || counts.size() == all.size(), "counts", int64_t(counts.size()),
+          "empty or one for each of " + std::to_string(all.size()) + " parameters");
+  std::vector<neq::cpu::Stepped> result;
+  for (size_t i = 0; i < all.size(); ++i) {
+    const auto& [param, grad, first, second, largest, rows, neurons, width, k] = all[i];
+    require(k <= neurons, "k", int64_t(k), "at most neurons = " + std::to_string(neurons));
+    result.push_back({pointer<void>(param), pointer<const void>(grad), pointer<void>(first),
+                      pointer<void>(second), pointer<void>(largest), int64_t(neurons),
+                      int64_t(width), pointer<const int64_t>(rows), int64_t(k),
+                      counts.empty() ? 0 : counts[i]});
+  }
+  return result;
+}
+
+void cpu_sgd_rows(neq::DType dtype, const std::vector<Addresses>& all, double lr, double momentum,
+                  double dampening, double weight_decay, bool nesterov, bool maximize, bool begin,
+                  int threads) {
+  require(threads >= 1, "threads", threads, "at least 1");
+  const auto params = stepped(all, {});
+  py::gil_scoped_release release;
+  neq::cpu::sgd_rows(dtype, params,
+                     {lr, momentum, dampening, weight_decay, nesterov, maximize, begin}, threads);
+}
+
+void cpu_adamw_rows(neq::DType dtype, const std::vector<Addresses>& all,
+                    const std::vector<double>& counts, double lr, double beta1, double beta2,
+                    double eps, double weight_decay, bool maximize, int threads) {
+  require(threads >= 1, "threads", threads, "at least 1");
+  const auto params = stepped(all, counts);
+  py::gil_scoped_release release;
+  neq::cpu::adamw_rows(dtype, params, {lr, beta1, beta2, eps, weight_decay, maximize}, threads);
+}
+
 #ifdef NEQ_CUDA
 int64_t cuda_pack_scratch_bytes(neq::DType dtype, int64_t samples, int64_t k) {
   require(samples >= 0, "samples", samples, "at least 0");
@@ -72,6 +114,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_pack_columns", &cpu_pack_columns, py::arg("dtype"), py::arg("dy"), py::arg("samples"),
         py::arg("neurons"), py::arg("stride"), py::arg("rows"), py::arg("k"), py::arg("packed"),
         py::arg("sums"), py::arg("threads"));
+  m.def("cpu_sgd_rows", &cpu_sgd_rows, py::arg("dtype"), py::arg("all"), py::arg("lr"),
+        py::arg("momentum"), py::arg("dampening"), py::arg("weight_decay"), py::arg("nesterov"),
+        py::arg("maximize"), py::arg("begin"), py::arg("threads"));
+  m.def("cpu_adamw_rows", &cpu_adamw_rows, py::arg("dtype"), py::arg("all"), py::arg("counts"),
+        py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
+        py::arg("weight_decay"), py::arg("maximize"), py::arg("threads"));
 #ifdef NEQ_CUDA
   m.attr("has_cuda") = true;
   m.def("cuda_pack_scratch_bytes", &cuda_pack_scratch_bytes, py::arg("dtype"), py::arg("samples"),

@@ -1,7 +1,12 @@
 """Training that stops paying for neurons that have stopped learning."""
 
+from neq import optim
 from neq._version import __version__
+from neq.accounting import Account, account
+from neq.controller import Controller
 from neq.convert import convert, revert
+from neq.equilibrium import Velocity, similarity
+from neq.history import History
 from neq.modules import (
     NEqBatchNorm1d,
     NEqBatchNorm2d,
@@ -22,9 +27,31 @@ from neq.modules import (
     NEqSyncBatchNorm,
     NeuronLayer,
 )
+from neq.policies import (
+    AdaptiveEps,
+    Budget,
+    Equilibrium,
+    Everything,
+    Fixed,
+    LowestVelocity,
+    Motion,
+    Policy,
+    Random,
+)
+from neq.probes import NoiseProbe, Probe, WeightProbe
 from neq.summary import summary
 
 __all__ = [
+    "Account",
+    "AdaptiveEps",
+    "Budget",
+    "Controller",
+    "Equilibrium",
+    "Everything",
+    "Fixed",
+    "History",
+    "LowestVelocity",
+    "Motion",
     "NEqBatchNorm1d",
     "NEqBatchNorm2d",
     "NEqBatchNorm3d",
@@ -43,8 +70,17 @@ __all__ = [
     "NEqRMSNorm",
     "NEqSyncBatchNorm",
     "NeuronLayer",
+    "NoiseProbe",
+    "Policy",
+    "Probe",
+    "Random",
+    "Velocity",
+    "WeightProbe",
     "__version__",
+    "account",
     "convert",
+    "optim",
     "revert",
+    "similarity",
     "summary",
 ]

@@ -52,7 +52,8 @@ class RowGrad(torch.autograd.Function):
         order, length = ctx.order, ctx.length
         with_bias = ctx.bias is not None
         if x is None:
-            dw, db = torch.zeros_like(ctx.weight), torch.zeros_like(ctx.bias) if with_bias else None
+            dw = torch.zeros_like(ctx.weight) if ctx.weight.requires_grad else None
+            db = torch.zeros_like(ctx.bias) if with_bias else None
         elif not _wanted(ctx):
             dw, db = None, None
         elif ctx.conv is None:
@@ -82,5 +83,6 @@ def row_grad(
 ) -> Tensor:
     """``y``, as an output of a layer with this weight and bias, of which only ``rows`` train."""
     apply: Any = RowGrad.apply if torch.compiler.is_compiling() else _apply
+    x = None if x is None else x.detach()  # its gradient goes through y alone
     out: Tensor = apply(y, x, weight, bias, rows.order, rows.length, conv)
     return out

@@ -63,7 +63,10 @@ def convert(
 
     What is left as it was, and why, is in ``neq.summary(model)``.
     """
+    check_module("convert", model)
     known = convertible()
+    if isinstance(classes, type):
+        raise TypeError(f"classes must be several, like [{classes.__name__}], not a class")
     wanted = set(known if classes is None else classes)
     if unknown := wanted - known.keys():
         names = sorted(getattr(c, "__name__", repr(c)) for c in unknown)
@@ -91,6 +94,7 @@ def revert(model: Model) -> Model:
 
     What was derived from a layer of neq since then (a parametrization does) keeps its class.
     """
+    check_module("revert", model)
     layers = set(convertible().values())
     for module in model.modules():
         if isinstance(module, NeuronLayer) and type(module) in layers:
@@ -100,6 +104,12 @@ def revert(model: Model) -> Model:
         elif isinstance(module, NeuronLayer):
             module.set_active(None)
     return model
+
+
+def check_module(function: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        given = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise TypeError(f"neq.{function} takes a torch.nn.Module, got {given}")
 
 
 def obstacle(module: nn.Module) -> str | None:

@@ -4,6 +4,7 @@ Each is the torch module of the same name with one thing added, ``set_active``: 
 state_dict are the torch module's own, and with all neurons active so is the forward, untouched.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
@@ -62,13 +63,27 @@ class NeuronLayer(nn.Module):
     def set_active(self, rows: Tensor | Sequence[int] | Sequence[bool] | None) -> None:
         """Choose the neurons that train, from the next forward on.
 
+        Not between a forward and its backward if that backward recomputes it (checkpointing).
+
         rows: their indices in any order, or a bool mask with one entry per neuron, or None for all.
         """
-        named = f" {self.layer_name!r}" if self.layer_name else ""
-        mask = parse(rows, self.n_neurons, type(self).__name__ + named)
-        self.rows.on(self.weight.device).set(mask)
+        self.rows.on(self.weight.device).set(parse(rows, self.n_neurons, self._described()))
 
-    def _spread(self, mask: Tensor) -> Tensor:
+    def _described(self) -> str:
+        named = f" {self.layer_name!r}" if self.layer_name else ""
+        return type(self).__name__ + named
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.rows = copy.copy(self.rows)  # each replica moves its own to its device
+        return replica
+
+    @property
+    def neuron_dim(self) -> int | None:
+        """The dimension of the weight that counts its neurons; None where it takes several."""
+        return 0
+
+    def spread(self, mask: Tensor) -> Tensor:
         """A mask [n_neurons], shaped to broadcast against the weight."""
         return mask.view(-1, *(1,) * (self.weight.dim() - 1))
 
@@ -87,9 +102,15 @@ class NeuronLayer(nn.Module):
         if nothing:
             # out of the graph: what has nothing below it to train is not even visited by backward
             y = self._none_active(weight.detach(), _detach(bias), *args, **kwargs)
-            if not _in_process_group() or _beyond_backward():
+            trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+            if not trains or not _in_process_group() or _beyond_backward():
                 return y
             return row_grad(y, None, weight, bias, rows, None)  # DDP waits for every parameter
+        if type(weight).__name__ == "DTensor":
+            raise TypeError(
+                f"{self._described()}: its weight is a DTensor (of tensor parallelism), and of "
+                "such a layer all neurons train or none: set_active(None)"
+            )
         if weight.requires_grad and not weight.is_complex() and not _beyond_backward():
             return self._row_wise(weight, bias, *args, **kwargs)
         return self._element_wise(weight, bias, *args, **kwargs)
@@ -106,7 +127,7 @@ class NeuronLayer(nn.Module):
         Saves no work where the weight is a matrix, but differentiates in every way that torch does.
         """
         mask = self.rows.mask
-        weight = _freeze(weight, self._spread(mask))
+        weight = _freeze(weight, self.spread(mask))
         bias = None if bias is None else _freeze(bias, _shaped(mask, bias))
         return self._vendor(weight, bias, *args, **kwargs)
 
@@ -142,7 +163,7 @@ class _NEqConv(NeuronLayer, nn.modules.conv._ConvNd):
     def n_neurons(self) -> int:
         return self.out_channels
 
-    def _spread(self, mask: Tensor) -> Tensor:
+    def spread(self, mask: Tensor) -> Tensor:
         return self._geometry((), ()).spread(mask, self.weight)
 
     def _geometry(self, padding: tuple[int, ...], output_padding: tuple[int, ...]) -> Conv:
@@ -166,7 +187,7 @@ class _NEqConv(NeuronLayer, nn.modules.conv._ConvNd):
     def _none_active(
         self, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any
     ) -> Tensor:
-        if weight.is_complex() or _beyond_backward():  # several real convolutions; hooks forbidden
+        if weight.is_complex() or _hooks_forbidden():  # complex: several real convolutions
             return self._vendor(weight, bias, *args, **kwargs)
         weight = _autocast(weight)
         with _saving_only(weight):  # torch also saves x, though dX needs but its shape and layout
@@ -199,6 +220,10 @@ class _NEqConv(NeuronLayer, nn.modules.conv._ConvNd):
 
 
 class _NEqConvTranspose(_NEqConv, nn.modules.conv._ConvTransposeNd):
+    @property
+    def neuron_dim(self) -> int | None:
+        return 1 if self.groups == 1 else None  # [inputs, neurons / groups, *kernel]
+
     def _convolve(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None
     ) -> tuple[Tensor, Tensor, Conv]:
@@ -246,7 +271,11 @@ class _NEqNorm(NeuronLayer):
     def n_neurons(self) -> int:
         return int(self.weight.numel())
 
-    def _spread(self, mask: Tensor) -> Tensor:
+    @property
+    def neuron_dim(self) -> int | None:
+        return 0 if self.weight.dim() == 1 else None
+
+    def spread(self, mask: Tensor) -> Tensor:
         return _shaped(mask, self.weight)
 
 
@@ -303,12 +332,20 @@ def _shaped(mask: Tensor, p: Tensor) -> Tensor:
 def _saving_only(weight: Tensor) -> saved_tensors_hooks:
     """Inside, autograd keeps no values but ``weight``'s; it gets other tensors back unwritten."""
 
+    version = weight._version
+
     def pack(t: Tensor) -> Any:
-        return t if t.is_set_to(weight) else (t.shape, t.stride(), t.dtype, t.device)
+        return None if t.is_set_to(weight) else (t.shape, t.stride(), t.dtype, t.device)
 
     def unpack(saved: Any) -> Tensor:
-        if isinstance(saved, Tensor):
-            return saved
+        if saved is None:
+            if weight._version != version:  # autograd checks no tensor that a hook has packed
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an "
+                    f"inplace operation: a weight of shape {list(weight.shape)} is at version "
+                    f"{weight._version}, in the forward it was at version {version}"
+                )
+            return weight
         shape, stride, dtype, device = saved
         return torch.empty_strided(shape, stride, dtype=dtype, device=device)
 
@@ -323,9 +360,16 @@ def _freeze(p: Tensor, active: Tensor) -> Tensor:
 def _autocast(x: Tensor) -> Tensor:
     """``x`` as autocast will cast it for the kernel, so that this one cast is what gets saved."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(device))
-    return x
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return x
+    if not x.is_floating_point() or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(device))
+
+
+def _hooks_forbidden() -> bool:
+    disabled = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is not None
+    return disabled or _beyond_backward()
 
 
 def _in_process_group() -> bool:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from neq.convert import convertible, obstacle
+from neq.convert import check_module, convertible, obstacle
 from neq.modules import NeuronLayer
 
 
@@ -52,6 +52,7 @@ class Summary:
 
 def summary(model: nn.Module) -> Summary:
     """Every module of ``model`` that owns parameters, in the model's order."""
+    check_module("summary", model)
     layers = []
     known = tuple(convertible())
     converted = [(name, m) for name, m in model.named_modules() if isinstance(m, NeuronLayer)]

@@ -17,7 +17,11 @@ class NEqTransformersConv1D(NeuronLayer, Conv1D):  # type: ignore[misc]  # Conv1
     def n_neurons(self) -> int:
         return int(self.weight.shape[1])
 
-    def _spread(self, mask: Tensor) -> Tensor:
+    @property
+    def neuron_dim(self) -> int | None:
+        return 1
+
+    def spread(self, mask: Tensor) -> Tensor:
         return mask.view(1, -1)
 
     def _row_wise(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:

@@ -20,6 +20,30 @@ def cpu_pack_columns(
     sums: int,
     threads: int,
 ) -> None: ...
+def cpu_sgd_rows(
+    dtype: DType,
+    all: list[tuple[int, ...]],  # of 9
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    begin: bool,
+    threads: int,
+) -> None: ...
+def cpu_adamw_rows(
+    dtype: DType,
+    all: list[tuple[int, ...]],  # of 9
+    counts: list[float],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    threads: int,
+) -> None: ...
 def cuda_pack_scratch_bytes(dtype: DType, samples: int, k: int) -> int: ...
 def cuda_pack_columns(
     dtype: DType,

@@ -5,6 +5,6 @@ are active is the caller's business.
 """
 
 from neq_kernels import ops, planner, reference
-from neq_kernels.ops import conv_wgrad, linear_wgrad
+from neq_kernels.ops import conv_wgrad, linear_wgrad, row_similarity
 
-__all__ = ["conv_wgrad", "linear_wgrad", "ops", "planner", "reference"]
+__all__ = ["conv_wgrad", "linear_wgrad", "ops", "planner", "reference", "row_similarity"]

@@ -49,3 +49,88 @@ def conv_wgrad(
     dw = dw.masked_fill(conv.spread(frozen, weight), 0)
     db = dy.transpose(0, 1).flatten(1).sum(1).masked_fill(frozen, 0)
     return torch.empty_like(weight).copy_(dw), (db if bias else db[:0]).to(weight.dtype)
+
+
+def row_similarity(current: Tensor, previous: Tensor, channel_dim: int, per_sample: bool) -> Tensor:
+    """⟨y, y'⟩, |y|² and |y'|² of each neuron, over all that is not the channel; float64 [3, n].
+
+    Or over one sample (dimension 0) at a time: [3, samples, n].
+    """
+    y, y_ = current.double().movedim(channel_dim, -1), previous.double().movedim(channel_dim, -1)
+    start = 1 if per_sample else 0
+    products = (y * y_, y * y, y_ * y_)
+    return torch.stack([p.unsqueeze(start).flatten(start, -2).sum(start) for p in products])
+
+
+def sgd_rows_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    rows: list[Tensor],
+    counts: list[Tensor],
+    lr: Tensor,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    first: bool,
+) -> None:
+    """The step of ``torch.optim.SGD`` on the active rows; the others are not even read.
+
+    Dimension 0 of each parameter [n, ...], its gradient and its buffer counts the neurons. No
+    buffers without momentum. ``first``: there is no momentum yet, so the buffers start with the
+    gradient.
+    """
+    for i, param in enumerate(params):
+        active = rows[i][: int(counts[i])]
+        p, g = param[active], grads[i][active]
+        if maximize:
+            g = -g
+        g = g + weight_decay * p
+        if momentum_buffers:
+            m = g if first else momentum * momentum_buffers[i][active] + (1 - dampening) * g
+            momentum_buffers[i][active] = m
+            g = g + momentum * m if nesterov else m
+        param[active] = p - float(lr) * g
+
+
+def adamw_rows_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    rows: list[Tensor],
+    counts: list[Tensor],
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    amsgrad: bool,
+    maximize: bool,
+) -> None:
+    """The step of ``torch.optim.AdamW`` on the active rows; the others are not even read.
+
+    Dimension 0 of each parameter [n, ...], its gradient and its moments counts the neurons.
+    ``steps``: how many steps each parameter has taken, which this one adds to. The maxima are for
+    ``amsgrad`` only.
+    """
+    for i, param in enumerate(params):
+        active = rows[i][: int(counts[i])]
+        p, g = param[active], grads[i][active]
+        if maximize:
+            g = -g
+        steps[i] += 1
+        t = float(steps[i])
+        m = beta1 * exp_avgs[i][active] + (1 - beta1) * g
+        v = beta2 * exp_avg_sqs[i][active] + (1 - beta2) * g * g
+        exp_avgs[i][active], exp_avg_sqs[i][active] = m, v
+        if amsgrad:
+            v = torch.maximum(v, max_exp_avg_sqs[i][active])
+            max_exp_avg_sqs[i][active] = v
+        m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)
+        p = p * (1 - float(lr) * weight_decay)
+        param[active] = p - float(lr) * m_hat / (v_hat.sqrt() + eps)

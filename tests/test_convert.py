@@ -500,3 +500,27 @@ def test_packed_sequences_and_recurrent_layers_are_none_of_our_business():
     model["head"](out.data).sum().backward()
     assert model["rnn"].weight_ih_l0.grad.any()
     assert model["head"].bias.grad.tolist() == [5, 0]
+
+
+@each("function", [neq.convert, neq.revert, neq.summary], ids=lambda f: f.__name__)
+def test_what_is_no_module(function):
+    with pytest.raises(TypeError, match=rf"neq.{function.__name__} takes .*, got the class Linear"):
+        function(nn.Linear)
+    with pytest.raises(TypeError, match=rf"neq.{function.__name__} takes .*, got NoneType"):
+        function(None)
+
+
+def test_classes_has_to_be_several():
+    with pytest.raises(TypeError, match=r"classes must be several, like \[Linear\], not a class"):
+        neq.convert(nn.Linear(2, 2), classes=nn.Linear)
+
+
+def test_a_weight_of_tensor_parallelism_is_refused_readably():
+    class DTensor(nn.Parameter):
+        """Stands for torch's, which wants a process group."""
+
+    model = neq.convert(nn.ModuleDict({"head": nn.Linear(4, 8)}))
+    model.head.set_active([1])
+    model.head.weight = DTensor(model.head.weight.detach())
+    with pytest.raises(TypeError, match="NEqLinear 'head': its weight is a DTensor"):
+        model.head(torch.randn(2, 4))

@@ -1,6 +1,7 @@
 """Everything that people do to modules, done to converted ones with some neurons frozen."""
 
 import copy
+import functools
 import gc
 import io
 import pickle
@@ -833,3 +834,80 @@ def test_time_travel(case):
         assert torch.equal(my_dx, dx)
         assert torch.equal(layer.weight.grad, plain.weight.grad)
         neq.convert(layer)
+
+
+@each("kind", [neq.NEqLinear, neq.NEqConv1d], ids=["Linear", "Conv1d"])
+def test_an_input_is_freed_where_no_row_is_active(kind):
+    layer = kind(4, 8, *([1] if kind is neq.NEqConv1d else []))
+    leaf = torch.randn(3, 4, *([5] if kind is neq.NEqConv1d else []), requires_grad=True)
+
+    def forward_and_forget():
+        x = leaf * 1  # multiplication by a number saves nothing
+        return layer(x), weakref.ref(x)
+
+    layer.set_active([])
+    y, x = forward_and_forget()
+    gc.collect()
+    assert x() is None
+    y.sum().backward()
+    torch.testing.assert_close(
+        leaf.grad, torch.autograd.grad(layer.plain.forward(layer, leaf).sum(), leaf)[0]
+    )
+
+
+@each("rows", [[], [1], None], ids=["none", "some", "all"])
+@each("kind", [neq.NEqLinear, neq.NEqConv1d], ids=["Linear", "Conv1d"])
+def test_a_weight_changed_before_backward_is_an_error(kind, rows):
+    layer = kind(4, 8, *([1] if kind is neq.NEqConv1d else []))
+    layer.set_active(rows)
+    x = torch.randn(3, 4, *([5] if kind is neq.NEqConv1d else []), requires_grad=True)
+    y = layer(x)
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@each("dtype", [torch.int64, torch.complex64, torch.float64], ids=str)
+def test_autocast_casts_no_more_than_torch_does(dtype):
+    layer = neq.NEqLinear(4, 8)
+    layer.set_active([1])
+    x = torch.ones(3, 4, dtype=dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(RuntimeError, match="dtype"):
+        layer(x)
+
+
+def test_a_masked_layer_on_the_meta_device():
+    layer = neq.NEqLinear(4, 8, device="meta")
+    layer.set_active([1])
+    assert layer(torch.empty(3, 4, device="meta")).shape == (3, 8)
+
+
+def test_where_saved_tensors_hooks_are_forbidden():
+    layer = neq.NEqConv1d(4, 8, 1)
+    layer.set_active([])
+    x = torch.randn(3, 4, 5, requires_grad=True)
+    with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
+        layer(x).sum().backward()
+    assert x.grad is not None
+
+
+def test_compiled_autograd():
+    layer = neq.NEqLinear(4, 8)
+    layer.set_active([1, 3])
+    x = torch.randn(3, 4, requires_grad=True)
+    layer(x * 2).sum().backward()
+    expected = layer.weight.grad.clone()
+    layer.zero_grad()
+    compiler = functools.partial(torch.compile, backend="eager")
+    with torch._dynamo.compiled_autograd._enable(compiler):
+        layer(x * 2).sum().backward()
+    torch.testing.assert_close(layer.weight.grad, expected)
+
+
+def test_replicas_of_data_parallel_place_their_rows_by_themselves():
+    layer = neq.NEqLinear(4, 8)
+    layer.set_active([1, 3])
+    replica = layer._replicate_for_data_parallel()
+    assert replica.rows is not layer.rows
+    assert replica.rows.active.tolist() == [1, 3]

@@ -2,15 +2,14 @@
 
 #include <algorithm>
 #include <bit>
-#include <cstdlib>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define NEQ_X86 1
+#include "processor.h"
+#ifdef NEQ_X86
 #include <immintrin.h>
 #endif
 
@@ -233,22 +232,6 @@ __attribute__((target(NEQ_AVX512))) void pack_avx512(const Matrix<typename Eleme
   pack_chunk<Avx512, Element>(m, begin, end, sums);
 }
 #endif
-
-// Of the instructions that this processor has, ATEN_CPU_CAPABILITY bars the wider ones, as in torch.
-struct Processor {
-  bool avx2 = false, avx512 = false;
-
-  Processor() {
-#ifdef NEQ_X86
-    const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
-    const std::string most = variable ? variable : "avx512";
-    avx2 = __builtin_cpu_supports("avx2") && most != "default";
-    avx512 = avx2 && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-             __builtin_cpu_supports("bmi2") && most != "avx2";
-#endif
-  }
-};
 
 // The widest instructions that samples of `neurons` elements allow, and the lanes of their blocks.
 template <class Element>

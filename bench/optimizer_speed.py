@@ -1,0 +1,174 @@
+"""What an optimizer's step costs with part of the neurons active: torch's, guarded, and neq's.
+
+    python bench/optimizer_speed.py
+    python bench/optimizer_speed.py --only adamw --active .5,.1 --json out.json
+
+The parameters are those of ResNet-50 and ViT-B/16; their gradients are random and a fraction f of
+each layer's neurons, at random, is active. Timed in turns, on the same parameters:
+
+    default    torch's optimizer as one gets it; foreach and fused as one can ask for
+    guarded    the fused one under neq.optim.Guard, which keeps frozen rows and their state
+    neq        neq.optim's, of the same name
+    realised   (fused - neq) / ((1 - f) fused): the share of the saving that is wall-clock
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import neq
+from bench import options, report
+from bench.timing import environment, interleave
+
+FLAGS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "foreach": {"foreach": True},
+    "fused": {"fused": True},
+}
+OPTIMIZERS: dict[str, dict[str, Any]] = {  # small steps: the values stay what they are
+    "SGD": {"lr": 1e-6, "momentum": 0.9, "weight_decay": 1e-4},
+    "AdamW": {"lr": 1e-6, "weight_decay": 1e-2},
+}
+TIMES = (*FLAGS, "guarded", "neq")
+
+
+def resnet50() -> Iterator[nn.Module]:
+    def conv(inputs: int, outputs: int, size: int) -> Iterator[nn.Module]:
+        yield nn.Conv2d(inputs, outputs, size, bias=False)
+        yield nn.BatchNorm2d(outputs)
+
+    yield from conv(3, 64, 7)
+    inputs = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            if block == 0:
+                yield from conv(inputs, 4 * width, 1)
+            yield from conv(inputs, width, 1)
+            yield from conv(width, width, 3)
+            yield from conv(width, 4 * width, 1)
+            inputs = 4 * width
+    yield nn.Linear(inputs, 1000)
+
+
+def vit_b16() -> Iterator[nn.Module]:
+    width = 768
+    yield nn.Conv2d(3, width, 16, 16)
+    for _ in range(12):
+        yield nn.LayerNorm(width)
+        yield nn.Linear(width, 3 * width)
+        yield nn.Linear(width, width)
+        yield nn.LayerNorm(width)
+        yield nn.Linear(width, 4 * width)
+        yield nn.Linear(4 * width, width)
+    yield nn.LayerNorm(width)
+    yield nn.Linear(width, 1000)
+
+
+MODELS: dict[str, Callable[[], Iterator[nn.Module]]] = {"resnet50": resnet50, "vit_b16": vit_b16}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    given = parse(arguments)
+    facts = environment(given.device)
+    report.show_environment(facts)
+    pairs = [(m, o) for m in MODELS for o in OPTIMIZERS if given.only.search(f"{m} {o}".lower())]
+    if not pairs:
+        sys.exit(f"error: --only {given.only.pattern!r} matches nothing")
+    rows: list[dict[str, Any]] = []
+    for model, optimizer in tqdm(pairs, unit="optimizer", disable=None, leave=False):
+        rows += measure(model, optimizer, given.active, given.device, given.seconds)
+    Console(width=report.WIDTH, highlight=False).print(table(rows))
+    for r in rows:
+        if r["active"] == 0.5:
+            print(
+                f"{r['model']} {r['optimizer']}, half of the neurons active: neq takes "
+                f"{r['neq_p50'] / r['fused_p50']:.2f} of torch's fused step and "
+                f"{r['neq_p50'] / r['default_p50']:.2f} of its default one"
+            )
+    if given.json:
+        results = {"environment": facts, "results": rows}
+        given.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def measure(
+    name: str, optimizer: str, fractions: list[float], device: torch.device, seconds: float
+) -> list[dict[str, Any]]:
+    torch.manual_seed(0)
+    model = neq.convert(nn.Sequential(*MODELS[name]()).to(device))
+    for p in model.parameters():
+        p.grad = 1e-3 * torch.randn_like(p)
+    theirs, ours = getattr(torch.optim, optimizer), getattr(neq.optim, optimizer)
+
+    def make(kind: Callable[..., Optimizer], **flags: Any) -> Optimizer:
+        return kind(model.parameters(), **OPTIMIZERS[optimizer], **flags)
+
+    contenders = {key: make(theirs, **flags) for key, flags in FLAGS.items()}
+    contenders["guarded"] = make(theirs, fused=True)
+    neq.optim.Guard(contenders["guarded"], model)
+    contenders["neq"] = make(ours, fused=True, layers=model)
+    calls = {key: (lambda turn, o=o: o.step()) for key, o in contenders.items()}
+
+    rows = []
+    for fraction in fractions:
+        for layer in model:
+            layer.set_active(torch.randperm(layer.n_neurons)[: round(fraction * layer.n_neurons)])
+        times = interleave(calls, device, seconds)
+        fused, mine = times["fused"].p50, times["neq"].p50
+        rows.append(
+            {
+                "model": name,
+                "optimizer": optimizer,
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "active": fraction,
+                **{f"{k}_{at}": v for k, t in times.items() for at, v in t._asdict().items()},
+                "ratio": mine / fused,
+                "realised": (fused - mine) / ((1 - fraction) * fused) if fraction < 1 else None,
+            }
+        )
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    out = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("model", "optimizer"):
+        out.add_column(name, no_wrap=True)
+    heads = ("active", *(f"{name} ms" for name in TIMES), "p20", "p80", "neq/fused", "realised")
+    for head in heads:
+        out.add_column(head, justify="right")
+    for r in rows:
+        times = [r[f"{name}_p50"] for name in TIMES] + [r["neq_p20"], r["neq_p80"]]
+        realised = "-" if r["realised"] is None else f"{r['realised']:.2f}"
+        cells = (f"{r['active']:.3g}", *(f"{t:.2f}" for t in times), f"{r['ratio']:.2f}", realised)
+        out.add_row(r["model"], r["optimizer"], *cells)
+    return out
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", type=options.usable_device, default=default, help="cpu, cuda, cuda:1")
+    add("--active", type=options.fractions, default="1,.5,.25,.1", metavar="F,F,...")
+    add("--seconds", type=options.positive, default=2.0, help="per model, optimizer and fraction")
+    add("--only", type=options.pattern, default="", help="of model and optimizer, lower case")
+    add("--json", type=options.output, metavar="FILE")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""What measuring costs beside training, and how often a sketch picks the same neurons.
+
+    python bench/probe.py                   # made-up images
+    python bench/probe.py --data FOLDER     # images by class, FOLDER/<class>/*.jpg: CIFAR-10, say
+
+A ResNet-32 trains on 32x32 images, everything, while one Controller per memory watches and says
+whom it would freeze.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import ResNetConfig, ResNetForImageClassification
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import neq
+from bench import options, report
+from bench.timing import environment
+
+BATCH, SAMPLES, CLASSES, IMAGES = 100, 50, 10, 50_000
+MEMORIES = ("device", "host", "sketch")
+
+
+class Watching(neq.Equilibrium):
+    """Keeps what it would choose to itself."""
+
+    def choose(self, layers: Sequence[neq.Motion], epoch: int) -> list[None]:
+        self.frozen = ~torch.cat([self._active(layer) for layer in layers])
+        return [None] * len(layers)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, metavar="FOLDER")
+    parser.add_argument("--device", type=options.usable_device, default="cpu")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=10, help="per epoch")
+    parser.add_argument("--eps", type=float, default=1e-2)
+    parser.add_argument("--json", type=options.output, metavar="FILE")
+    given = parser.parse_args(arguments)
+
+    facts = environment(given.device)
+    report.show_environment(facts)
+    rows = measure(given)
+    Console(width=report.WIDTH, highlight=False).print(table(rows))
+    worst = max(rows, key=lambda row: row["share_of_epoch"])
+    print(
+        f"measuring on {SAMPLES} samples takes at most {worst['share_of_epoch']:.2%} of "
+        f"an epoch of {IMAGES} images; a sketch and all outputs agree on "
+        f"{rows[-1]['agreement']:.2%} of the neurons"
+    )
+    if given.json is not None:
+        given.json.write_text(json.dumps({"environment": facts, "results": rows}, indent=1) + "\n")
+
+
+def measure(given: argparse.Namespace) -> list[dict[str, float | str]]:
+    torch.manual_seed(0)
+    images, labels = made_up() if given.data is None else from_folder(given.data)
+    images, labels = images.to(given.device), labels.to(given.device)
+    config = ResNetConfig(
+        embedding_size=16, hidden_sizes=[16, 32, 64], depths=[5, 5, 5], layer_type="basic",
+        num_labels=CLASSES,
+    )  # fmt: skip
+    model = ResNetForImageClassification(config).to(given.device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    controllers = [
+        neq.Controller(
+            model,
+            probe=images[:SAMPLES],
+            policy=Watching(given.eps),
+            optimizer=(),
+            memory=memory,
+        )
+        for memory in MEMORIES
+    ]
+    training = images[SAMPLES:], labels[SAMPLES:]
+    steps: list[float] = []
+    probes: dict[str, list[float]] = {memory: [] for memory in MEMORIES}
+    frozen: dict[str, list[Tensor]] = {memory: [] for memory in MEMORIES}
+    for epoch in range(given.epochs):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1 if epoch < given.epochs // 2 else 0.01
+        for _ in range(given.steps):
+            start = time.perf_counter()
+            chosen = torch.randint(len(training[0]), (BATCH,), device=given.device)
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(training[0][chosen]).logits, training[1][chosen])
+            loss.backward()
+            optimizer.step()
+            loss.item()
+            steps.append(time.perf_counter() - start)
+        for memory, control in zip(MEMORIES, controllers, strict=True):
+            probes[memory].append(control.step().probe_seconds)
+            frozen[memory].append(control.policy.frozen)
+    epoch_seconds = median(steps) * IMAGES / BATCH
+    rows: list[dict[str, float | str]] = []
+    for memory in MEMORIES:
+        masks, all_outputs = torch.stack(frozen[memory]), torch.stack(frozen["device"])
+        rows.append(
+            {
+                "memory": memory,
+                "probe_ms": 1e3 * median(probes[memory]),
+                "step_ms": 1e3 * median(steps),
+                "share_of_epoch": median(probes[memory]) / epoch_seconds,
+                "frozen": float(masks.double().mean()),
+                "agreement": float((masks == all_outputs).double().mean()),
+            }
+        )
+    return rows
+
+
+def made_up() -> tuple[Tensor, Tensor]:
+    """Noisy copies of one smooth pattern per class."""
+    labels = torch.arange(2000) % CLASSES
+    patterns = F.interpolate(torch.randn(CLASSES, 3, 4, 4), size=32, mode="bilinear")
+    return patterns[labels] + torch.randn(len(labels), 3, 32, 32), labels
+
+
+def from_folder(folder: Path, per_class: int = 500) -> tuple[Tensor, Tensor]:
+    from PIL import Image
+
+    classes = sorted(path for path in folder.iterdir() if path.is_dir())[:CLASSES]
+    files = [sorted(path.iterdir())[:per_class] for path in classes]
+    pairs = [
+        (file, label) for group in zip(*files, strict=False) for label, file in enumerate(group)
+    ]
+    pixels = np.stack([np.asarray(Image.open(file).convert("RGB")) for file, _ in pairs])
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float()
+    images = (images - images.mean()) / images.std()
+    return images.contiguous(), torch.tensor([label for _, label in pairs])
+
+
+def table(rows: list[dict[str, float | str]]) -> Table:
+    out = Table(*("memory", "probe ms", "step ms", "of an epoch", "frozen", "same neurons"))
+    for row in rows:
+        out.add_row(
+            str(row["memory"]),
+            f"{row['probe_ms']:.1f}",
+            f"{row['step_ms']:.1f}",
+            f"{row['share_of_epoch']:.2%}",
+            f"{row['frozen']:.1%}",
+            f"{row['agreement']:.2%}",
+        )
+    return out
+
+
+if __name__ == "__main__":
+    main()

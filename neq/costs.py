@@ -1,0 +1,72 @@
+"""What it costs to train all neurons of a layer, in parameters, FLOPs or milliseconds."""
+
+from collections.abc import Mapping
+from functools import partial
+from time import perf_counter
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from neq.accounting import Account
+from neq.modules import NeuronLayer
+from neq.probes import Inputs, call, evaluating, hooked
+
+Unit = Literal["parameters", "flops", "ms"]
+Layers = Mapping[str, list[NeuronLayer]]  # by name: those that share a weight together
+
+
+def parameters(layers: Layers) -> dict[str, float]:
+    return {
+        name: float(sum(p.numel() for p in _parameters(first)))
+        for name, (first, *_) in layers.items()
+    }
+
+
+def wgrad_flops(account: Account, model: nn.Module, layers: Layers) -> dict[str, float]:
+    """FLOPs of the dense weight gradients in one step."""
+    counted = {model.get_submodule(name): layer for name, layer in account.layers.items()}
+    return {
+        name: float(sum(counted[layer].dense.wgrad.flops for layer in shared))
+        for name, shared in layers.items()
+    }
+
+
+def wgrad_ms(model: nn.Module, layers: Layers, inputs: Inputs) -> dict[str, float]:
+    """Milliseconds of the dense weight gradients in one step, measured."""
+    totals = dict.fromkeys(layers, 0.0)
+
+    def add(name: str, layer: NeuronLayer, args: Any, kwargs: Any, output: Tensor) -> None:
+        totals[name] += _wgrad_ms(layer, args, kwargs)
+
+    hooks = {layer: partial(add, name) for name, shared in layers.items() for layer in shared}
+    with evaluating(model), hooked(hooks):
+        call(model, inputs)
+    return totals
+
+
+def _parameters(layer: NeuronLayer) -> list[Tensor]:
+    return [p for p in (layer.weight, layer.bias) if p is not None]
+
+
+def _wgrad_ms(layer: NeuronLayer, args: Any, kwargs: Any) -> float:
+    """Of one call with these arguments, which need no gradient: only wgrad is left of backward."""
+    owned = [p for p in _parameters(layer) if p.requires_grad]
+    if not owned:
+        return 0.0
+    with torch.enable_grad():
+        y = layer.plain.forward(layer, *args, **kwargs)
+    dy = torch.ones_like(y)
+    times = []
+    for _ in range(6):
+        _wait(dy.device)
+        start = perf_counter()
+        torch.autograd.grad(y, owned, dy, retain_graph=True)
+        _wait(dy.device)
+        times.append(perf_counter() - start)
+    return 1e3 * min(times)  # what else the machine does only ever adds
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

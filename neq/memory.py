@@ -1,0 +1,133 @@
+"""The outputs of the epoch before, and how much those of this epoch resemble them."""
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from neq.equilibrium import cosine
+from neq_kernels.ops import row_similarity
+
+Where = Literal["device", "host", "sketch"]
+POSITIONS = 1024  # per neuron and batch, in a sketch
+
+
+class Memory:
+    """Keeps each group's outputs until the next pass, and sums up what they have in common.
+
+    where: ``"device"`` keeps them beside the model; ``"host"`` in (pinned) main memory;
+        ``"sketch"`` beside the model, at most ``POSITIONS`` positions of each neuron and batch (or
+        one per sample, where there are more samples), chosen at random once.
+    keeps_precision: keep them as they are; otherwise in bfloat16, unless they have 16 bits already.
+
+    Both sides of a comparison are what was kept: outputs that don't change are exactly alike.
+    """
+
+    def __init__(
+        self,
+        neurons: list[int],
+        devices: list[torch.device],
+        where: Where,
+        per_sample: bool,
+        keeps_precision: bool,
+    ) -> None:
+        if where not in get_args(Where):
+            raise ValueError(f"memory must be 'device', 'host' or 'sketch', got {where!r}")
+        self.neurons, self.devices = neurons, devices
+        self.where, self.per_sample, self.keeps_precision = where, per_sample, keeps_precision
+        self.outputs: dict[int, list[Tensor]] = {}  # group -> what it put out, call by call
+        self._chosen: dict[tuple[torch.device, int, int], Tensor] = {}
+        self.start()
+
+    def start(self) -> None:
+        """Begin a pass."""
+        self._before, self.outputs = self.outputs, {}
+        zeros = {"dtype": torch.float64}
+        rows = 2 if self.per_sample else 3  # Σ cosines and samples, or the sums that make a cosine
+        self._sums = [
+            torch.zeros(rows, n, device=device, **zeros)  # type: ignore[call-overload]
+            for n, device in zip(self.neurons, self.devices, strict=True)
+        ]
+        self._compared = [0] * len(self.neurons)
+
+    def see(self, group: int, y: Tensor, channel_dim: int) -> None:
+        """Take an output [samples, ...]. Its dimension ``channel_dim`` counts the neurons."""
+        if y.numel() == 0:
+            return  # an expert without tokens, say: nothing to go by
+        kept, channel_dim = self._keep(y.detach(), channel_dim)
+        now = self.outputs.setdefault(group, [])
+        before = self._before.get(group, [])
+        if len(now) < len(before) and before[len(now)].shape == kept.shape:
+            previous = before[len(now)].to(kept.device, non_blocking=True)
+            sums = row_similarity(kept, previous, channel_dim, self.per_sample)
+            if self.per_sample:
+                cosines = cosine(sums)  # [samples, n]
+                samples = torch.full_like(cosines[0], len(cosines))
+                sums = torch.stack([cosines.sum(0), samples])
+            self._sums[group] += sums.to(self._sums[group].device)
+            self._compared[group] += 1
+        now.append(kept.to("cpu", non_blocking=True) if self.where == "host" else kept)
+
+    def sums(self) -> Tensor:
+        """What the pass found, as one float64 vector on a device. Those of several ranks add up."""
+        counts = torch.tensor(self._compared, dtype=torch.float64)
+        parts = [*(sums.flatten() for sums in self._sums), counts]
+        return torch.cat([part.to(self.devices[0], non_blocking=True) for part in parts])
+
+    def phi(self, sums: Tensor) -> Tensor:
+        """φ of all neurons, one group after the other, from ``sums()`` on the CPU; NaN where not
+        measured.
+        """
+        groups = len(self.neurons)
+        rows = 2 if self.per_sample else 3
+        values, compared = sums[:-groups], sums[-groups:]
+        phis = []
+        for part, count in zip(
+            values.split([rows * n for n in self.neurons]), compared, strict=True
+        ):
+            part = part.view(rows, -1)
+            phi = part[0] / part[1] if self.per_sample else cosine(part)
+            phis.append(phi if count > 0 else torch.full_like(phi, torch.nan))
+        return torch.cat(phis)
+
+    def _keep(self, y: Tensor, channel_dim: int) -> tuple[Tensor, int]:
+        """What to keep of ``y``, and which of its dimensions counts the neurons.
+
+        Never ``y`` itself: an activation that works in place may be about to overwrite it.
+        """
+        kept = y
+        if self.where == "sketch":
+            kept, channel_dim = self._sketch(y, channel_dim)
+        if not self.keeps_precision and kept.dtype.itemsize > 2:
+            kept = kept.to(torch.bfloat16)
+        return kept.clone() if kept is y else kept, channel_dim
+
+    def _sketch(self, y: Tensor, channel_dim: int) -> tuple[Tensor, int]:
+        """Some positions of each sample, the same for each neuron and in each pass."""
+        samples, positions = len(y), y[0].numel() // y.shape[channel_dim]
+        wanted = max(1, POSITIONS // samples)
+        if positions <= wanted:
+            return y, channel_dim
+        key = (y.device, samples, positions)
+        if key not in self._chosen:
+            generator = torch.Generator().manual_seed(0)
+            chosen = torch.randint(positions, (samples, wanted), generator=generator)
+            self._chosen[key] = chosen.to(y.device)
+        chosen = self._chosen[key]
+        if channel_dim > 1:
+            flat = y.movedim(channel_dim, -1).flatten(1, -2)  # [samples, positions, n]
+            return flat.gather(1, chosen.unsqueeze(2).expand(-1, -1, flat.shape[2])), 2
+        flat = y.flatten(2)  # [samples, n, positions]
+        return flat.gather(2, chosen.unsqueeze(1).expand(-1, flat.shape[1], -1)), 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"outputs": {str(group): list(kept) for group, kept in self.outputs.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.outputs = {
+            int(group): [
+                kept.to("cpu" if self.where == "host" else self.devices[int(group)])
+                for kept in outputs
+            ]
+            for group, outputs in state["outputs"].items()
+        }

@@ -1,0 +1,18 @@
+"""Who trains: one protocol (``Policy``), and what is known to be worth trying."""
+
+from neq.policies.base import Motion, Policy
+from neq.policies.baselines import Everything, Fixed, LowestVelocity, Random
+from neq.policies.budget import Budget
+from neq.policies.threshold import AdaptiveEps, Equilibrium
+
+__all__ = [
+    "AdaptiveEps",
+    "Budget",
+    "Equilibrium",
+    "Everything",
+    "Fixed",
+    "LowestVelocity",
+    "Motion",
+    "Policy",
+    "Random",
+]

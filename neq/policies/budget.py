@@ -1,0 +1,75 @@
+"""Spend a fixed budget on the neurons that move most for their price."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, get_args
+
+import torch
+
+from neq.costs import Unit
+from neq.equilibrium import Recurrence
+from neq.policies.base import Motion, Policy, Rows, check_share
+
+if TYPE_CHECKING:
+    from neq.controller import Controller
+
+
+class Budget(Policy):
+    """Rank all neurons by |v| per unit of cost, and train from the top while the budget lasts.
+
+    After Quélennec et al. (2024), who count parameters. What is spent never exceeds the budget, and
+    falls short of it by less than the next neuron's cost.
+
+    share: of what training everything would cost; or
+    amount: in units.
+    unit: ``"parameters"``, ``"flops"`` of the weight gradients of one step, or the ``"ms"`` that
+        they take, measured when the Controller is made (and then part of the saved state). Both are
+        for a step on the Controller's ``example_inputs``.
+    """
+
+    def __init__(
+        self,
+        *,
+        share: float | None = None,
+        amount: float | None = None,
+        unit: Unit = "parameters",
+        mu: float = 0.5,
+        recurrence: Recurrence = "paper",
+    ) -> None:
+        if (share is None) == (amount is None):
+            raise ValueError(f"give either share or amount, got share={share}, amount={amount}")
+        if amount is not None and not amount >= 0:
+            raise ValueError(f"amount must be at least 0, got {amount}")
+        if unit not in get_args(Unit):
+            raise ValueError(f"unit must be 'parameters', 'flops' or 'ms', got {unit!r}")
+        self.share = 1.0 if share is None else check_share("share", share)
+        self.amount, self.unit, self.mu, self.recurrence = amount, unit, mu, recurrence
+        self.costs: dict[str, float] = {}  # of one neuron of each layer, in units
+
+    def attach(self, control: Controller) -> None:
+        totals = control.costs(self.unit)
+        self.costs = {
+            name: totals[name] / layers[0].n_neurons for name, layers in control.layers.items()
+        }
+
+    def choose(self, layers: Sequence[Motion], epoch: int) -> Sequence[Rows]:
+        sizes = [len(layer) for layer in layers]
+        costs = torch.tensor([self.costs[layer.name] for layer in layers], dtype=torch.float64)
+        cost = costs.repeat_interleave(torch.tensor(sizes))
+        speed = torch.cat([layer.velocity for layer in layers]).abs()
+        # what was not measured comes first
+        order = (speed / cost).nan_to_num(torch.inf).argsort(descending=True, stable=True)
+        budget = self.amount if self.amount is not None else self.share * float(cost.sum())
+        spent = cost[order].cumsum(0)
+        active = torch.zeros(len(cost), dtype=torch.bool)
+        # sums of the same costs in another order differ in their last bits
+        active[order[spent <= budget * (1 + 1e-12)]] = True
+        rows: list[Rows] = list(active.split(sizes))
+        return rows
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"costs": dict(self.costs)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.costs = dict(state["costs"])

@@ -1,0 +1,155 @@
+"""Who is at equilibrium rests: a threshold on the velocity, fixed or learned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from neq.equilibrium import Recurrence
+from neq.policies.base import Motion, Policy, Rows
+
+if TYPE_CHECKING:
+    from neq.controller import Controller
+
+
+class Equilibrium(Policy):
+    """A neuron rests while |v| < eps, and trains again when it isn't.
+
+    eps, mu: as published, 1e-3 and 0.5 for classification, 0.02 and 0.5 for segmentation.
+    recurrence: the paper's or the released code's; the latter also rests at |v| = eps.
+    per_sample: average φ over samples, as the released code does.
+    hysteresis: a resting neuron trains again only from |v| >= (1 + hysteresis) · eps.
+    pinning: a neuron that rests once rests for good.
+    """
+
+    def __init__(
+        self,
+        eps: float = 1e-3,
+        mu: float = 0.5,
+        *,
+        recurrence: Recurrence = "paper",
+        per_sample: bool = False,
+        hysteresis: float = 0.0,
+        pinning: bool = False,
+    ) -> None:
+        for name, value in (("eps", eps), ("hysteresis", hysteresis)):
+            if not value >= 0:
+                raise ValueError(f"{name} must be at least 0, got {value}")
+        self.eps, self.mu, self.recurrence, self.per_sample = eps, mu, recurrence, per_sample
+        self.hysteresis, self.pinning = hysteresis, pinning
+
+    @classmethod
+    def released(cls, eps: float = 1e-3, mu: float = 0.5) -> Equilibrium:
+        """As in the code published with the paper, whose φ and velocity are other ones."""
+        return cls(eps, mu, recurrence="released", per_sample=True)
+
+    def choose(self, layers: Sequence[Motion], epoch: int) -> Sequence[Rows]:
+        return [self._active(layer) for layer in layers]
+
+    def _active(self, layer: Motion) -> Tensor:
+        speed = layer.velocity.abs()
+        rests = torch.full_like(speed, self.eps)
+        rests[~layer.active] *= 1 + self.hysteresis
+        # a NaN, not measured, compares as false: it trains
+        resting = speed <= rests if self.recurrence == "released" else speed < rests
+        return ~resting & layer.active if self.pinning else ~resting
+
+
+class AdaptiveEps(Equilibrium):
+    """An eps that follows the loss, after SCoTTi: gradient descent on eps itself.
+
+    An update w ← w - u is made where |v| exceeds eps. Taking the step function there as identity in
+    the backward pass, dL/deps at a step is Σ g · u: this step's gradient times the update made by
+    the last step, over the neurons that train. While successive updates agree, eps falls and more
+    neurons train; when they undo each other, it rises. Costs a copy of the layers' parameters.
+
+    eps: where it starts. rate: its learning rate. Other options are those of ``Equilibrium``.
+    """
+
+    def __init__(self, eps: float = 0.05, mu: float = 0.5, *, rate: float = 1e-4, **options: Any):
+        super().__init__(eps, mu, **options)
+        if not rate > 0:
+            raise ValueError(f"rate must be positive, got {rate}")
+        self.rate = rate
+        self._descent: list[_Descent] = []
+
+    def attach(self, control: Controller) -> None:
+        if not control.optimizers:
+            raise ValueError(
+                "AdaptiveEps learns from the optimizer's steps: give the Controller its optimizer"
+            )
+        learned = {
+            p
+            for layers in control.layers.values()
+            for p in (layers[0].weight, layers[0].bias)
+            if p is not None
+        }
+        for optimizer in control.optimizers:
+            owned = [p for group in optimizer.param_groups for p in group["params"] if p in learned]
+            if owned:
+                self._descent.append(_Descent(optimizer, owned))
+
+    def detach(self) -> None:
+        for descent in self._descent:
+            descent.handle.remove()
+        self._descent = []
+
+    def choose(self, layers: Sequence[Motion], epoch: int) -> Sequence[Rows]:
+        slope = sum(descent.take() for descent in self._descent)
+        self.eps = max(0.0, self.eps - self.rate * slope)
+        return super().choose(layers, epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"eps": self.eps, "descent": [d.state_dict() for d in self._descent]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.eps = state["eps"]
+        for descent, saved in zip(self._descent, state["descent"], strict=True):
+            descent.load_state_dict(saved)
+
+
+class _Descent:
+    """Σ g · u over the steps of one optimizer, where u is the update made by the step before."""
+
+    def __init__(self, optimizer: Optimizer, parameters: list[Tensor]) -> None:
+        self.parameters = parameters
+        self.before: list[Tensor] | None = None  # the parameters before the last step
+        self.slope = torch.zeros((), device=parameters[0].device)
+        self.handle: RemovableHandle = optimizer.register_step_pre_hook(self._on_step)
+
+    @torch.no_grad()
+    def _on_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self.before is None:
+            self.before = [p.detach().clone() for p in self.parameters]
+            return
+        scale = getattr(optimizer, "grad_scale", None)  # a fused optimizer unscales inside its step
+        total = torch.zeros_like(self.slope)
+        for p, before in zip(self.parameters, self.before, strict=True):
+            if p.grad is not None:
+                update = before.float() - p.float()
+                total += (p.grad.float() * update).sum().to(total.device)
+            before.copy_(p)
+        if scale is not None:
+            total = total / scale
+        self.slope += total.nan_to_num(0.0, 0.0, 0.0)  # a step with infinite gradients is skipped
+
+    def take(self) -> float:
+        slope = float(self.slope)
+        self.slope.zero_()
+        return slope
+
+    def state_dict(self) -> dict[str, Any]:
+        before = None if self.before is None else [p.clone() for p in self.before]
+        return {"before": before, "slope": self.slope.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.slope = state["slope"].to(self.slope.device, copy=True)
+        self.before = state["before"] and [
+            saved.to(p.device, copy=True)
+            for p, saved in zip(self.parameters, state["before"], strict=True)
+        ]

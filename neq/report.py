@@ -1,0 +1,200 @@
+"""Pictures of a run, from the history that a Controller wrote."""
+
+import argparse
+import base64
+import html
+import io
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, median
+from typing import TYPE_CHECKING
+
+from neq.history import SPEED_EXPONENTS, EpochRecord, read
+
+if TYPE_CHECKING:
+    from argparse import _SubParsersAction
+
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_LABELS = 100  # layers named beside the heat map, at most
+_NO_MATPLOTLIB = "drawing a report needs matplotlib, which is not installed: pip install matplotlib"
+
+
+def add_command(commands: "_SubParsersAction[argparse.ArgumentParser]") -> None:
+    text = "draw the history of a run: who was frozen, how fast neurons moved, what it saved"
+    parser = commands.add_parser("report", help=text, description=text)
+    parser.add_argument("history", type=Path, help="the JSONL file that a Controller wrote")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        help="a .png, or an .html that needs no other file (default: the history's name and .html)",
+    )
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> None:
+    output = args.output or args.history.with_suffix(".html")
+    try:
+        write(read(args.history), output)
+    except (OSError, ValueError, ImportError) as error:
+        sys.exit(f"neq report: {error}")
+    print(output)
+
+
+def write(records: Sequence[EpochRecord], output: Path) -> None:
+    """Draw records into a .png or .html file."""
+    if output.suffix not in (".png", ".html"):
+        raise ValueError(f"the output must end in .png or .html, got {output.name!r}")
+    picture = io.BytesIO()
+    draw(records).savefig(picture, format="png", dpi=120)
+    if output.suffix == ".png":
+        output.write_bytes(picture.getvalue())
+    else:
+        output.write_text(_page(records, picture.getvalue()), encoding="utf-8")
+
+
+def draw(records: Sequence[EpochRecord]) -> "Figure":
+    """The frozen share per layer, the speeds, and the saving, over the epochs."""
+    if not records:
+        raise ValueError("the history holds no epoch yet")
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ImportError(_NO_MATPLOTLIB) from error
+    layers = min(len(records[-1].layers), _LABELS)
+    shares, speeds, saving = Figure(figsize=(11, 6 + 0.16 * layers), layout="constrained").subplots(
+        3, 1, sharex=True, height_ratios=[1 + 0.16 * layers, 2.5, 2.5]
+    )
+    _draw_shares(shares, records)
+    _draw_speeds(speeds, records)
+    _draw_saving(saving, records)
+    saving.set_xlabel("epoch")
+    figure: Figure = shares.figure
+    return figure
+
+
+def step_saving(records: Sequence[EpochRecord]) -> tuple[list[float], list[float] | None]:
+    """For each epoch, the share of a dense step saved: predicted from FLOPs, and measured.
+
+    Measured against the epochs in which everything trained; None where there was none.
+    """
+    predicted = [record.step_saved for record in records]
+    dense = [r.seconds for r in records if all(x.trained == x.neurons for x in r.layers)]
+    if not dense:
+        return predicted, None
+    return predicted, [1 - record.seconds / median(dense) for record in records]
+
+
+def _extent(records: Sequence[EpochRecord], height: int) -> tuple[float, float, float, float]:
+    return records[0].epoch - 0.5, records[-1].epoch + 0.5, height - 0.5, -0.5
+
+
+def _draw_shares(axes: "Axes", records: Sequence[EpochRecord]) -> None:
+    names = [layer.name for layer in records[-1].layers]
+    shares = [[1 - layer.active / layer.neurons for layer in r.layers] for r in records]
+    image = axes.imshow(
+        list(zip(*shares, strict=True)),
+        aspect="auto",
+        interpolation="nearest",
+        extent=_extent(records, len(names)),
+        vmin=0,
+        vmax=1,
+        cmap="Blues",
+    )
+    every = -(-len(names) // _LABELS)
+    axes.set_yticks(range(0, len(names), every), names[::every], fontsize=7)
+    axes.set_title(f"frozen share per layer (at the end: {records[-1].frozen_share:.1%} of all)")
+    axes.figure.colorbar(image, ax=axes)
+
+
+def _draw_speeds(axes: "Axes", records: Sequence[EpochRecord]) -> None:
+    bins = len(SPEED_EXPONENTS) + 1
+    columns = []
+    for record in records:
+        measured = [layer.speeds for layer in record.layers if layer.speeds]
+        counts = [sum(column) for column in zip(*measured, strict=True)] or [0] * bins
+        columns.append([count / max(1, sum(counts)) for count in counts])
+    image = axes.imshow(
+        list(zip(*columns, strict=True))[::-1],
+        aspect="auto",
+        interpolation="nearest",
+        extent=_extent(records, bins),
+        vmin=0,
+        cmap="Greys",
+    )
+    # the edge between two bins is half a row off their centres
+    edges = [(bins - 1.5 - i, e) for i, e in enumerate(SPEED_EXPONENTS) if e == int(e)]
+    axes.set_yticks([at for at, _ in edges], [f"$10^{{{e:.0f}}}$" for _, e in edges], fontsize=7)
+    axes.set_title("speed |v|: share of the neurons")
+    axes.figure.colorbar(image, ax=axes)
+
+
+def _draw_saving(axes: "Axes", records: Sequence[EpochRecord]) -> None:
+    epochs = [record.epoch for record in records]
+    predicted, measured = step_saving(records)
+    ceiling = _ceiling(records)
+    if ceiling:
+        axes.plot(epochs, predicted, label="predicted from FLOPs")
+        axes.axhline(ceiling, linestyle=":", color="grey", label="with no weight gradient at all")
+    if measured:
+        axes.plot(epochs, measured, ".", label="measured")
+    if ceiling or measured:
+        axes.legend(fontsize=7)
+    else:
+        axes.text(
+            0.5,
+            0.5,
+            "nothing counted, nothing to compare times with",
+            ha="center",
+            transform=axes.transAxes,
+        )
+    axes.set_title("saved of a dense step")
+
+
+def _ceiling(records: Sequence[EpochRecord]) -> float:
+    """The share of a dense step that is wgrad of the layers decided on; 0 where not counted."""
+    last = records[-1]
+    return sum(x.wgrad_flops for x in last.layers) / last.step_flops if last.step_flops else 0.0
+
+
+def _page(records: Sequence[EpochRecord], png: bytes) -> str:
+    last = records[-1]
+    predicted, measured = step_saving(records)
+    facts = {
+        "epochs": str(last.epoch),
+        "neurons": str(last.neurons),
+        "frozen at the end": f"{last.frozen_share:.1%}",
+        "saved of a dense step, predicted from FLOPs": f"{mean(predicted):.1%}"
+        if last.step_flops
+        else "not counted",
+        "measured": "no dense epoch to compare with"
+        if measured is None
+        else f"{mean(measured):.1%}",
+        "at most (no weight gradient at all)": f"{_ceiling(records):.1%}",
+        "seconds of training": f"{sum(r.seconds for r in records):.1f}",
+        "seconds of measuring": f"{sum(r.probe_seconds for r in records):.1f}",
+    }
+    layers = [
+        (x.name, x.kind, str(x.neurons), f"{1 - x.active / x.neurons:.1%}") for x in last.layers
+    ]
+    image = base64.b64encode(png).decode()
+    return f"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<title>Neurons at equilibrium</title>
+<style>body {{ font: 14px sans-serif; margin: 2em }} td {{ padding-right: 2em }}</style>
+<h1>Neurons at equilibrium</h1>
+{_table(list(facts.items()))}
+<img alt="frozen share, speed and saving over the epochs" src="data:image/png;base64,{image}">
+<h2>At the end</h2>
+{_table([("layer", "kind", "neurons", "frozen"), *layers])}
+</html>
+"""
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
+    cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
+    return "<table>" + "\n".join(f"<tr>{row}</tr>" for row in cells) + "</table>"

@@ -1,0 +1,160 @@
+"""What is recorded of each epoch, where it goes, and what comes back."""
+
+import io
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import neq
+from neq.history import SPEED_EXPONENTS, EpochRecord, History, LayerRecord, layer_record, read
+
+
+def record(epoch=1, trained=8, active=6, step_flops=6000.0, name="conv"):
+    layers = (
+        LayerRecord(name, "Conv2d", 8, trained, active, 0.5, 0.25, [0] * 13 + [8], 1000.0),
+        LayerRecord("norm", "BatchNorm2d", 2, 2, 1, None, None, [], 0.0),
+    )
+    return EpochRecord(epoch, 2.0, 0.125, step_flops, layers)
+
+
+def test_figures_by_hand():
+    r = record(trained=4)
+    assert (r.neurons, r.active) == (10, 7)
+    assert r.frozen_share == pytest.approx(0.3)
+    assert r.wgrad_saved == 0.25  # 2 of 8 in the next epoch
+    assert r.step_saved == 500 / 6000  # 4 of 8 in the last one
+
+
+def test_a_line_for_a_progress_bar():
+    assert str(record(3)) == "epoch 3, 30.0% frozen, 25.0% of wgrad saved, probe 0.12 s"
+    uncounted = EpochRecord(1, 1.0, 0.1, 0.0, record().layers[1:])
+    assert str(uncounted) == "epoch 1, 50.0% frozen, probe 0.10 s"
+    shown = io.StringIO()
+    with tqdm(total=1, file=shown) as bar:
+        bar.set_postfix_str(record(3))
+    assert "epoch 3, 30.0% frozen" in shown.getvalue()
+
+
+def test_layer_record_by_hand():
+    velocity = torch.tensor([1e-9, -2e-6, 0.5, -0.02, 3.0, math.nan], dtype=torch.float64)
+    phi = torch.tensor([1.0, 0.5, 0.0, 0.5, 0.0, math.nan], dtype=torch.float64)
+    mask = torch.tensor([1, 0, 1, 0, 0, 1]).bool()
+    r = layer_record("fc", "Linear", torch.ones(6).bool(), mask, phi, velocity, 7.0)
+    assert (r.neurons, r.trained, r.active) == (6, 6, 3)
+    assert r.phi == pytest.approx(0.4)
+    assert r.speed == pytest.approx(0.02)
+    # below 1e-6; 1e-6 to 3e-6; 1e-2 to 3e-2; 0.3 to 1; above 1
+    expected = [0] * 14
+    for bin_ in (0, 1, SPEED_EXPONENTS.index(-2) + 1, len(SPEED_EXPONENTS) - 1, 13):
+        expected[bin_] += 1
+    assert r.speeds == expected
+
+
+def test_what_was_not_measured_is_null_not_nan():
+    nothing = torch.full((3,), math.nan)
+    r = layer_record("fc", "Linear", *2 * [torch.ones(3).bool()], nothing, nothing, 0.0)
+    assert (r.phi, r.speed, r.speeds) == (None, None, [])
+
+
+def test_file_holds_a_line_per_epoch_as_it_happens(tmp_path):
+    history = History(tmp_path / "new" / "run.jsonl")
+    for epoch in (1, 2, 3):
+        history.append(record(epoch))
+        lines = history.path.read_text().splitlines()
+        assert len(lines) == epoch
+    assert json.loads(lines[2])["epoch"] == 3
+    assert json.loads(lines[2])["layers"][0]["name"] == "conv"
+    assert read(history.path) == history.records == [record(1), record(2), record(3)]
+
+
+def test_a_resumed_run_goes_on_where_it_was_saved(tmp_path):
+    path = tmp_path / "run.jsonl"
+    first = History(path)
+    for epoch in (1, 2, 3, 4):
+        first.append(record(epoch, active=2))
+    resumed = History(path)
+    resumed.append(record(3))  # saved after epoch 2: epochs 3 and 4 are of a run given up
+    resumed.append(record(4))
+    expected = [record(1, active=2), record(2, active=2), record(3), record(4)]
+    assert read(path) == resumed.records == expected
+
+
+def test_a_new_run_starts_a_new_file(tmp_path):
+    path = tmp_path / "run.jsonl"
+    for _ in range(2):
+        history = History(path)
+        for epoch in (1, 2):
+            history.append(record(epoch))
+    assert len(read(path)) == 2
+
+
+def test_a_file_that_is_no_history_is_not_overwritten(tmp_path):
+    path = tmp_path / "thesis.txt"
+    for text in ("dear reader\n", "[1]\n", '{"epoch": 1}\n', '{"epoch": 1, "layers": [{}]}\n'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"thesis.txt, line 1: not a record"):
+            History(path).append(record())
+        assert path.read_text() == text
+
+
+class TensorBoard:
+    def __init__(self):
+        self.calls = {}
+
+    def add_scalar(self, tag, value, step):
+        self.calls[tag, step] = value
+
+
+class WandB:
+    def log(self, figures, step):
+        self.calls = {(tag, step): value for tag, value in figures.items()}
+
+
+@pytest.mark.parametrize("writer", [TensorBoard, WandB])
+def test_writers_get_the_figures(writer):
+    writer = writer()
+    History(writer=writer).append(record(5))
+    assert writer.calls["neq/frozen_share", 5] == pytest.approx(0.3)
+    assert writer.calls["neq/wgrad_saved", 5] == 0.25
+    assert writer.calls["neq/probe_seconds", 5] == 0.125
+    assert writer.calls["neq/frozen_share/conv", 5] == 0.25
+    assert writer.calls["neq/frozen_share/norm", 5] == 0.5
+
+
+def test_history_refuses_other_writers():
+    with pytest.raises(TypeError, match=r"add_scalar\(tag, value, step\).*got list"):
+        History(writer=[])
+
+
+def test_the_controller_records_what_happened(tmp_path):
+    path = tmp_path / "run.jsonl"
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(64, 2))
+    policy = neq.Fixed({"0": [1]})
+    control = neq.Controller(
+        model, probe=torch.randn(2, 3, 6, 6), policy=policy, optimizer=(), history=path
+    )
+    first, second = control.step(), control.step()
+    assert read(path) == control.history.records == [first, second]
+    (layer,) = second.layers
+    assert (layer.name, layer.kind, layer.neurons) == ("0", "Conv2d", 4)
+    assert [r.layers[0].trained for r in (first, second)] == [4, 1]
+    assert [r.layers[0].active for r in (first, second)] == [1, 1]
+    assert (layer.phi, layer.speed) == (1.0, 0.0)  # nothing was trained
+    assert layer.wgrad_flops == 2 * 2 * 16 * 4 * 27  # two samples of the probe
+    assert second.wgrad_saved == 0.75
+    # forward and wgrad of both layers, dgrad of the last one, and the optimizer's step
+    assert second.step_flops > 2 * layer.wgrad_flops
+    assert first.seconds >= 0
+    assert first.probe_seconds > 0
+
+
+def test_flops_are_those_of_the_example_inputs():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    options = {"probe": neq.WeightProbe(), "policy": neq.Everything(), "optimizer": ()}
+    assert neq.Controller(model, **options).step().layers[0].wgrad_flops == 0
+    control = neq.Controller(model, **options, example_inputs=torch.ones(7, 3))
+    assert control.step().layers[0].wgrad_flops == 2 * 7 * 12

@@ -1,0 +1,574 @@
+"""The optimizers that step active rows only: their operators, and their being torch's otherwise."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.library import opcheck
+
+import neq
+from neq_kernels import compiled, ops, reference, row_step
+
+if compiled.why_not("cpu"):
+    raise RuntimeError(compiled.why_not("cpu"))
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+SHAPES = [(1,), (300,), (7, 1), (6, 5), (64, 33), (5, 2, 3, 3), (9, 4, 1, 1), (3, 2, 2, 3, 3)]
+SHARES = [0.0, 0.1, 0.5, 1.0]
+
+
+@pytest.fixture(params=["compiled", "packed"])
+def backend(request, monkeypatch):
+    if request.param == "packed":
+        monkeypatch.setattr(row_step, "_DTYPES", {})
+    return request.param
+
+
+def integers(shape, dtype, device, low=-8):
+    return torch.randint(low, 9, shape, device=device).to(dtype)
+
+
+def laid_out(t, layout):
+    """The same values in another order in memory; dimension 0 counts the neurons."""
+    if layout == "transposed":
+        return t.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "channels_last" and t.dim() == 4:
+        return t.contiguous(memory_format=torch.channels_last)
+    return t
+
+
+def problem(states, share, dtype=torch.float32, device="cpu", layout="plain", low=-8):
+    """Parameters, gradients and states of small integers, with NaN wherever a row is frozen."""
+    lists = [[] for _ in range(2 + states)]
+    rows, counts = [], []
+    for shape in SHAPES:
+        order = torch.randperm(shape[0], device=device)
+        k = round(share * shape[0])
+        for i, tensors in enumerate(lists):
+            # second moments are not negative
+            t = integers(shape, dtype, device, low if i < 3 else 0)
+            tensors.append(laid_out(t, layout).index_fill_(0, order[k:], torch.nan))
+        rows.append(order)
+        counts.append(torch.tensor(k))
+    return lists, rows, counts
+
+
+def same(mine, truth, close=None):
+    for a, b in zip(mine, truth, strict=True):
+        if close is None:
+            assert torch.equal(a.nan_to_num(99), b.nan_to_num(99))
+        else:
+            torch.testing.assert_close(a, b, rtol=close, atol=close, equal_nan=True)
+
+
+def lr(value):
+    return torch.tensor(value, dtype=torch.float64)
+
+
+SGD_OPTIONS = [  # momentum, dampening, weight_decay, nesterov, maximize, first: exact in binary
+    (0.0, 0.0, 0.0, False, False, False),
+    (0.0, 0.0, 0.25, False, True, False),
+    (0.5, 0.0, 0.0, False, False, False),
+    (0.5, 0.25, 0.5, False, False, False),
+    (0.5, 0.25, 0.5, False, True, True),
+    (0.5, 0.0, 0.5, True, False, False),
+    (0.5, 0.0, 0.0, True, True, True),
+]
+
+
+def check_sgd(options, share, dtype, device, layout, close=None):
+    (p, g, m), rows, counts = problem(1, share, dtype, device, layout)
+    m = m if options[0] else []
+    truth = copy.deepcopy((p, g, m))
+    ops.sgd_rows_(p, g, m, rows, counts, lr(0.5), *options)
+    reference.sgd_rows_(*truth, rows, counts, lr(0.5), *options)
+    same(p, truth[0], close)
+    same(m, truth[2], close)
+
+
+@pytest.mark.parametrize("options", SGD_OPTIONS, ids=str)
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("device", DEVICES)
+def test_sgd_exact(options, share, device, backend):
+    for dtype in (torch.float32, torch.float64):
+        check_sgd(options, share, dtype, device, "plain")
+
+
+@pytest.mark.parametrize("layout", ["transposed", "channels_last"])
+def test_sgd_exact_in_any_layout(layout, backend):
+    check_sgd(SGD_OPTIONS[3], 0.5, torch.float32, "cpu", layout)
+
+
+def test_sgd_exact_with_gradients_in_another_layout(backend):
+    (p, g, m), rows, counts = problem(1, 0.5)
+    truth = copy.deepcopy((p, g, m))
+    g = [laid_out(t, "transposed") for t in g]
+    ops.sgd_rows_(p, g, m, rows, counts, lr(0.5), *SGD_OPTIONS[3])
+    reference.sgd_rows_(*truth, rows, counts, lr(0.5), *SGD_OPTIONS[3])
+    same(p, truth[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sgd_in_half_precision(dtype):
+    check_sgd(SGD_OPTIONS[3], 0.5, dtype, "cpu", "plain", close=0.05)
+
+
+ADAMW_OPTIONS = [  # amsgrad, maximize, weight_decay
+    (False, False, 0.0),
+    (False, True, 0.1),
+    (True, False, 0.1),
+]
+
+
+@pytest.mark.parametrize("options", ADAMW_OPTIONS, ids=str)
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_adamw(options, share, dtype, device, backend):
+    amsgrad, maximize, decay = options
+    (p, g, m, v, v_max), rows, counts = problem(3, share, dtype, device)
+    v_max = v_max if amsgrad else []
+    steps = [torch.tensor(float(i)) for i in range(len(p))]
+    mine = [p, g, m, v, v_max, steps]
+    truth = [[t.double() for t in tensors] for tensors in copy.deepcopy(mine)]
+    after = rows, counts, lr(0.25), 0.75, 0.9375, 1e-3, decay, amsgrad, maximize
+    ops.adamw_rows_(*mine, *after)
+    reference.adamw_rows_(*truth, *after)
+    for tensors, exact in zip(mine, truth, strict=True):
+        same([t.double() for t in tensors], exact, 1e-6 if dtype == torch.float32 else 1e-14)
+
+
+def test_any_number_of_threads_gives_the_same_bits():
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        torch.manual_seed(1)
+        p, g, m = (torch.randn(301, 200) for _ in range(3))
+        ops.sgd_rows_([p], [g], [m], [torch.randperm(301)], [torch.tensor(290)], lr(0.1), 0.9, 0.0,
+                      0.1, True, False, False)  # fmt: skip
+        results.append(p)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def one(**changed):
+    """Arguments of ``sgd_rows_`` for one parameter [4, 2]."""
+    args = {
+        "params": [torch.ones(4, 2)],
+        "grads": [torch.ones(4, 2)],
+        "momentum_buffers": [torch.ones(4, 2)],
+        "rows": [torch.arange(4)],
+        "counts": [torch.tensor(2)],
+        "lr": lr(0.5),
+        "momentum": 0.5,
+    }
+    return (*(args | changed).values(), 0.0, 0.0, False, False, False)
+
+
+def one_adamw(**changed):
+    like = {name: [torch.ones(4, 2)] for name in ("params", "grads", "m", "v")}
+    args = like | {
+        "max_exp_avg_sqs": [],
+        "steps": [torch.tensor(0.0)],
+        "rows": [torch.arange(4)],
+        "counts": [torch.tensor(2)],
+        "lr": lr(0.5),
+    }
+    return (*(args | changed).values(), 0.9, 0.99, 1e-8, 0.0, changed.get("v_max", False), False)
+
+
+def test_opcheck():
+    opcheck(ops.sgd_rows_, one())
+    opcheck(ops.sgd_rows_, one(momentum=0.0, momentum_buffers=[]))
+    opcheck(ops.adamw_rows_, one_adamw())
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"grads": []}, r"grads must have one entry for each of the 1 params, got 0"),
+        ({"grads": [torch.ones(4, 3)]}, r"grads\[0\] must be like params\[0\], .* got \[4, 3\]"),
+        ({"grads": [torch.ones(4, 2).half()]}, r"grads\[0\] must be like .* got .* torch.float16"),
+        ({"momentum_buffers": []}, r"momentum_buffers must have one entry for each of the 1"),
+        ({"momentum": 0.0}, r"momentum_buffers must be empty without momentum"),
+        ({"rows": [torch.arange(3)]}, r"rows must be int64 of shape \[4\].* got torch.int64 \[3\]"),
+        ({"counts": [torch.ones(1)]}, r"count must be a 0-dim int64 tensor on the CPU"),
+        ({"lr": torch.ones(2)}, r"lr must have no dimensions, got \[2\]"),
+        (
+            {name: [torch.ones(4, dtype=torch.int64)] for name in ("params", "grads")},
+            r"params\[0\] must be \[neurons, ...\] and floating point, got \[4\] torch.int64",
+        ),
+    ],
+    ids=str,
+)
+def test_bad_input(changed, message):
+    with pytest.raises(ValueError, match=message):
+        ops.sgd_rows_(*one(**changed))
+
+
+def test_bad_input_of_adamw():
+    with pytest.raises(ValueError, match="max_exp_avg_sqs must be empty without amsgrad"):
+        ops.adamw_rows_(*one_adamw(max_exp_avg_sqs=[torch.ones(4, 2)]))
+    with pytest.raises(ValueError, match="steps must have one entry for each of the 1 params"):
+        ops.adamw_rows_(*one_adamw(steps=[]))
+
+
+def test_the_kernel_refuses_rows_beyond_the_parameter():
+    with pytest.raises(ValueError, match=r"rows must lie in \[0, 4\), got 4"):
+        ops.sgd_rows_(*one(rows=[torch.tensor([0, 4, 1, 2])]))
+
+
+def test_autograd_sees_the_step():
+    """A backward that needs the old weight fails, as it does after a step of torch's."""
+    args = one()
+    x = torch.ones(4, 2, requires_grad=True)
+    y = (args[0][0] * x).sum()
+    ops.sgd_rows_(*args)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+# ---- the optimizers
+
+
+class Model(nn.Module):
+    """Every way in which neurons can lie in a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.norm = nn.BatchNorm2d(8)
+        self.up = nn.ConvTranspose2d(8, 6, 2)
+        self.grouped_up = nn.ConvTranspose2d(6, 4, 2, groups=2)
+        self.layer_norm = nn.LayerNorm([4, 2])
+        self.whole = nn.Linear(4, 3)
+        self.linear = nn.Linear(5, 7)
+        self.plain = nn.Embedding(3, 2)
+
+
+MASKED = ("conv", "norm", "up", "grouped_up", "layer_norm", "linear")
+
+
+def make_model(dtype=torch.float64):
+    torch.manual_seed(3)
+    return neq.convert(Model().to(dtype).to(memory_format=torch.channels_last))
+
+
+def freeze(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for name in MASKED:
+        layer = getattr(model, name)
+        layer.set_active(torch.rand(layer.n_neurons, generator=generator) < 0.6)
+    model.whole.set_active([])
+
+
+def give_gradients(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, generator=generator))
+
+
+def active_elements(model):
+    """True where a parameter's element trains."""
+    found = {name: torch.ones_like(p, dtype=torch.bool) for name, p in model.named_parameters()}
+    for name, layer in model.named_modules():
+        if isinstance(layer, neq.NeuronLayer):
+            mask = layer.active_mask
+            found[f"{name}.weight"] = layer.spread(mask).expand_as(layer.weight)
+            found[f"{name}.bias"] = mask.view(layer.bias.shape)
+    return found
+
+
+OPTIONS = [
+    ("SGD", {}),
+    ("SGD", {"weight_decay": 0.1, "maximize": True}),
+    ("SGD", {"momentum": 0.9, "dampening": 0.5, "weight_decay": 0.1}),
+    ("SGD", {"momentum": 0.9, "nesterov": True, "foreach": True}),
+    ("SGD", {"momentum": 0.9, "weight_decay": 0.1, "fused": True}),
+    ("SGD", {"momentum": 0.9, "lr": torch.tensor(0.02)}),
+    ("AdamW", {}),
+    ("AdamW", {"amsgrad": True, "weight_decay": 0.3, "foreach": True}),
+    ("AdamW", {"maximize": True, "fused": True, "betas": (0.8, 0.95), "eps": 1e-4}),
+    ("AdamW", {"lr": torch.tensor(0.02, dtype=torch.float64)}),
+]
+BY_OPTIONS = pytest.mark.parametrize(("name", "options"), OPTIONS, ids=str)
+
+
+def make(library, name, model, options, **more):
+    """Two groups, of which the second has a smaller step."""
+    params = list(model.parameters())
+    options = {"lr": 0.05, **options}
+    groups = [{"params": params[::2]}, {"params": params[1::2], "lr": options["lr"] / 2}]
+    return getattr(library, name)(groups, **options, **more)
+
+
+def state_of(optimizer, p):
+    return {key: t for key, t in optimizer.state[p].items() if t is not None and t.shape == p.shape}
+
+
+@BY_OPTIONS
+def test_active_rows_as_torch_and_frozen_rows_untouched(name, options, backend):
+    mine, dense = make_model(), make_model()
+    optimizer = make(neq.optim, name, mine, options, layers=mine)
+    truth = make(torch.optim, name, dense, options)
+    freeze(mine, 0)
+    before = copy.deepcopy(dict(mine.named_parameters()))
+    for i in range(5):
+        for model in (mine, dense):
+            give_gradients(model, i)
+        optimizer.step()
+        truth.step()
+    for (key, a), b in zip(mine.named_parameters(), dense.parameters(), strict=True):
+        active = active_elements(mine)[key]
+        torch.testing.assert_close(a[active], b[active], rtol=1e-12, atol=1e-14)
+        assert torch.equal(a[~active], before[key][~active]), key
+        for state, t in state_of(optimizer, a).items():
+            torch.testing.assert_close(t[active], truth.state[b][state][active], rtol=1e-12, atol=0)
+            assert torch.all(t[~active] == 0), (key, state)
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_packed_rows_have_torchs_bits(name, dtype, monkeypatch):
+    monkeypatch.setattr(row_step, "_DTYPES", {})
+    mine, dense = make_model(dtype), make_model(dtype)
+    options = {"momentum": 0.9, "weight_decay": 0.1} if name == "SGD" else {"amsgrad": True}
+    optimizer = make(neq.optim, name, mine, options, layers=mine)
+    truth = make(torch.optim, name, dense, options)
+    freeze(mine, 0)
+    for i in range(5):
+        for model in (mine, dense):
+            give_gradients(model, i)
+        optimizer.step()
+        truth.step()
+    for (key, a), b in zip(mine.named_parameters(), dense.parameters(), strict=True):
+        active = active_elements(mine)[key]
+        assert torch.equal(a[active], b[active]), key
+
+
+@BY_OPTIONS
+@pytest.mark.parametrize("on_thaw", ["keep", "reset"])
+def test_as_torch_under_a_guard_while_masks_change(name, options, on_thaw):
+    mine, guarded = make_model(), make_model()
+    optimizer = make(neq.optim, name, mine, options, layers=mine, on_thaw=on_thaw)
+    truth = make(torch.optim, name, guarded, options)
+    neq.optim.Guard(truth, guarded, on_thaw)
+    for i in range(9):
+        for model in (mine, guarded):
+            if i % 3 == 0:
+                freeze(model, i)
+            if i == 6:
+                model.whole.set_active(None)
+                model.conv.set_active([])
+            give_gradients(model, i)
+        optimizer.step()
+        truth.step()
+        exclude = "momentum_buffer" if options.get("dampening") else None
+        for (key, a), b in zip(mine.named_parameters(), guarded.parameters(), strict=True):
+            if exclude is None or i < 3:
+                torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14, msg=f"{key} at {i}")
+                for state, t in state_of(optimizer, a).items():
+                    torch.testing.assert_close(t, truth.state[b][state], rtol=1e-12, atol=1e-14)
+
+
+@BY_OPTIONS
+def test_state_dicts_go_both_ways(name, options):
+    mine, theirs = make_model(), make_model()
+    ours = make(neq.optim, name, mine, options, layers=mine)
+    torchs = make(torch.optim, name, theirs, options)
+
+    def train(pair, steps):
+        for i in steps:
+            for model, optimizer in pair:
+                give_gradients(model, i)
+                optimizer.step()
+
+    def equal():
+        for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+    train([(theirs, torchs)], range(3))
+    mine.load_state_dict(theirs.state_dict())
+    ours.load_state_dict(copy.deepcopy(torchs.state_dict()))
+    freeze(mine, 0)
+    before = copy.deepcopy(mine.state_dict())
+    train([(mine, ours)], range(3, 5))
+    assert any(not torch.equal(before[key], value) for key, value in mine.state_dict().items())
+    assert torch.equal(mine.whole.weight, before["whole.weight"])
+
+    theirs.load_state_dict(mine.state_dict())
+    saved = pickle.loads(pickle.dumps(ours.state_dict()))
+    assert saved.keys() == torchs.state_dict().keys()
+    for a, b in zip(saved["param_groups"], torchs.state_dict()["param_groups"], strict=True):
+        assert a.keys() == b.keys()
+    for index, state in torchs.state_dict()["state"].items():
+        assert saved["state"][index].keys() == state.keys()
+    torchs.load_state_dict(saved)
+    for layer in mine.modules():
+        if isinstance(layer, neq.NeuronLayer):
+            layer.set_active(None)
+    train([(mine, ours), (theirs, torchs)], range(5, 8))
+    equal()
+
+
+def test_everything_active_has_torchs_bits():
+    mine, theirs = make_model(torch.float32), make_model(torch.float32)
+    ours = make(neq.optim, "AdamW", mine, {}, layers=mine)
+    torchs = make(torch.optim, "AdamW", theirs, {})
+    for i in range(3):
+        for model, optimizer in ((mine, ours), (theirs, torchs)):
+            give_gradients(model, i)
+            optimizer.step()
+    for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def small(**options):
+    """A layer with row 1 of 3 active, its SGD, and gradients of one."""
+    layer = neq.NEqLinear(2, 3)
+    options = {"lr": 0.5, "momentum": 0.5, **options}
+    optimizer = neq.optim.SGD(layer.parameters(), **options, layers=layer)
+    layer.set_active([1])
+    for p in layer.parameters():
+        p.grad = torch.ones_like(p)
+    return layer, optimizer
+
+
+def changed_rows(layer, step):
+    before = layer.weight.detach().clone()
+    step()
+    return (layer.weight != before).any(1).tolist()
+
+
+def test_hooks_closures_and_schedulers():
+    layer, optimizer = small()
+    called = []
+    optimizer.register_step_pre_hook(lambda *_: called.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: called.append("post"))
+    torch.optim.SGD(layer.parameters())  # which makes torch's own step call hooks
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.0)
+
+    def closure():
+        called.append("closure")
+        optimizer.zero_grad()
+        loss = layer(torch.ones(1, 2, requires_grad=True)).sum()
+        loss.backward()
+        return loss
+
+    assert changed_rows(layer, lambda: optimizer.step(closure)) == [False, True, False]
+    assert called == ["pre", "closure", "post"]
+    layer.set_active([])
+    assert changed_rows(layer, lambda: optimizer.step(closure)) == [False, False, False]
+    layer.set_active([0])
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 0
+    assert changed_rows(layer, optimizer.step) == [False, False, False]
+
+
+@pytest.mark.parametrize("kind", [neq.optim.SGD, neq.optim.AdamW])
+def test_a_compiled_step(kind):
+    """It steps the rows of the moment, not those for which it was compiled."""
+    layer = neq.NEqLinear(2, 4)
+    optimizer = kind(layer.parameters(), lr=0.1, layers=layer)
+    for p in layer.parameters():
+        p.grad = torch.ones_like(p)
+    step = torch.compile(lambda: optimizer.step(), backend="eager")
+    for row in range(4):
+        layer.set_active([row])
+        assert changed_rows(layer, step) == [i == row for i in range(4)]
+
+
+def test_copies_and_pickles_follow_their_own_layers():
+    for copied in (copy.deepcopy(small()), pickle.loads(pickle.dumps(small()))):
+        layer, optimizer = copied
+        for p in layer.parameters():
+            p.grad = torch.ones_like(p)
+        assert changed_rows(layer, optimizer.step) == [False, True, False]
+        layer.set_active([0, 2])
+        assert changed_rows(layer, optimizer.step) == [True, False, True]
+
+
+def test_conversion_later_and_back():
+    model = nn.Sequential(nn.Linear(2, 3))
+    optimizer = neq.optim.AdamW(model.parameters(), lr=0.1, layers=model)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    assert changed_rows(model[0], optimizer.step) == [True] * 3
+    neq.convert(model)[0].set_active([2])
+    assert changed_rows(model[0], optimizer.step) == [False, False, True]
+    neq.revert(model)
+    assert changed_rows(model[0], optimizer.step) == [True] * 3
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_grad_scaler_that_skips_steps(fused):
+    layer, optimizer = small(fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    for poison in (False, True, False):
+        optimizer.zero_grad()
+        scaler.scale(layer(torch.ones(1, 2)).sum()).backward()
+        if poison:
+            layer.weight.grad[1] = torch.inf
+
+        def step():
+            scaler.step(optimizer)
+            scaler.update()
+
+        assert changed_rows(layer, step) == [False, not poison, False]
+
+
+def test_a_parameter_with_a_sparse_gradient():
+    """It is left to torch, and its frozen rows are put back."""
+    embedding, head = nn.Embedding(4, 2, sparse=True), nn.Linear(2, 4, bias=False)
+    head.weight = embedding.weight
+    model = neq.convert(nn.Sequential(embedding, head))
+    optimizer = neq.optim.SGD(model.parameters(), lr=0.1, layers=model)
+    head.set_active([1, 2])
+    embedding(torch.tensor([0, 1])).sum().backward()
+    assert head.weight.grad.is_sparse
+    assert changed_rows(head, optimizer.step) == [False, True, False, False]
+
+
+def test_a_new_group():
+    _, optimizer = small()
+    other = neq.NEqLinear(2, 3)
+    optimizer.add_param_group({"params": other.parameters()})
+    for p in other.parameters():
+        p.grad = torch.ones_like(p)
+    assert changed_rows(other, optimizer.step) == [True] * 3  # it is none of the given layers
+
+
+def test_bad_arguments():
+    layer = neq.NEqLinear(2, 3)
+    with pytest.raises(ValueError, match=r"neq.optim.AdamW: differentiable must be False"):
+        neq.optim.AdamW(layer.parameters(), differentiable=True, layers=layer)
+    with pytest.raises(TypeError, match="layers"):
+        neq.optim.SGD(layer.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="Invalid learning rate"):
+        neq.optim.SGD(layer.parameters(), lr=-1.0, layers=layer)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+@pytest.mark.parametrize("flags", [{}, {"fused": True}, {"capturable": True}], ids=str)
+def test_on_a_gpu(name, flags):
+    if name == "SGD" and "capturable" in flags:
+        flags = {}
+    mine, dense = make_model().cuda(), make_model().cuda()
+    optimizer = make(neq.optim, name, mine, flags, layers=mine)
+    truth = make(torch.optim, name, dense, flags)
+    freeze(mine, 0)
+    before = copy.deepcopy(dict(mine.named_parameters()))
+    for i in range(5):
+        for model in (mine, dense):
+            give_gradients(model, i)
+        optimizer.step()
+        truth.step()
+    for (key, a), b in zip(mine.named_parameters(), dense.parameters(), strict=True):
+        active = active_elements(mine)[key]
+        torch.testing.assert_close(a[active], b[active], rtol=1e-12, atol=1e-14)
+        assert torch.equal(a[~active], before[key][~active])
