@@ -18,8 +18,7 @@ test: $(VENV)/.built
 gpu: export PYTHONPATH := $(CURDIR)
 gpu:
 	NEQ_CUDA=1 python3 setup.py -q build_ext --inplace
-	python3 -m pytest $(ARGS)
-	python3 bench/backward_speed.py --suite full
+	python3 bench/gpu_check.py $(ARGS)
 
 # The tests that reach compiled code, with every bad access and undefined operation an error.
 sanitize: $(VENV)/.deps

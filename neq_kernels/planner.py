@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neq_kernels import dense, native, pack
+from neq_kernels import dense, fused, native, pack
 from neq_kernels.geometry import Conv
 from neq_kernels.problem import BUCKETS, Problem
 
-BACKENDS: dict[str, ModuleType] = {"dense": dense, "pack": pack, "native": native}
+BACKENDS: dict[str, ModuleType] = {"dense": dense, "pack": pack, "native": native, "fused": fused}
 MARGIN = 0.05
 
 _plans: dict[tuple[object, ...], str] = {}  # every problem met, by what tells it from others

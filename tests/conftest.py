@@ -1,9 +1,12 @@
 import shutil
+from importlib.util import find_spec
 
 import pytest
 import torch
 
 collect_ignore = [] if shutil.which("nvcc") else ["test_cuda_compile.py"]
+if find_spec("triton") is None:
+    collect_ignore += ["test_fused.py", "test_triton_compile.py"]
 
 
 def pytest_collection_modifyitems(config, items):

@@ -1,0 +1,192 @@
+"""Gather the active rows inside of the matrix product: no packed copy of dY, no copy of dW.
+
+One Triton kernel serves linear layers and 1-d and 2-d convolutions in channels_last. What it costs
+beside the product is a small copy for each active element of dY and tile of columns, so it suits
+few rows, and weights too short for ``pack`` to pay. The kernels are in ``triton_wgrad``.
+"""
+
+from functools import cache
+from importlib.util import find_spec
+from math import ceil, inf, prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from neq_kernels.geometry import Conv
+from neq_kernels.problem import Problem
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INT32 = 2**31
+POINTWISE = Conv((1, 1), (0, 0), (1, 1), False, (0, 0), 1)
+
+
+class Gpu(NamedTuple):
+    arch: int  # its compute capability: 80, 90, 100
+    processors: int
+
+
+class Tile(NamedTuple):
+    """What one program of the kernel computes, and how."""
+
+    rows: int
+    columns: int
+    depth: int  # samples in a step
+    warps: int
+    stages: int  # steps under way at a time
+
+
+def cost(problem: Problem) -> float:
+    """1 wherever the kernel works: the same as dense, for all that was measured.
+
+    No GPU has run it yet, so it promises nothing. The planner takes it where a measured table says
+    so, and inside ``tuning()`` it is among the candidates.
+    """
+    conv = problem.conv
+    works = (
+        problem.device == "cuda"
+        and problem.dtype in DTYPES
+        and problem.flops > 0
+        and problem.dy[0] * prod(problem.dy[2:]) < INT32
+        and _triton_is_there()
+    )
+    if conv is not None:
+        works = (
+            works
+            and problem.channels_last
+            and len(conv.stride) <= 2
+            and conv.groups == 1
+            and not conv.transposed
+            and prod(problem.x[1:]) < INT32
+        )
+    return 1.0 if works else inf
+
+
+@cache
+def _triton_is_there() -> bool:
+    return find_spec("triton") is not None
+
+
+def tile(arch: int, dtype: torch.dtype, precision: str, k: int, columns: int, bias: bool) -> Tile:
+    """For ``k`` active rows of so many weights: as large as the registers allow without a spill."""
+    if dtype is torch.float32 and precision == "ieee":
+        return Tile(64, 64, 16, 4, 3)  # without tensor cores
+    # whatever its size, a tile costs as much as 16 more rows or 32 more columns
+    rows = min((128, 64, 32), key=lambda rows: ceil(k / rows) * (rows + 16))
+    wide = arch >= 90 and dtype is not torch.float32 and rows == 128 and not bias
+    widths = (256, 128, 64) if wide else (128, 64)
+    width = min(widths, key=lambda width: ceil(columns / width) * (width + 32))
+    return Tile(rows, width, 32, 8 if rows * width >= 128**2 else 4, 3 if width == 256 else 4)
+
+
+@cache
+def parts(tiles: int, steps: int, slots: int) -> int:
+    """Into how many parts to cut the sum of each tile, where ``slots`` tiles run at a time.
+
+    The fewest with which the last one ends earliest, to begin and to end one costing about as much
+    as 8 steps. There are never more than four per slot, which bounds the memory for partial sums.
+    """
+    most = max(1, min(steps // 8, 4 * slots // tiles))
+    return min(range(1, most + 1), key=lambda p: ceil(tiles * p / slots) * (ceil(steps / p) + 8))
+
+
+@cache
+def gpu(device: torch.device) -> Gpu:
+    found = torch.cuda.get_device_properties(device)
+    return Gpu(10 * found.major + found.minor, found.multi_processor_count)
+
+
+def linear_wgrad(
+    dy: Tensor, x: Tensor, weight: Tensor, rows: Tensor, k: int, bias: bool
+) -> tuple[Tensor, Tensor]:
+    dw = torch.empty_like(weight)
+    precision = torch.backends.cuda.matmul.fp32_precision
+    image = dy[None, None], x[None, None], dw[:, :, None, None]  # of one row
+    return dw, _wgrad(*image, rows, k, bias, POINTWISE, precision)
+
+
+def conv_wgrad(
+    dy: Tensor, x: Tensor, weight: Tensor, rows: Tensor, k: int, bias: bool, conv: Conv
+) -> tuple[Tensor, Tensor]:
+    dw = torch.empty_like(weight)
+    precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    images = dy.movedim(1, -1), x.movedim(1, -1), dw
+    if len(conv.stride) == 1:
+        images = images[0][:, None], images[1][:, None], dw[:, :, None]  # of one row each
+        sizes = (1, *conv.stride), (0, *conv.padding), (1, *conv.dilation)
+        conv = Conv(*sizes, *conv[3:])
+    return dw, _wgrad(*images, rows, k, bias, conv, precision)
+
+
+def _wgrad(
+    dy: Tensor,  # [images, height, width, n]
+    x: Tensor,  # [images, H, W, C]
+    dw: Tensor,  # [n, C, kernel height, kernel width], to be written
+    rows: Tensor,
+    k: int,
+    bias: bool,
+    conv: Conv,
+    precision: str,
+) -> Tensor:
+    """Writes dw, returns db."""
+    from neq_kernels import triton_wgrad
+
+    height, width = dw.shape[2:]
+    even = height == width == 1 and conv[:2] == POINTWISE[:2] and _evenly_spaced(x)
+    x_size, dy_size = x.shape[1:3], dy.shape[1:3]
+    x, dy = _adjacent(x), _adjacent(dy.reshape(-1, dy.shape[-1]))  # [T, n]
+    (T, n), C = dy.shape, x.shape[-1]
+    columns = height * width * C
+
+    precision = "tf32" if precision == "tf32" else "ieee"
+    arch, processors = gpu(dy.device)
+    t = tile(arch, dy.dtype, precision, k, columns, bias)
+    across, steps = ceil(columns / t.columns), ceil(T / t.depth)
+    cut = parts(ceil(k / t.rows) * across, steps, processors * 8 // t.warps)
+    split = cut > 1
+    padded = ceil((k if split else n) / t.rows) * t.rows
+
+    by_tap = dw.permute(0, 2, 3, 1)
+    # along a dimension of one nobody steps; a zero tells the compiler so
+    dw_strides = tuple(
+        stride if size > 1 else 0
+        for size, stride in zip(by_tap.shape, by_tap.stride(), strict=True)
+    )
+    db = dw.new_empty(n if bias else 0)
+    to_dw, to_db = dw, db
+    if split:
+        to_dw = dy.new_empty((cut, padded, columns), dtype=torch.float32)
+        to_db = dy.new_empty((cut, padded if bias else 0), dtype=torch.float32)
+    pairs = dy.element_size() == 2 and n % 2 == 0 and dy.stride(0) % 2 == 0 == dy.data_ptr() % 4
+    if pairs:
+        dy = dy.view(torch.int32)
+    with torch.cuda.device_of(dy):
+        triton_wgrad.product[padded // t.rows, across, cut](
+            dy, x, rows, to_dw, to_db,
+            T, n, k, C, columns, ceil(steps / cut) * t.depth,
+            dy.stride(0), x.stride()[:3], dw_strides, tuple(x_size), tuple(dy_size),
+            width, conv.stride, conv.padding, conv.dilation,
+            PAIRS=pairs, EVEN=even, BIAS=bias, SPLIT=split, PRECISION=precision,
+            ROWS=t.rows, COLUMNS=t.columns, DEPTH=t.depth,
+            num_warps=t.warps, num_stages=t.stages, enable_fp_fusion=True,
+        )  # fmt: skip
+        if split:
+            triton_wgrad.finish[ceil(n / 8), ceil(columns / 128)](
+                to_dw, to_db, rows, dw, db,
+                n, k, cut, padded, C, columns, dw_strides, width,
+                BIAS=bias, ROWS=8, COLUMNS=128, enable_fp_fusion=True,
+            )  # fmt: skip
+    return db
+
+
+def _adjacent(t: Tensor) -> Tensor:
+    """With the elements of its last dimension side by side."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _evenly_spaced(x: Tensor) -> bool:
+    """Whether the pixels of x [images, H, W, C] lie one stride apart, across rows and images."""
+    (images, height, width, _), strides = x.shape, x.stride()
+    return (height == 1 or strides[1] == width * strides[2]) and (
+        images == 1 or strides[0] == height * width * strides[2]
+    )

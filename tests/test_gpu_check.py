@@ -1,0 +1,100 @@
+"""bench/gpu_check.py itself, on parts that need no GPU."""
+
+import json
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from bench import backward_speed, gpu_check
+from bench.gpu_check import Part
+from bench.problems import problems
+from bench.timing import environment
+
+ROOT = Path(__file__).parent.parent
+ROW = {
+    "op": "linear_wgrad",
+    "name": "vit-s/mlp.up",
+    "shape": "50 x 8 -> 8",
+    "count": 12,
+    "dtype": "bfloat16",
+    "layout": "contiguous",
+    "dense_layout": "contiguous",
+    "active": 0.5,
+    "backend": "fused",
+    "ratio": 0.6,
+    "realised": 0.8,
+    **{
+        f"{name}_{what}": 1.0
+        for name in ("dense", "plain", "neq", "masked", "gather")
+        for what in ("p20", "ms", "p80")
+    },
+}
+
+
+def python(code):
+    return [sys.executable, "-c", code]
+
+
+@pytest.mark.parametrize(
+    ("command", "seconds", "ended", "last_line"),
+    [
+        (python("print('some\\nthing\\n')"), 60, "passed", "thing"),
+        (python("import sys; sys.exit('no')"), 60, "failed with exit status 1", "no"),
+        (python("import time; print(1, flush=True); time.sleep(99)"), 5, "stopped after 5 s", "1"),
+        (["no-such-tool"], 60, "left out: no no-such-tool on the PATH", ""),
+        (python(""), 0, "left out: no time was left", ""),
+    ],
+    ids=["passes", "fails", "is slow", "is missing", "is late"],
+)
+def test_how_a_part_ends(command, seconds, ended, last_line, tmp_path):
+    end = gpu_check.time.monotonic() + seconds
+    outcome = gpu_check.run(Part("part", command, until=1), tmp_path, end)
+    assert (outcome.ended, outcome.last_line) == (ended, last_line)
+
+
+def test_what_one_part_loses_the_others_keep(tmp_path, capsys):
+    file = tmp_path / "speed vit.json"
+    write = f"open({str(file)!r}, 'w').write({json.dumps({'results': [ROW]})!r})"
+    parts = [Part("speed vit", python(write), 1), Part("other", python("1 / 0"), 1)]
+    facts = environment(torch.device("cpu"))
+    with (
+        mock.patch.object(gpu_check, "parts", return_value=parts),
+        mock.patch.object(gpu_check, "environment", return_value=facts),
+        mock.patch.object(torch.cuda, "is_available", return_value=True),
+    ):
+        assert gpu_check.main(["--out", str(tmp_path)]) == 1
+    summary = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert summary["environment"] == facts
+    assert summary["results"] == [ROW]
+    assert [part["ended"] for part in summary["parts"]] == ["passed", "failed with exit status 1"]
+    assert "ZeroDivisionError" in summary["parts"][1]["last_line"]
+    assert (tmp_path / "backward_speed.png").stat().st_size > 0
+    printed = capsys.readouterr().out
+    assert "vit-s" in printed
+    assert "fused 1" in printed
+
+
+def test_parts_are_commands_that_exist(tmp_path):
+    parts = list(gpu_check.parts(tmp_path, 480))
+    assert [part.until for part in parts] == sorted(part.until for part in parts)
+    timed = []
+    for part in parts:
+        if part.name.startswith("speed"):
+            speed = [argument.replace("cuda", "cpu") for argument in part.command[2:]]
+            timed += [problem.name for problem in backward_speed.parse(speed).problems]
+    assert sorted(timed) == sorted(problem.name for problem in problems("full", "cpu"))
+    for kernel in gpu_check.KERNELS:
+        file, name = kernel.split("::")
+        assert f"def {name}(" in (ROOT / file).read_text()
+
+
+def test_needs_a_gpu(capsys):
+    with (
+        mock.patch.object(torch.cuda, "is_available", return_value=False),
+        pytest.raises(SystemExit),
+    ):
+        gpu_check.main([])
+    assert f"needs a GPU: torch {torch.__version__} sees no CUDA" in capsys.readouterr().err
