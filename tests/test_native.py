@@ -158,6 +158,11 @@ def test_nothing_of_frozen_rows_is_used(isa, case, layout):
     same(native(args, isa), expected)
 
 
+def test_has_the_instructions_that_torch_has():
+    widths = {"AVX512": "avx512", "AVX2": "avx2"}
+    assert widths.get(torch.backends.cpu.get_cpu_capability(), "portable") in ISAS
+
+
 @pytest.mark.parametrize(("capability", "isa"), [("default", "portable"), ("avx2", "avx2")])
 def test_capability_of_torch_bars_wider_instructions(capability, isa):
     if isa not in ISAS:

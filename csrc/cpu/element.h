@@ -5,6 +5,10 @@
 
 #include "../dtype.h"
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#define NEQ_X86 1
+#endif
+
 #define NEQ_INLINE inline __attribute__((always_inline))
 
 namespace neq::cpu {
