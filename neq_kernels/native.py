@@ -19,6 +19,10 @@ LANES = 16  # of a vector, which channels fill or waste
 # How much longer tiles take that read every X just once: it comes from farther away.
 ONE_TAP = 1.2
 BUSY = 8  # products that a core needs under way at once
+# How much longer than the vendor's plain matrix product, which is better than its convolutions, and
+# what that does while a byte of dW is written, which is often larger than X and dY.
+LINEAR = 1.4
+LINEAR_FLOPS_PER_BYTE = 15
 # How much longer than the vendor it takes where that has matrix instructions for 16 bits.
 HALF_PRECISION = 4.5
 
@@ -38,9 +42,14 @@ def cost(problem: Problem) -> float:
     rows = max(1.0, problem.active / conv.groups)
     idle = max(1.0, BUSY / (rows * min(vectors, 4)))
     slower = HALF_PRECISION if problem.dtype.itemsize < 4 else 1
-    share = problem.active / problem.neurons * waste * idle * (ONE_TAP if one_tap else 1)
-    moved = (prod(problem.dy) + prod(problem.x)) * problem.dtype.itemsize
-    return slower * (share + (FLOPS_PER_BYTE * moved + CALL_FLOPS) / problem.flops)
+    share = problem.active / problem.neurons * waste * idle
+    moving = FLOPS_PER_BYTE * (prod(problem.dy) + prod(problem.x)) * problem.dtype.itemsize
+    if problem.conv is None:
+        share *= LINEAR
+        moving += LINEAR_FLOPS_PER_BYTE * prod(problem.weight) * problem.dtype.itemsize
+    elif one_tap:
+        share *= ONE_TAP
+    return slower * (share + (moving + CALL_FLOPS) / problem.flops)
 
 
 def linear_wgrad(
