@@ -116,7 +116,7 @@ class Case:
             return "plain"
         problem, k = self.problem, active.k
         args = (*self.inputs[0], self.weight, active.rows, k, problem.bias, self.conv)
-        return planner.choose(problem.op, *args)
+        return planner.choose(*args)
 
     def truth(self) -> Gradient:
         """Of the first inputs, with all neurons active, in float64: the same in every layout."""

@@ -2,6 +2,11 @@
 
 y = F.linear(x, W.detach(), b.detach())    # the vendor's forward; its backward gives dX only
 y = row_grad(y, x, W, b, rows, conv)       # the same y; its backward gives dW and db
+
+Where no backend beats the dense gradient, nothing beats the vendor's joint backward either:
+
+W, b = mask_grad(W, b, rows)               # the same values; their gradients lose the frozen rows
+y = F.linear(x, W, b)                      # its backward gives dX, dW and db
 """
 
 from typing import Any
@@ -10,6 +15,8 @@ import torch
 from torch import Tensor
 
 from neq.rows import Rows
+from neq_kernels import planner
+from neq_kernels.dense import zero_frozen_
 from neq_kernels.geometry import Conv
 from neq_kernels.ops import conv_wgrad, linear_wgrad
 
@@ -74,8 +81,37 @@ def _wanted(node: Any) -> bool:
         return True
 
 
+class MaskGrad(torch.autograd.Function):
+    """Hands weight and bias through; zeroes the frozen rows of their gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        bias: Tensor | None,
+        order: Tensor,
+        count: int,
+        dim: int,
+        conv: Conv | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.set_materialize_grads(False)
+        ctx.order, ctx.count, ctx.dim, ctx.conv = order, count, dim, conv
+        return weight.detach(), None if bias is None else bias.detach()
+
+    @staticmethod
+    def backward(ctx: Any, dw: Tensor | None, db: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dw is not None:
+            # in place: the vendor's backward has just made it for this one use of the weight
+            dw = dw.clone() if torch.is_grad_enabled() else dw
+            zero_frozen_(dw, ctx.order, ctx.count, ctx.dim, ctx.conv)
+        if db is not None:  # of one sample it can be dY itself, which others read
+            db = db.index_fill(0, ctx.order[ctx.count :], 0)
+        return dw, db, None, None, None, None
+
+
 # ``Function.apply`` spends 2 µs on function transforms, which never come here
 _apply = super(torch.autograd.Function, RowGrad).apply
+_apply_mask: Any = super(torch.autograd.Function, MaskGrad).apply
 
 
 def row_grad(
@@ -86,3 +122,22 @@ def row_grad(
     x = None if x is None else x.detach()  # its gradient goes through y alone
     out: Tensor = apply(y, x, weight, bias, rows.order, rows.length, conv)
     return out
+
+
+def mask_grad(
+    weight: Tensor, bias: Tensor | None, rows: Rows, dim: int = 0, conv: Conv | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """``weight`` and ``bias``, of which only ``rows``, along the weight's ``dim``, train."""
+    if bias is None or bias.requires_grad:
+        masked: tuple[Tensor, Tensor | None] = _apply_mask(
+            weight, bias, rows.order, rows.count, dim, conv
+        )
+        return masked
+    return mask_grad(weight, None, rows, dim, conv)[0], bias
+
+
+def is_joint(x: Tensor, weight: Tensor, rows: Rows, conv: Conv | None = None) -> bool:
+    """Is the vendor's joint backward the fastest way? Not where a graph must fit every mask."""
+    if torch.compiler.is_compiling():
+        return False
+    return planner.planned(x, weight, rows.neurons, rows.count, conv) == "dense"

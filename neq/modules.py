@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 
-from neq.autograd import row_grad
+from neq.autograd import is_joint, mask_grad, row_grad
 from neq.rows import Rows, parse
 from neq_kernels.geometry import Conv
 
@@ -152,6 +152,8 @@ class NEqLinear(NeuronLayer, nn.Linear):
         if input.layout is not torch.strided or input.is_nested:
             return self._element_wise(weight, bias, input)
         input = _autocast(input)
+        if is_joint(input, weight, self.rows):
+            return F.linear(input, *mask_grad(weight, bias, self.rows))
         y = F.linear(input, weight.detach(), _detach(bias))
         return row_grad(y, input, weight, bias, self.rows, None)
 
@@ -180,8 +182,16 @@ class _NEqConv(NeuronLayer, nn.modules.conv._ConvNd):
     ) -> Tensor:
         input = _autocast(input)
         batch = input.unsqueeze(0) if input.dim() == weight.dim() - 1 else input
-        y, x, conv = self._convolve(batch, weight.detach(), _detach(bias), output_size)
-        y = row_grad(y, x, weight, bias, self.rows, conv)
+        if batch.dim() != weight.dim():
+            return self._element_wise(weight, bias, input)  # to torch's own error
+        x, conv = self._prepare(batch, output_size)
+        if is_joint(x, weight, self.rows, conv):
+            y = self._convolve(
+                x, *mask_grad(weight, bias, self.rows, int(conv.transposed), conv), conv
+            )
+        else:
+            y = self._convolve(x, weight.detach(), _detach(bias), conv)
+            y = row_grad(y, x, weight, bias, self.rows, conv)
         return y if batch is input else y.squeeze(0)
 
     def _none_active(
@@ -193,14 +203,14 @@ class _NEqConv(NeuronLayer, nn.modules.conv._ConvNd):
         with _saving_only(weight):  # torch also saves x, though dX needs but its shape and layout
             return self._vendor(weight, bias, *args, **kwargs)
 
-    def _convolve(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None
-    ) -> tuple[Tensor, Tensor, Conv]:
-        """The output, the input as the kernel saw it, and the geometry that joins the two."""
+    def _prepare(self, x: Tensor, output_size: list[int] | None) -> tuple[Tensor, Conv]:
+        """The input as the kernel will see it, and the geometry that joins it to the output."""
         x, padding = self._pad(x)
-        conv = self._geometry(padding, (0,) * len(padding))
-        run = (F.conv1d, F.conv2d, F.conv3d)[len(padding) - 1]
-        return run(x, weight, bias, conv.stride, padding, conv.dilation, conv.groups), x, conv
+        return x, self._geometry(padding, (0,) * len(padding))
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv) -> Tensor:
+        run = (F.conv1d, F.conv2d, F.conv3d)[len(conv.stride) - 1]
+        return run(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
     def _pad(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Apply the padding that no kernel can, and return what is left for the kernel."""
@@ -224,18 +234,16 @@ class _NEqConvTranspose(_NEqConv, nn.modules.conv._ConvTransposeNd):
     def neuron_dim(self) -> int | None:
         return 1 if self.groups == 1 else None  # [inputs, neurons / groups, *kernel]
 
-    def _convolve(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None
-    ) -> tuple[Tensor, Tensor, Conv]:
+    def _prepare(self, x: Tensor, output_size: list[int] | None) -> tuple[Tensor, Conv]:
         spatial, padding = len(self.stride), cast(tuple[int, ...], self.padding)  # never a word
         sizes: Any = (self.stride, padding, self.kernel_size, spatial, self.dilation)
         output_padding = tuple(self._output_padding(x, output_size, *sizes))
-        conv = self._geometry(padding, output_padding)
-        run = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[spatial - 1]
-        y = run(
-            x, weight, bias, conv.stride, conv.padding, output_padding, conv.groups, conv.dilation
-        )
-        return y, x, conv
+        return x, self._geometry(padding, output_padding)
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv) -> Tensor:
+        run = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[len(conv.stride) - 1]
+        stride, padding, dilation, _, output_padding, groups = conv
+        return run(x, weight, bias, stride, padding, output_padding, groups, dilation)
 
 
 class NEqConv1d(_NEqConv, nn.Conv1d):

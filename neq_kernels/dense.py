@@ -31,13 +31,9 @@ def linear_wgrad(
         dw = as_weight(dy.t() @ x, weight)
     db = dy.sum(0, dtype=weight.dtype) if bias else weight.new_empty(0)
     if k < len(rows):
-        frozen = rows[k:]
-        if weight.stride(0) == 1:
-            _zero_columns(dw.t(), rows, k)
-        else:
-            dw.index_fill_(0, frozen, 0)
+        zero_frozen_(dw, rows, k, 0)
         if bias:
-            db.index_fill_(0, frozen, 0)
+            db.index_fill_(0, rows[k:], 0)
     return dw, db
 
 
@@ -47,15 +43,24 @@ def conv_wgrad(
     dw = as_weight(vendor_conv_wgrad(dy, x, weight, conv), weight)
     db = channel_sum(dy, weight.dtype) if bias else weight.new_empty(0)
     if k < len(rows):
-        frozen = rows[k:]
-        if conv.transposed and conv.groups > 1:
-            mask = rows.new_zeros(len(rows), dtype=torch.bool).index_fill_(0, frozen, True)
-            dw.masked_fill_(conv.spread(mask, weight), 0)
-        else:
-            dw.index_fill_(1 if conv.transposed else 0, frozen, 0)
+        zero_frozen_(dw, rows, k, int(conv.transposed), conv)
         if bias:
-            db.index_fill_(0, frozen, 0)
+            db.index_fill_(0, rows[k:], 0)
     return dw, db
+
+
+def zero_frozen_(dw: Tensor, rows: Tensor, k: int, dim: int, conv: Conv | None = None) -> None:
+    """Zero all but the first ``k`` of ``rows``, which lie along dimension ``dim``, NaN or not.
+
+    conv: of a transposed convolution, whose groups have neurons of their own along ``dim``.
+    """
+    if conv is not None and conv.transposed and conv.groups > 1:
+        frozen = rows.new_zeros(len(rows), dtype=torch.bool).index_fill_(0, rows[k:], True)
+        dw.masked_fill_(conv.spread(frozen, dw), 0)
+    elif dw.dim() == 2 and dw.stride(dim) == 1 and not dw.requires_grad:
+        _zero_columns(dw if dim == 1 else dw.t(), rows, k)
+    else:
+        dw.index_fill_(dim, rows[k:], 0)
 
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element

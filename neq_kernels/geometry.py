@@ -37,6 +37,17 @@ class Conv(NamedTuple):
             return weight.shape[1] * self.groups, weight.shape[0]
         return weight.shape[0], weight.shape[1] * self.groups
 
+    def output(self, x: Sequence[int], weight: Tensor) -> tuple[int, ...]:
+        """The shape [N, neurons, *pixels] that comes out for an input of shape ``x``."""
+        sizes = zip(x[2:], weight.shape[2:], *self[:3], self.output_padding, strict=True)
+        pixels = (
+            (size - 1) * stride - 2 * padding + dilation * (kernel - 1) + extra + 1
+            if self.transposed
+            else (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+            for size, kernel, stride, padding, dilation, extra in sizes
+        )
+        return x[0], self.channels(weight)[0], *pixels
+
     def spread(self, mask: Tensor, weight: Tensor) -> Tensor:
         """A mask [n] over neurons, shaped to broadcast against ``weight``."""
         ones = (1,) * (weight.dim() - 2)

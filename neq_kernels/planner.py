@@ -39,7 +39,7 @@ def linear_wgrad(
 ) -> tuple[Tensor, Tensor]:
     """dy [T, n], x [T, inputs], weight [n, inputs]; the first ``k`` of ``rows`` [n] are active."""
     args = (dy, x, weight, rows, k, bias)
-    backend = BACKENDS[choose("linear_wgrad", *args)]
+    backend = BACKENDS[choose(*args)]
     dw, db = backend.linear_wgrad(*args)
     return dw, db
 
@@ -49,13 +49,12 @@ def conv_wgrad(
 ) -> tuple[Tensor, Tensor]:
     """dy [N, n, *pixels], x [N, inputs, *pixels]; the first ``k`` of ``rows`` [n] are active."""
     args = (dy, x, weight, rows, k, bias, conv)
-    backend = BACKENDS[choose("conv_wgrad", *args)]
+    backend = BACKENDS[choose(*args)]
     dw, db = backend.conv_wgrad(*args)
     return dw, db
 
 
 def choose(
-    op: str,
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -65,19 +64,43 @@ def choose(
     conv: Conv | None = None,
 ) -> str:
     """The name of the backend for these tensors."""
-    if k == len(rows):
+    sizes = (x, weight, len(rows), k, conv)
+    plan = planned(*sizes)
+    if plan is None:
+        problem = _problem(*sizes)
+        plan = _measured[problem.key] = _fastest(problem, dy, x, weight, rows, k, bias)
+    return plan
+
+
+def planned(
+    x: Tensor, weight: Tensor, neurons: int, k: int, conv: Conv | None = None
+) -> str | None:
+    """The name of the backend, before there is a dY. None: inside ``tuning()`` it takes one."""
+    if k == neurons:
         return "dense"
-    bucket = -(-k * BUCKETS // len(rows))
+    bucket = -(-k * BUCKETS // neurons)
     channels_last = conv is not None and x.stride(1) == 1
-    key = (bucket, dy.shape, x.shape, weight.shape, conv, channels_last, dy.dtype, dy.device.type)
+    key = (bucket, x.shape, weight.shape, conv, channels_last, x.dtype, x.device.type)
     plan = _plans.get(key)
     if plan is None:
-        shapes = (tuple(dy.shape), tuple(x.shape), tuple(weight.shape))
-        problem = Problem(op, dy.device.type, dy.dtype, *shapes, channels_last, conv, bucket)
-        if _tuning and problem.key not in _measured:
-            _measured[problem.key] = _fastest(problem, dy, x, weight, rows, k, bias)
-        plan = _plans[key] = _measured.get(problem.key) or predict(problem)
+        problem = _problem(x, weight, neurons, k, conv)
+        plan = _measured.get(problem.key)
+        if plan is None and _tuning:
+            return None
+        plan = _plans[key] = plan or predict(problem)
     return plan
+
+
+def _problem(x: Tensor, weight: Tensor, neurons: int, k: int, conv: Conv | None) -> Problem:
+    """``x`` is [T, inputs], of any leading dimensions, or [N, inputs, *pixels]."""
+    bucket = -(-k * BUCKETS // neurons)
+    device, dtype, shape = x.device.type, x.dtype, tuple(weight.shape)
+    if conv is None:
+        samples = x.shape[:-1].numel()
+        sizes = (samples, neurons), (samples, *x.shape[-1:]), shape
+        return Problem("linear_wgrad", device, dtype, *sizes, False, None, bucket)
+    images = conv.output(x.shape, weight), tuple(x.shape), shape
+    return Problem("conv_wgrad", device, dtype, *images, x.stride(1) == 1, conv, bucket)
 
 
 def predict(problem: Problem) -> str:

@@ -1,6 +1,8 @@
 """Every layer and geometry: the plain module's output, and gradients of the active rows only."""
 
 import copy
+import math
+from collections import Counter
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 import neq
 from neq.convert import convertible
-from neq_kernels import planner
+from neq_kernels import dense, planner
 
 each = pytest.mark.parametrize
 pytestmark = [
@@ -31,13 +33,15 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(params=["dense", "pack"])
+@pytest.fixture(params=["joint", "dense", "pack"])
 def backend(request, monkeypatch):
-    """Whoever computes the gradient: tiny layers alone would never meet ``pack``."""
+    """Whoever computes the gradient: tiny layers alone would meet the joint backward only."""
 
-    def choose(op, dy, x, weight, rows, k, bias, conv=None):
+    def choose(dy, x, weight, rows, k, bias, conv=None):
         return "dense" if conv is not None and conv.groups > 1 else request.param
 
+    known_early = "dense" if request.param == "joint" else None
+    monkeypatch.setattr(planner, "planned", lambda *sizes: known_early)
     monkeypatch.setattr(planner, "choose", choose)
     return request.param
 
@@ -185,13 +189,97 @@ def test_all_rows_active_is_the_plain_path(case, rows):
         assert torch.equal(p.grad, q.grad), name
 
 
+@each("plan", ["dense", "pack", None])
 @each("case", first_of_each(MATRIX), ids=repr)
-def test_some_rows_active_runs_one_operator(case):
+def test_some_rows_active_runs_one_operator_unless_dense_is_planned(case, plan, monkeypatch):
+    """Then the vendor's joint backward runs, as in the plain layer, and the rows are zeroed."""
+    monkeypatch.setattr(planner, "planned", lambda *sizes: plan)
+    monkeypatch.setattr(planner, "choose", lambda *args: plan or "dense")
+    plain, layer = case.twins()
+    layer.set_active([0])
+    x = case.input()
+    dy = torch.randn(plain(x, **case.forward).shape)
+    with Operators() as ops:
+        run(layer, x, dy, **case.forward)
+    if plan != "dense":
+        assert len(ops.of_neq) == 1
+        return
+    assert not ops.of_neq
+    with Operators() as theirs:
+        run(plain, x, dy, **case.forward)
+    more = Counter(ops.names) - Counter(theirs.names)
+    views, fills = {"detach", "slice", "view", "t"}, {"index_fill", "index_fill_"}
+    of_columns = {"new_zeros", "bitwise_and_"}
+    assert {name.split("::")[1].split(".")[0] for name in more} <= views | fills | of_columns
+
+
+@each("case", MATRIX, ids=repr)
+def test_the_planner_is_asked_before_the_forward_what_it_is_asked_after(case, monkeypatch):
+    asked = []
+
+    def problem_of(*sizes):
+        asked.append(problem(*sizes))
+        return asked[-1]
+
+    problem = planner._problem
+    monkeypatch.setattr(planner, "_problem", problem_of)
+    monkeypatch.setattr(planner, "_plans", {})
+    monkeypatch.setattr(planner, "predict", lambda problem: "pack")
+    monkeypatch.setitem(planner.BACKENDS, "pack", dense)
     _, layer = case.twins()
     layer.set_active([0])
-    with Operators() as ops:
-        run(layer, case.input(), **case.forward)
-    assert len(ops.of_neq) == 1
+    y = layer(case.input(), **case.forward)
+    if layer.n_neurons == 1:
+        return
+    (early,) = asked
+    assert early.neurons == layer.n_neurons
+    assert math.prod(early.dy) == y.numel()
+    planner._plans.clear()
+    y.sum().backward()
+    assert set(asked) == {early}
+
+
+@each("plan", ["dense", "pack"])
+def test_tuning_waits_for_the_backward(plan, monkeypatch):
+    """What is timed there decides between the paths of the next forward."""
+    monkeypatch.setattr(planner, "_plans", {})
+    monkeypatch.setattr(planner, "_measured", {})
+    monkeypatch.setattr(planner, "_fastest", lambda *args: plan)
+    layer = neq.convert(nn.Linear(6, 8))
+    layer.set_active([1])
+    ran = []
+    with planner.tuning():
+        for _ in range(2):
+            with Operators() as ops:
+                layer(torch.ones(3, 6)).sum().backward()
+            ran.append(len(ops.of_neq))
+    assert ran == [1, 0 if plan == "dense" else 1]
+
+
+@each("bad", [torch.nan, torch.inf])
+@each("case", [c for c in MATRIX if 0 not in c.shape], ids=repr)
+def test_frozen_rows_are_zero_whatever_comes_in(case, bad, backend):
+    _, layer = case.twins()
+    layer.set_active([0])
+    run(layer, torch.full(case.shape, bad), **case.forward)
+    for name, active in active_elements(layer).items():
+        assert not getattr(layer, name).grad[~active].any(), name
+
+
+@each("inputs", [1, 6])
+@each("leading", [(), (1,), (3,), (1, 1)], ids=str)
+@each("kind", [nn.Linear, Conv1D])
+def test_a_gradient_that_others_read_is_not_written(kind, leading, inputs, backend):
+    """The bias's gradient can be dY itself."""
+    layer = neq.convert(nn.Linear(inputs, 8) if kind is nn.Linear else Conv1D(8, inputs))
+    layer.set_active([1, 2])
+    y = layer(torch.randn(*leading, inputs))
+    dy = torch.randn(y.shape)
+    kept = dy.clone()
+    other = torch.zeros_like(y, requires_grad=True)
+    (y + other).backward(dy)
+    assert torch.equal(dy, kept)
+    assert torch.equal(other.grad, kept)
 
 
 @each(

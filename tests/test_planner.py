@@ -6,6 +6,8 @@ from unittest import mock
 
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from strategies import FLOAT32, conv_case, linear_case, meta, problem_of
 
 from neq_kernels import conv_wgrad, linear_wgrad, planner
@@ -67,7 +69,7 @@ def op_of(case):
 def choose(case, dtypes=FLOAT32, device="cpu"):
     args = meta(case.args(dtypes)) if device == "meta" else case.args(dtypes)
     dy, x, weight, rows, count, bias, *_ = args
-    return planner.choose(op_of(case), dy, x, weight, rows, int(count), bias, case.conv)
+    return planner.choose(dy, x, weight, rows, int(count), bias, case.conv)
 
 
 def measure(case, backend):
@@ -220,3 +222,27 @@ def test_problems_that_differ_share_no_plan(case, other, options):
     measure(case, "pack")
     assert choose(case) == "pack"
     assert choose(other, **options) == "dense"
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["conv", "transposed"])
+@given(data=st.data())
+def test_a_convolutions_output_has_the_shape_that_torch_gives_it(transposed, data):
+    def per_dimension(low, high):
+        return data.draw(st.tuples(*[st.integers(low, high)] * dims))
+
+    dims = data.draw(st.integers(1, 3))
+    stride, dilation, kernel = per_dimension(1, 3), per_dimension(1, 2), per_dimension(1, 3)
+    padding, pixels = per_dimension(0, 2), per_dimension(3, 9)
+    extra = per_dimension(0, 2) if transposed else (0,) * dims
+    assume(all(e < max(s, d) for e, s, d in zip(extra, stride, dilation, strict=True)))
+    groups = data.draw(st.integers(1, 2))
+    channels = (4, 6 // groups) if transposed else (6, 4 // groups)
+    conv = Conv(stride, padding, dilation, transposed, extra, groups)
+    x, weight = (torch.empty(*s, device="meta") for s in ((2, 4, *pixels), (*channels, *kernel)))
+    shape = conv.output(x.shape, weight)
+    assume(min(shape) > 0)
+    assert shape == torch.convolution(x, weight, None, *conv).shape
+
+
+def test_wrong_inputs_are_left_for_torch_to_refuse():
+    assert planner.planned(torch.tensor(1.0), torch.empty(4, 3), 4, 1) == "dense"
