@@ -1,4 +1,4 @@
-"""Who computes a weight gradient: the backend that is fastest, and never one slower than dense.
+"""Who computes a weight gradient: the backend that is fastest, and dense where none is faster.
 
 For each problem (device, dtype, layout, shape, active share) the planner takes, in this order:
 

@@ -507,12 +507,12 @@ def on_rank(rank, folder):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")  # a fork would share threads that are not there
     processes = [context.Process(target=on_rank, args=(rank, folder)) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(120)
         assert process.exitcode == 0
     return folder, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
