@@ -10,7 +10,9 @@ import traceback
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
+from math import inf
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -19,6 +21,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import neq
+from neq_kernels import pack, planner
+from neq_kernels.problem import Problem
 
 WORLD = 2
 BATCH = 4  # per process
@@ -74,6 +78,19 @@ def train(rank: int, compiled: bool = False, **options: object) -> None:
         torch.testing.assert_close(mine, theirs)
 
 
+def train_by_rows(rank: int) -> None:
+    """For layers as small as these the planner would take the joint backward throughout."""
+
+    def forced(problem: Problem) -> str:
+        return "pack" if pack.cost(problem) < inf else "dense"
+
+    planner._plans.clear()
+    with mock.patch.object(planner, "predict", forced):
+        train(rank)
+    assert "pack" in planner._plans.values()
+    planner._plans.clear()
+
+
 def accumulate(rank: int) -> None:
     """no_sync: two backward passes, of which the second is reduced."""
     model, plain = model_and_twin()
@@ -118,6 +135,7 @@ def shard(rank: int) -> None:
 
 SCENARIOS = {
     "plain": train,
+    "by rows": train_by_rows,
     "static_graph": partial(train, static_graph=True),
     "gradient_as_bucket_view": partial(train, gradient_as_bucket_view=True),
     "many buckets": partial(train, bucket_cap_mb=0.0001),
