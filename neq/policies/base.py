@@ -54,6 +54,7 @@ class Policy:
         epoch: how many are over, at least 1 unless the Controller was given ``warmup=0``. Called on
         each rank; rank 0's choice holds.
         """
+        # what a subclass has to bring; without it the error says so
         raise NotImplementedError(f"{type(self).__name__} must define choose(layers, epoch)")
 
     def attach(self, control: Controller) -> None:
