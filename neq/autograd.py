@@ -89,13 +89,12 @@ class MaskGrad(torch.autograd.Function):
         ctx: Any,
         weight: Tensor,
         bias: Tensor | None,
-        order: Tensor,
-        count: int,
+        frozen: Tensor,
         dim: int,
         conv: Conv | None,
     ) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
-        ctx.order, ctx.count, ctx.dim, ctx.conv = order, count, dim, conv
+        ctx.frozen, ctx.dim, ctx.conv = frozen, dim, conv
         return weight.detach(), None if bias is None else bias.detach()
 
     @staticmethod
@@ -103,10 +102,10 @@ class MaskGrad(torch.autograd.Function):
         if dw is not None:
             # in place: the vendor's backward has just made it for this one use of the weight
             dw = dw.clone() if torch.is_grad_enabled() else dw
-            zero_frozen_(dw, ctx.order, ctx.count, ctx.dim, ctx.conv)
+            zero_frozen_(dw, ctx.frozen, ctx.dim, ctx.conv)
         if db is not None:  # of one sample it can be dY itself, which others read
-            db = db.index_fill(0, ctx.order[ctx.count :], 0)
-        return dw, db, None, None, None, None
+            db = db.index_fill(0, ctx.frozen, 0)
+        return dw, db, None, None, None
 
 
 # ``Function.apply`` spends 2 µs on function transforms, which never come here
@@ -129,9 +128,7 @@ def mask_grad(
 ) -> tuple[Tensor, Tensor | None]:
     """``weight`` and ``bias``, of which only ``rows``, along the weight's ``dim``, train."""
     if bias is None or bias.requires_grad:
-        masked: tuple[Tensor, Tensor | None] = _apply_mask(
-            weight, bias, rows.order, rows.count, dim, conv
-        )
+        masked: tuple[Tensor, Tensor | None] = _apply_mask(weight, bias, rows.frozen, dim, conv)
         return masked
     return mask_grad(weight, None, rows, dim, conv)[0], bias
 

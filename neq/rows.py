@@ -33,6 +33,8 @@ class Rows:
         # what graphs read, with ``length``; shapes are the same whatever the mask
         self.mask = self._mask.to(self._device)  # bool [neurons]
         self.order = order.to(self._device)  # int64 [neurons]
+        # and what eager layers read: parts of it
+        self.active, self.frozen = self.order[: self.count], self.order[self.count :]
 
     def on(self, device: torch.device) -> "Rows":
         """These rows, moved after their layer if it has moved."""
@@ -49,11 +51,6 @@ class Rows:
     def __setstate__(self, mask: list[bool]) -> None:
         self._device = torch.device("cpu")
         self.set(torch.tensor(mask, dtype=torch.bool, device="cpu"))
-
-    @property
-    def active(self) -> Tensor:
-        """int64 [count]: the active rows, ascending."""
-        return self.order[: self.count]
 
 
 def parse(rows: Any, neurons: int, layer: str) -> Tensor:

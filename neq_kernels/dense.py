@@ -31,7 +31,7 @@ def linear_wgrad(
         dw = as_weight(dy.t() @ x, weight)
     db = dy.sum(0, dtype=weight.dtype) if bias else weight.new_empty(0)
     if k < len(rows):
-        zero_frozen_(dw, rows, k, 0)
+        zero_frozen_(dw, rows[k:], 0)
         if bias:
             db.index_fill_(0, rows[k:], 0)
     return dw, db
@@ -43,36 +43,36 @@ def conv_wgrad(
     dw = as_weight(vendor_conv_wgrad(dy, x, weight, conv), weight)
     db = channel_sum(dy, weight.dtype) if bias else weight.new_empty(0)
     if k < len(rows):
-        zero_frozen_(dw, rows, k, int(conv.transposed), conv)
+        zero_frozen_(dw, rows[k:], int(conv.transposed), conv)
         if bias:
             db.index_fill_(0, rows[k:], 0)
     return dw, db
 
 
-def zero_frozen_(dw: Tensor, rows: Tensor, k: int, dim: int, conv: Conv | None = None) -> None:
-    """Zero all but the first ``k`` of ``rows``, which lie along dimension ``dim``, NaN or not.
+def zero_frozen_(dw: Tensor, frozen: Tensor, dim: int, conv: Conv | None = None) -> None:
+    """Zero the rows ``frozen`` (int64), which lie along dimension ``dim``, NaN or not.
 
     conv: of a transposed convolution, whose groups have neurons of their own along ``dim``.
     """
     if conv is not None and conv.transposed and conv.groups > 1:
-        frozen = rows.new_zeros(len(rows), dtype=torch.bool).index_fill_(0, rows[k:], True)
-        dw.masked_fill_(conv.spread(frozen, dw), 0)
+        mask = frozen.new_zeros(dw.shape[1] * conv.groups, dtype=torch.bool)
+        dw.masked_fill_(conv.spread(mask.index_fill_(0, frozen, True), dw), 0)
     elif dw.dim() == 2 and dw.stride(dim) == 1 and not dw.requires_grad:
-        _zero_columns(dw if dim == 1 else dw.t(), rows, k)
+        _zero_columns(dw if dim == 1 else dw.t(), frozen)
     else:
-        dw.index_fill_(dim, rows[k:], 0)
+        dw.index_fill_(dim, frozen, 0)
 
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 
 
-def _zero_columns(matrix: Tensor, columns: Tensor, k: int) -> None:
-    """Zero all but the first ``k`` of ``columns``, NaN or not, in one pass over the memory.
+def _zero_columns(matrix: Tensor, columns: Tensor) -> None:
+    """Zero some ``columns``, NaN or not, in one pass over the memory.
 
     Filling columns one by one would touch each cache line many times.
     """
     bits = _BITS[matrix.element_size()]
-    keep = columns.new_zeros(len(columns), dtype=bits).index_fill_(0, columns[:k], -1)
+    keep = columns.new_full(matrix.shape[1:], -1, dtype=bits).index_fill_(0, columns, 0)
     matrix.view(bits).bitwise_and_(keep)
 
 
