@@ -61,10 +61,12 @@ def devices() -> dict[str, str]:
 def backends() -> dict[str, str]:
     gpu_less = None if torch.cuda.is_available() else "torch sees no CUDA device"
     reasons = {
-        "torch": None,
+        "dense": None,
+        "pack": None,  # in plain torch where the compiled kernels are missing
+        "native": compiled.why_not("cpu"),
+        "fused": _triton_lacks() or gpu_less,
         "compiled, cpu": compiled.why_not("cpu"),
         "compiled, cuda": compiled.why_not("cuda") or gpu_less,
-        "triton": _triton_lacks() or gpu_less,
     }
     return {name: f"no: {reason}" if reason else "yes" for name, reason in reasons.items()}
 

@@ -5,7 +5,7 @@ import torch
 
 import neq
 from neq import doctor
-from neq_kernels import compiled
+from neq_kernels import compiled, planner
 
 
 def test_command():
@@ -29,9 +29,15 @@ def test_gives_the_reason(monkeypatch):
     monkeypatch.setattr(compiled, "_devices", frozenset())
     monkeypatch.setattr(compiled, "_reason", "the dog ate it")
     backends = doctor.backends()
-    assert backends["torch"] == "yes"
-    assert backends["compiled, cpu"] == "no: the dog ate it"
+    assert planner.BACKENDS.keys() <= backends.keys()
+    assert backends["dense"] == backends["pack"] == "yes"
+    assert backends["native"] == backends["compiled, cpu"] == "no: the dog ate it"
     assert backends["compiled, cuda"] == "no: the dog ate it"
+
+
+def test_says_why_triton_is_out(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert doctor.backends()["fused"].startswith("no: triton does not import: ")
 
 
 def test_missing_tools_are_named(monkeypatch, tmp_path):

@@ -88,3 +88,51 @@ def test_without_a_compiler(sdist, clean, tmp_path):
     *_, why_not = install_and_use(wheel, clean, tmp_path)
     assert "for want of a C++ compiler" in why_not
     assert f"no: {why_not}" in run(clean[0], "-m", "neq", "doctor", cwd=tmp_path)
+
+
+def refusal(tmp_path, path, **env):
+    """What setup.py says last when it can't build, with only ``path`` to find compilers on."""
+    kept = {name: value for name, value in os.environ.items() if name != "CUDA_HOME"}
+    build = [f"--build-{part}={tmp_path / part}" for part in ("lib", "temp")]
+    result = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", *build],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env=kept | {"PATH": str(path), "CXX": shutil.which("c++") or shutil.which("g++")} | env,
+    )
+    assert result.returncode != 0
+    return result.stderr.splitlines()[-1]
+
+
+def test_neq_cuda_takes_0_or_1(tmp_path):
+    said = refusal(tmp_path, os.environ["PATH"], NEQ_CUDA="yes")
+    assert said == "ValueError: NEQ_CUDA must be 0, 1 or unset, got 'yes'"
+
+
+def test_cuda_insisted_on_without_nvcc(tmp_path):
+    said = refusal(tmp_path, "", NEQ_CUDA="1", CUDA_HOME=str(tmp_path))
+    assert said.endswith("NEQ_CUDA=1, but nvcc is neither on the PATH nor in CUDA_HOME/bin")
+
+
+def test_an_nvcc_too_old_or_too_new(tmp_path):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho sm_50\n")
+    nvcc.chmod(0o755)
+    said = refusal(tmp_path, tmp_path, NEQ_CUDA="1")
+    assert said.endswith(f"{nvcc} knows none of sm_[80, 90, 100]; NEQ_CUDA=0 builds without it")
+
+
+def test_an_extension_that_does_not_load(tmp_path):
+    shutil.copytree(ROOT / "neq_kernels", tmp_path / "neq_kernels")
+    for extension in (tmp_path / "neq_kernels").glob("_C.*"):
+        extension.write_bytes(b"not a library")
+    said = run(
+        sys.executable,
+        "-c",
+        "from neq_kernels import compiled; print(compiled.__file__, compiled.why_not('cpu'))",
+        cwd=tmp_path,
+    )
+    assert said.startswith(str(tmp_path))
+    assert "the extension neq_kernels._C does not load: " in said
