@@ -14,6 +14,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 import neq
+from neq_kernels import machine
 
 Key = TypeVar("Key")
 FEWEST, MOST = 5, 200  # rounds
@@ -109,7 +110,7 @@ def environment(device: torch.device) -> dict[str, object]:
         "triton": _triton_version(),
         "python": platform.python_version(),
         "system": platform.platform(terse=True),
-        "cpu": _cpu_name(),
+        "cpu": machine.cpu(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -131,15 +132,6 @@ def environment(device: torch.device) -> dict[str, object]:
 def device_name(facts: Mapping[str, object]) -> str:
     threads = "1 thread" if facts["threads"] == 1 else f"{facts['threads']} threads"
     return str(facts.get("gpu") or f"{facts['cpu']}, {threads}")
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def _triton_version() -> str | None:

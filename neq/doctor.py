@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from neq._version import __version__
-from neq_kernels import compiled
+from neq_kernels import compiled, machine
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -48,7 +48,7 @@ def versions() -> dict[str, str]:
 
 def devices() -> dict[str, str]:
     capability = torch.backends.cpu.get_cpu_capability()
-    found = {"cpu": f"{_cpu_name()}, {capability}, {torch.get_num_threads()} threads"}
+    found = {"cpu": f"{machine.name(torch.device('cpu'))}, {capability}"}
     for i in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(i)
         found[f"cuda:{i}"] = (
@@ -95,12 +95,3 @@ def _compiler(*names: str) -> str:
     lines = [line for line in run.stdout.splitlines() if any(map(str.isdigit, line))]
     release = [line for line in lines if "release" in line or "version" in line.lower()] or lines
     return f"{path} ({release[0].strip() if release else 'says no version'})"
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            names = (line.split(": ")[1].strip() for line in file if line.startswith("model name"))
-            return next(names)
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

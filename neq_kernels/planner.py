@@ -22,15 +22,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neq_kernels import dense, fused, native, pack
+from neq_kernels import dense, fused, machine, native, pack
 from neq_kernels.geometry import Conv
 from neq_kernels.problem import BUCKETS, Problem
 
 BACKENDS: dict[str, ModuleType] = {"dense": dense, "pack": pack, "native": native, "fused": fused}
 MARGIN = 0.05
 
-_plans: dict[tuple[object, ...], str] = {}  # every problem met, by what tells it from others
-_measured: dict[str, str] = {}  # Problem.key -> the backend that was fastest
+MOST_PLANS = 100_000  # kept: text comes in ever new lengths
+
+_plans: dict[tuple[object, ...], str] = {}  # the problems met, by what tells them from others
+_measured: dict[str, dict[str, str]] = {}  # device's name -> Problem.key -> the fastest backend
 _tuning = False
 
 
@@ -68,7 +70,8 @@ def choose(
     plan = planned(*sizes)
     if plan is None:
         problem = _problem(*sizes)
-        plan = _measured[problem.key] = _fastest(problem, dy, x, weight, rows, k, bias)
+        plan = _fastest(problem, dy, x, weight, rows, k, bias)
+        _measured.setdefault(machine.name(x.device), {})[problem.key] = plan
     return plan
 
 
@@ -80,13 +83,15 @@ def planned(
         return "dense"
     bucket = -(-k * BUCKETS // neurons)
     channels_last = conv is not None and x.stride(1) == 1
-    key = (bucket, x.shape, weight.shape, conv, channels_last, x.dtype, x.device.type)
+    key = (bucket, x.shape, weight.shape, conv, channels_last, x.dtype, x.device)
     plan = _plans.get(key)
     if plan is None:
         problem = _problem(x, weight, neurons, k, conv)
-        plan = _measured.get(problem.key)
+        plan = _measured.get(machine.name(x.device), {}).get(problem.key)
         if plan is None and _tuning:
             return None
+        if len(_plans) >= MOST_PLANS:
+            _plans.clear()
         plan = _plans[key] = plan or predict(problem)
     return plan
 
@@ -123,17 +128,20 @@ def tuning() -> Iterator[None]:
 
 
 def save(path: str | Path) -> None:
-    """Write the measured choices as JSON."""
-    Path(path).write_text(json.dumps(dict(sorted(_measured.items())), indent=1) + "\n")
+    """Write the measured choices as JSON: for each device's name, those for its problems."""
+    Path(path).write_text(json.dumps(_measured, indent=1, sort_keys=True) + "\n")
 
 
 def load(path: str | Path) -> None:
-    """Take over the choices that ``save`` wrote, on this kind of device."""
-    table = json.loads(Path(path).read_text())
-    unknown = sorted(set(table.values()) - BACKENDS.keys())
+    """Take over the choices that ``save`` wrote; they hold on devices of the same name."""
+    tables = json.loads(Path(path).read_text())
+    unknown = sorted(
+        {name for table in tables.values() for name in table.values()} - BACKENDS.keys()
+    )
     if unknown:
         raise ValueError(f"{path} names backends {unknown}, known are {sorted(BACKENDS)}")
-    _measured.update(table)
+    for device, table in tables.items():
+        _measured.setdefault(device, {}).update(table)
     _plans.clear()
 
 

@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import FLOAT32, conv_case, linear_case, meta, problem_of
 
-from neq_kernels import conv_wgrad, linear_wgrad, planner
+from neq_kernels import conv_wgrad, linear_wgrad, machine, planner
 from neq_kernels.geometry import Conv
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -73,7 +73,8 @@ def choose(case, dtypes=FLOAT32, device="cpu"):
 
 
 def measure(case, backend):
-    planner._measured[problem_of(op_of(case), *case.args()).key] = backend
+    key = problem_of(op_of(case), *case.args()).key
+    planner._measured.setdefault(machine.name(torch.device("cpu")), {})[key] = backend
 
 
 @pytest.mark.parametrize("case", [LINEAR, CONV], ids=op_of)
@@ -180,7 +181,10 @@ def test_measured_choices_survive_a_file(backends, clock, tmp_path):
     with planner.tuning():
         choose(LINEAR), choose(CONV)
     planner.save(tmp_path / "table.json")
-    assert list(json.loads((tmp_path / "table.json").read_text()).values()) == ["other"] * 2
+    tables = json.loads((tmp_path / "table.json").read_text())
+    assert {device: list(table.values()) for device, table in tables.items()} == {
+        machine.name(torch.device("cpu")): ["other"] * 2
+    }
 
     planner._measured.clear()
     planner._plans.clear()
@@ -191,9 +195,28 @@ def test_measured_choices_survive_a_file(backends, clock, tmp_path):
     assert clock.readings == readings
 
 
+def test_measured_choices_hold_on_no_other_device(backends, clock, tmp_path, monkeypatch):
+    backends(dense=(1.0, 5), other=(1.0, 4))
+    with planner.tuning():
+        choose(LINEAR)
+    planner.save(tmp_path / "table.json")
+    planner._measured.clear()
+    monkeypatch.setattr(machine, "name", lambda device: "another")
+    planner.load(tmp_path / "table.json")
+    assert choose(LINEAR) == "dense"
+
+
+def test_plans_of_ever_new_sizes_do_not_pile_up(backends, monkeypatch):
+    backends(dense=(1.0, 5), other=(0.5, 4))
+    monkeypatch.setattr(planner, "MOST_PLANS", 3)
+    for samples in range(1, 9):
+        assert choose(linear_case((samples,), 8, 32, range(8))) == "other"
+        assert len(planner._plans) <= 3
+
+
 def test_load_rejects_unknown_backends(tmp_path):
     table = tmp_path / "table.json"
-    table.write_text(json.dumps({"a": "pack", "b": "magic", "c": "dense"}))
+    table.write_text(json.dumps({"a gpu": {"a": "pack", "b": "magic", "c": "dense"}}))
     with pytest.raises(ValueError, match=r"table.json names .*\['magic'\], known are \['dense"):
         planner.load(table)
     assert planner._measured == {}
