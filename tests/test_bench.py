@@ -176,6 +176,13 @@ def test_bad_options(capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
+def test_a_plot_needs_matplotlib(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(SystemExit):
+        backward_speed.parse(["--plot", "plot.png"])
+    assert "--plot: needs matplotlib: pip install matplotlib" in capsys.readouterr().err
+
+
 # A wrong kernel
 
 
