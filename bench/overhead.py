@@ -2,7 +2,9 @@
 
     python bench/overhead.py
 
-Layers so small that nothing but overhead is left, on one thread; plain and neq in turns.
+Layers so small that nothing but overhead is left, on one thread; plain and neq in turns. The row
+"empty function" is a plain layer with an autograd function around its weight and bias that does
+nothing: what torch takes for one written in Python, and the least that a masked layer can cost.
 """
 
 import argparse
@@ -12,11 +14,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import repeat
+from itertools import groupby, repeat
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -34,6 +37,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "Conv2d": (partial(nn.Conv2d, 8, 8, 3, padding=1), (2, 8, 6, 6)),
     "BatchNorm2d": (partial(nn.BatchNorm2d, 8), (2, 8, 6, 6)),
 }
+EMPTY = "empty function"
 ACTIVE: dict[str, Callable[[int], range | None]] = {
     "all": lambda neurons: None,
     "half": lambda neurons: range(neurons // 2),
@@ -68,13 +72,15 @@ def measure(seconds: float) -> Iterator[dict[str, Any]]:
     for layer, (make, shape) in LAYERS.items():
         plain = make()
         modules = {"plain": plain} | {name: masked(plain, name) for name in ACTIVE}
+        if isinstance(plain, nn.Linear):
+            modules[EMPTY] = Around(plain)
         x = torch.randn(shape, requires_grad=True)
         for name, one_pass in PASSES.items():
             calls = {key: many(one_pass, module, x) for key, module in modules.items()}
             # this thread's own time: what else the machine does is not the layer's cost
             times = interleave(calls, x.device, seconds, clock=time.thread_time)
             base = times["plain"]
-            for active in ACTIVE:
+            for active in list(times)[1:]:
                 t = times[active]
                 yield {
                     "layer": layer,
@@ -92,6 +98,25 @@ def masked(plain: nn.Module, active: str) -> nn.Module:
     layer = neq.convert(copy.deepcopy(plain, shared))
     layer.set_active(ACTIVE[active](layer.n_neurons))
     return layer
+
+
+class Empty(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *parameters: Tensor) -> tuple[Tensor, ...]:
+        return tuple(p.detach() for p in parameters)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return gradients
+
+
+class Around(nn.Module):
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, *Empty.apply(self.weight, self.bias))
 
 
 def forward(layer: nn.Module, x: Tensor) -> None:
@@ -128,11 +153,10 @@ def table(rows: list[dict[str, Any]]) -> Table:
     figures = ("plain_p50", "neq_p50", "neq_p20", "neq_p80", "extra_us")
     for name in figures:
         out.add_column(f"{name.removesuffix('_us')} us".replace("_", " "), justify="right")
-    for r in rows:
-        facts = (r["layer"], r["pass"], r["active"])
-        out.add_row(*facts, *(f"{r[name]:.1f}" for name in figures))
-        if r["active"] == list(ACTIVE)[-1]:
-            out.add_section()
+    for facts, group in groupby(rows, key=lambda r: (r["layer"], r["pass"])):
+        for r in group:
+            out.add_row(*facts, r["active"], *(f"{r[name]:.1f}" for name in figures))
+        out.add_section()
     return out
 
 

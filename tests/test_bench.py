@@ -312,7 +312,7 @@ def test_overhead(tmp_path, capsys):
         torch.set_num_threads(threads)
     written = json.loads(file.read_text())
     assert written["environment"]["threads"] == 1
-    assert len(written["results"]) == 3 * 2 * 3
+    assert len(written["results"]) == (3 * 3 + 1) * 2
     for row in written["results"]:
         assert row["extra_us"] == pytest.approx(row["neq_p50"] - row["plain_p50"])
         assert 0 < row["neq_p20"] <= row["neq_p50"] <= row["neq_p80"]

@@ -200,7 +200,10 @@ ARGUMENTS = ["dy", "x", "weight", "rows", "count", "bias", "stride", "padding", 
 ARGUMENTS += ["transposed", "output_padding", "groups"]
 MISTAKES = {
     "dy has no batch": ({"dy": lambda t: t[0]}, "must all have 3, 4 or 5 dimensions"),
-    "dtypes differ": ({"x": torch.Tensor.double}, r"one dtype, got torch.float32 and torch.float64"),
+    "dtypes differ": (
+        {"x": torch.Tensor.double},
+        r"one dtype, got torch.float32 and torch.float64",
+    ),
     "x has no batch": ({"x": lambda t: t[0]}, r"3, 4 or 5 dimensions .* \[3, 6, 7\] and"),
     "weight is a matrix": ({"weight": lambda w: w[0, 0]}, "must all have 3, 4 or 5 dimensions"),
     "no spatial dimension": (

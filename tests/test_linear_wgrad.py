@@ -167,7 +167,10 @@ MISTAKES = {
     "dy has no dimension": ({"dy": lambda t: t[0, 0, 0]}, r"dimensions and 40 neurons, got \[\]"),
     "dy has too few neurons": ({"dy": lambda t: t[..., 1:]}, r"40 neurons, got \[4, 8, 39\] for x"),
     "dy has fewer samples": ({"dy": lambda t: t[1:]}, r"got \[3, 8, 40\] for x \[4, 8, 33\]"),
-    "dtypes differ": ({"x": torch.Tensor.double}, r"one dtype, got torch.float32 and torch.float64"),
+    "dtypes differ": (
+        {"x": torch.Tensor.double},
+        r"one dtype, got torch.float32 and torch.float64",
+    ),
     "x has too few inputs": ({"x": lambda t: t[..., 1:]}, r"end in 33 inputs, got \[4, 8, 32\]"),
     "x has no dimension": (
         {"dy": lambda t: t[0, 0], "x": lambda t: t[0, 0, 0]},
