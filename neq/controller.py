@@ -18,7 +18,7 @@ from neq.equilibrium import Velocity
 from neq.history import EpochRecord, History, layer_record
 from neq.memory import Memory, Where
 from neq.modules import NeuronLayer
-from neq.optim import Guard, OnThaw, RowOptimizer
+from neq.optim import Guard, OnThaw, RowOptimizer, unwrapped
 from neq.policies import Equilibrium, Motion, Policy
 from neq.probes import Inputs, Probe, as_inputs, evaluating
 from neq.rows import parse
@@ -72,7 +72,8 @@ class Controller:
     ) -> None:
         self.model = _unwrap(model)
         self.policy = Equilibrium() if policy is None else policy
-        self.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        several = optimizer if isinstance(optimizer, Iterable) else [optimizer]
+        self.optimizers = [unwrapped(one) for one in several]
         self.probe = _as_probe(probe, self.policy)
         if warmup < 0:
             raise ValueError(f"warmup must be a number of epochs, at least 0; got {warmup}")

@@ -93,6 +93,15 @@ def _frozen(modules: Iterable[nn.Module]) -> dict[Tensor, _Frozen]:
     return found
 
 
+def unwrapped(optimizer: Any) -> Any:
+    """torch's optimizer inside of those that libraries put around it: accelerate, Lightning."""
+    for name in ("optimizer", "_optimizer"):
+        inner = getattr(optimizer, name, None)
+        if isinstance(inner, Optimizer):
+            return unwrapped(inner)
+    return optimizer
+
+
 class Guard:
     """Keeps the frozen neurons of ``layers`` bit-identical under any ``torch.optim`` optimizer.
 
@@ -122,6 +131,7 @@ class Guard:
         layers: nn.Module | Iterable[nn.Module],
         on_thaw: OnThaw = "keep",
     ) -> None:
+        optimizer = unwrapped(optimizer)
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
                 f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"

@@ -1,0 +1,24 @@
+"""What a device is called: what was measured on one holds for no other."""
+
+import platform
+from pathlib import Path
+
+import torch
+
+
+def name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        return f"{cpu()}, {threads} thread{'s' if threads > 1 else ''}"
+    return device.type
+
+
+def cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
