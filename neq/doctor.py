@@ -40,7 +40,8 @@ def versions() -> dict[str, str]:
     return {
         "neq": __version__,
         "python": platform.python_version(),
-        **{name: _installed(name) for name in ("torch", "triton", "numpy")},
+        "torch": torch.__version__,  # and which build of it
+        **{name: _installed(name) for name in ("triton", "numpy")},
         "c++": _compiler("c++", "g++", "clang++"),
         "nvcc": _compiler("nvcc"),
     }

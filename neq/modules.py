@@ -91,7 +91,7 @@ class NeuronLayer(nn.Module):
         rows = self.rows
         if torch.compiler.is_compiling():
             # a graph that depended on this layer's own mask would be recompiled at each change
-            everything, nothing = not Rows.ever_masked, False
+            everything, nothing = not rows.ever_masked, False
         else:
             everything, nothing = rows.count == rows.neurons, rows.count == 0
         if everything or not (torch.is_grad_enabled() or _beyond_backward()):
@@ -139,6 +139,13 @@ class NeuronLayer(nn.Module):
 
     def _vendor(self, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         """The torch module's forward with other parameters, which a shallow copy of it holds."""
+        if torch.compiler.is_compiling():
+            # before torch 2.13 it can't trace a shallow copy; but nobody else sees what it traces
+            own: Any = self._parameters
+            self._parameters = cast(Any, {"weight": weight, "bias": bias})
+            y: Tensor = self.plain.forward(self, *args, **kwargs)
+            self._parameters = own
+            return y
         other = self.plain.__new__(self.plain)
         vars(other).update(vars(self), weight=weight, bias=bias)
         out: Tensor = self.plain.forward(other, *args, **kwargs)
@@ -370,7 +377,7 @@ def _autocast(x: Tensor) -> Tensor:
     if not torch._C._is_any_autocast_enabled():  # the next line alone takes a microsecond
         return x
     device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return x
     if not x.is_floating_point() or x.dtype == torch.float64:
         return x

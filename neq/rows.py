@@ -10,7 +10,8 @@ class Rows:
     """The active neurons of a weight with ``neurons`` rows. All of them, to begin with."""
 
     # Has any layer of this process ever been masked? Compiled graphs are specialised on this alone:
-    # the plain graph until the first mask, one more for all masks of all layers after it.
+    # the plain graph until the first mask, one more for all masks of all layers after it. They
+    # ask an instance for it: torch 2.11 doesn't guard what it reads off a class.
     ever_masked: ClassVar[bool] = False
 
     def __init__(self, neurons: int, device: torch.device) -> None:

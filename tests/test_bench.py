@@ -131,14 +131,16 @@ def test_tune_and_table(results, tmp_path):
     table = tmp_path / "table.json"
     half = ("--only", "linear", "--active", ".5", "--table", str(table))
     results("--tune", *half)
-    (key,) = json.loads(table.read_text())
+    ((device, choices),) = json.loads(table.read_text()).items()
+    (key,) = choices
     for backend in ("pack", "dense"):
-        table.write_text(json.dumps({key: backend}))
+        table.write_text(json.dumps({device: {key: backend}}))
         assert [row["backend"] for row in results(*half)] == [backend]
     # a second tuning keeps what the table has
     results("--tune", *half[:2], "--active", ".5,.25", *half[-2:])
-    assert json.loads(table.read_text())[key] == "dense"
-    assert len(json.loads(table.read_text())) == 2
+    choices = json.loads(table.read_text())[device]
+    assert choices[key] == "dense"
+    assert len(choices) == 2
 
 
 def test_plot(results, tmp_path):

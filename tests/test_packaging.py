@@ -25,9 +25,11 @@ print(neq.__file__, neq.__version__, compiled.why_not("cpu"), sep="\\n")
 """
 
 
-def run(*command, **options):
+def run(*command, env=None, **options):
+    env = dict(os.environ if env is None else env)
+    env.pop("PYTHONPATH", None)  # which may lead to this tree
     result = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, check=False, **options
+        list(map(str, command)), capture_output=True, text=True, check=False, env=env, **options
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
