@@ -16,7 +16,6 @@ twice the vendor's own ends the run.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -29,7 +28,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import options, report
-from bench.contenders import Active, Case, Gate, WrongResultError
+from bench.contenders import Active, Case, Gate, WrongResultError, active_count
 from bench.problems import Problem, problems
 from bench.report import Row
 from bench.timing import Times, environment, interleave
@@ -56,9 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
     report.show(rows, facts)
     if given.tune and given.table:
         planner.save(given.table)
-    if given.json:
-        results = {"environment": facts, "results": rows}
-        given.json.write_text(json.dumps(results, indent=1) + "\n")
+    report.save(rows, facts, given.json)
     if given.plot:
         report.plot(rows, facts, given.plot)
 
@@ -97,11 +94,6 @@ def measure(
     return [row(case, active, times) for case in asked for active in masks]
 
 
-def active_count(fraction: float, neurons: int) -> int:
-    """At least one neuron, unless none is asked for."""
-    return max(round(fraction * neurons), 1) if fraction else 0
-
-
 def row(case: Case, active: Active, times: dict[tuple[object, ...], Times]) -> Row:
     """What is known of one case with some neurons active."""
     problem, layout = case.problem, case.layout
@@ -138,20 +130,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--suite", choices=("quick", "full"), default="quick")
-    add(
-        "--device",
-        type=options.usable_device,
-        help="cpu, cuda, cuda:1; by default a GPU if there is one",
-    )
+    options.add_device(parser)
     add("--dtype", choices=DTYPES, default="float32")
     add("--layout", choices=(*LAYOUTS, "both"), default="both", help="of images")
     add("--active", type=options.fractions, default="1,.75,.5,.25,.1,0", metavar="F,F,...")
-    add(
-        "--only",
-        type=options.pattern,
-        metavar="PATTERN",
-        help="of names, such as resnet50 or swin.*mlp",
-    )
+    options.add_only(parser, "resnet50 or swin.*mlp")
     add("--seconds", type=options.positive, default=3.0, metavar="S", help="of timing per problem")
     add("--tune", action="store_true", help="let the planner time its backends, not predict them")
     add("--table", type=Path, metavar="FILE", help="of the planner's choices; --tune adds to it")
@@ -159,17 +142,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--plot", type=options.image, metavar="FILE")
     given = parser.parse_args(arguments)
 
-    given.device = given.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     given.layouts = LAYOUTS if given.layout == "both" else (given.layout,)
     given.problems = problems(given.suite, given.device.type)
-    if given.only:
-        names = [problem.name for problem in given.problems]
-        given.problems = [p for p in given.problems if given.only.search(p.name)]
-        if not given.problems:
-            parser.error(
-                f"argument --only: {given.only.pattern!r} matches no problem of the "
-                f"{given.suite} suite, which has {', '.join(names)}"
-            )
+    names = options.chosen(parser, given, "problem", [p.name for p in given.problems])
+    given.problems = [p for p in given.problems if p.name in names]
     if given.table and (given.table.exists() or not given.tune):
         try:
             planner.load(given.table)

@@ -8,6 +8,7 @@ from math import ceil, prod
 import torch
 from torch import Tensor
 
+from bench import gather
 from bench.problems import Problem
 from bench.timing import cache_bytes
 from neq_kernels import ops, planner, reference
@@ -21,6 +22,11 @@ MOST_SETS = 64  # of inputs: where caches hold so many, it is not their bytes th
 
 class WrongResultError(Exception):
     """A gradient that is not the gradient: there is no point in its speed."""
+
+
+def active_count(fraction: float, neurons: int) -> int:
+    """At least one neuron, unless none is asked for."""
+    return max(round(fraction * neurons), 1) if fraction else 0
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,7 @@ class Case:
         return cls(problem, layout, inputs, weight, conv)
 
     def dense(self, turn: int) -> Gradient:
-        return self._vendor(*self._inputs(turn), self.weight, self.problem.groups)
+        return self._vendor(*self._inputs(turn), self.weight)
 
     def masked(self, active: Active, turn: int) -> Gradient:
         dw, db = self.dense(turn)
@@ -86,17 +92,10 @@ class Case:
         return dw, None if db is None else db * active.mask
 
     def gather(self, active: Active, turn: int) -> Gradient:
-        (dy, x), rows, groups = self._inputs(turn), active.rows[: active.k], self.problem.groups
-        if groups > 1:  # depthwise: a neuron reads one channel of X
-            x, groups = x[:, rows], active.k
-        some_dw, some_db = self._vendor(dy[:, rows], x, self.weight[: active.k], groups)
-        dw = torch.zeros_like(self.weight)
-        dw[rows] = some_dw
-        if some_db is None:
-            return dw, None
-        db = dw.new_zeros(len(dw))
-        db[rows] = some_db
-        return dw, db
+        operator, geometry = getattr(gather, self.problem.op), [self.conv] if self.conv else []
+        rest = (self.weight, active.rows, active.k, self.problem.bias, *geometry)
+        dw, db = operator(*self._inputs(turn), *rest)
+        return dw, db if self.problem.bias else None
 
     def neq(self, active: Active) -> Call:
         """What a layer runs: the plain layer's path or nothing at all, where that is right."""
@@ -126,15 +125,14 @@ class Case:
         count = torch.tensor(len(rows))
         return operator(dy, x, self.weight.double(), rows, count, self.problem.bias, *geometry)
 
-    def _vendor(self, dy: Tensor, x: Tensor, weight: Tensor, groups: int) -> Gradient:
+    def _vendor(self, dy: Tensor, x: Tensor, weight: Tensor) -> Gradient:
         """The calls that autograd makes for a plain layer."""
         bias = self.problem.bias
         if self.conv is None:
             dw = (x.t() @ dy).t() if self.layout == "transposed" else dy.t() @ x
             return dw, dy.sum(0) if bias else None
-        geometry = self.conv._replace(groups=groups)
         biases, wanted = [len(weight)] if bias else None, [False, True, bias]
-        _, dw, db = torch.ops.aten.convolution_backward(dy, x, weight, biases, *geometry, wanted)
+        _, dw, db = torch.ops.aten.convolution_backward(dy, x, weight, biases, *self.conv, wanted)
         return dw, db
 
     def _inputs(self, turn: int) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,6 @@ each layer's neurons, at random, is active. Timed in turns, on the same paramete
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +20,6 @@ from typing import Any
 
 import torch
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.optim import Optimizer
@@ -90,7 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows: list[dict[str, Any]] = []
     for model, optimizer in tqdm(pairs, unit="optimizer", disable=None, leave=False):
         rows += measure(model, optimizer, given.active, given.device, given.seconds)
-    Console(width=report.WIDTH, highlight=False).print(table(rows))
+    report.show_table(table(rows))
     for r in rows:
         if r["active"] == 0.5:
             print(
@@ -98,9 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
                 f"{r['neq_p50'] / r['fused_p50']:.2f} of torch's fused step and "
                 f"{r['neq_p50'] / r['default_p50']:.2f} of its default one"
             )
-    if given.json:
-        results = {"environment": facts, "results": rows}
-        given.json.write_text(json.dumps(results, indent=1) + "\n")
+    report.save(rows, facts, given.json)
 
 
 def measure(

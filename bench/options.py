@@ -10,6 +10,34 @@ from pathlib import Path
 import torch
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device",
+        type=usable_device,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda, cuda:1; by default a GPU if there is one",
+    )
+
+
+def add_only(parser: argparse.ArgumentParser, examples: str) -> None:
+    parser.add_argument(
+        "--only", type=pattern, default="", metavar="PATTERN", help=f"of names, such as {examples}"
+    )
+
+
+def chosen(
+    parser: argparse.ArgumentParser, given: argparse.Namespace, kind: str, names: list[str]
+) -> list[str]:
+    """Those of a suite's names that --only asks for."""
+    found = [name for name in names if given.only.search(name)]
+    if not found:
+        parser.error(
+            f"argument --only: {given.only.pattern!r} matches no {kind} of the "
+            f"{given.suite} suite, which has {', '.join(names)}"
+        )
+    return found
+
+
 def usable_device(text: str) -> torch.device:
     try:
         device = torch.device(text)

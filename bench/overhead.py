@@ -9,7 +9,6 @@ nothing: what torch takes for one written in Python, and the least that a masked
 
 import argparse
 import copy
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +20,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -57,15 +55,13 @@ def main(arguments: list[str] | None = None) -> None:
     facts = environment(torch.device("cpu"))
     report.show_environment(facts)
     rows = list(measure(given.seconds))
-    Console(width=report.WIDTH, highlight=False).print(table(rows))
+    report.show_table(table(rows))
     worst = max((r for r in rows if r["active"] == "half"), key=lambda r: r["extra_us"])
     print(
         f"part of the neurons active costs at most {worst['extra_us']:.1f} us more per call "
         f"(NEq{worst['layer']}, {worst['pass']})"
     )
-    if given.json:
-        results = {"environment": facts, "results": rows}
-        given.json.write_text(json.dumps(results, indent=1) + "\n")
+    report.save(rows, facts, given.json)
 
 
 def measure(seconds: float) -> Iterator[dict[str, Any]]:

@@ -8,7 +8,6 @@ whom it would freeze.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -18,7 +17,6 @@ from statistics import median
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import ResNetConfig, ResNetForImageClassification
@@ -56,15 +54,14 @@ def main(arguments: list[str] | None = None) -> None:
     facts = environment(given.device)
     report.show_environment(facts)
     rows = measure(given)
-    Console(width=report.WIDTH, highlight=False).print(table(rows))
+    report.show_table(table(rows))
     worst = max(rows, key=lambda row: row["share_of_epoch"])
     print(
         f"measuring on {SAMPLES} samples takes at most {worst['share_of_epoch']:.2%} of "
         f"an epoch of {IMAGES} images; a sketch and all outputs agree on "
         f"{rows[-1]['agreement']:.2%} of those frozen"
     )
-    if given.json is not None:
-        given.json.write_text(json.dumps({"environment": facts, "results": rows}, indent=1) + "\n")
+    report.save(rows, facts, given.json)
 
 
 def measure(given: argparse.Namespace) -> list[dict[str, float | str]]:

@@ -1,5 +1,6 @@
 """Results as people read them: a table, a line to quote, a figure."""
 
+import json
 from collections import defaultdict
 from collections.abc import Mapping
 from itertools import groupby
@@ -31,8 +32,17 @@ def show_environment(facts: Facts) -> None:
     print(flush=True)
 
 
+def save(rows: list[Row], facts: Facts, file: Path | None) -> None:
+    if file:
+        file.write_text(json.dumps({"environment": facts, "results": rows}, indent=1) + "\n")
+
+
+def show_table(table: Table) -> None:
+    Console(width=WIDTH, highlight=False).print(table)
+
+
 def show(rows: list[Row], facts: Facts) -> None:
-    Console(width=WIDTH, highlight=False).print(table(rows))
+    show_table(table(rows))
     if any(r["dense_layout"] != r["layout"] for r in rows):
         print("* dense is faster in the other layout, which is the one shown\n")
     print(verdict(rows, device_name(facts)))
@@ -47,7 +57,7 @@ def table(rows: list[Row]) -> Table:
     out.add_column("backend", no_wrap=True)
     for heading, group in groupby(rows, key=lambda r: [r[name] for name in HEADING]):
         for r in group:
-            dense, *times = (_ms(r[name]) for name in TIMES)
+            dense, *times = (ms(r[name]) for name in TIMES)
             star = "" if r["dense_layout"] == r["layout"] else "*"
             ratios = ("-" if r[name] is None else f"{r[name]:.2f}" for name in RATIOS)
             out.add_row(*heading, f"{r['active']:.3g}", star + dense, *times, *ratios, r["backend"])
@@ -56,7 +66,7 @@ def table(rows: list[Row]) -> Table:
     return out
 
 
-def _ms(value: float | None) -> str:
+def ms(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.{3 if value < 1 else 2 if value < 100 else 0}f}"

@@ -40,11 +40,23 @@ def interleave(
     seconds: float,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[Key, Times]:
+    """What ``rounds`` measures, summed up."""
+    measured = rounds(calls, device, seconds, clock)
+    return {key: Times.of(times) for key, times in measured.items()}
+
+
+def rounds(
+    calls: Mapping[Key, Callable[[int], object]],
+    device: torch.device,
+    seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
+    fewest: int = FEWEST,
+) -> dict[Key, list[float]]:
     """Time the calls in turns (A B C, A B C, ...), so that whatever drifts meets all alike.
 
-    Spends about ``seconds``; the times are milliseconds. A call is given the number of its turn, by
-    which it can take other inputs each time than the caches still hold. ``clock`` is a CPU's; a GPU
-    has its own.
+    Spends about ``seconds``; the times are milliseconds, one per round. A call is given the number
+    of its turn, by which it can take other inputs each time than the caches still hold. ``clock``
+    is a CPU's; a GPU has its own.
     """
     if device.type == "cuda":
         one_round = partial(_round_on_gpu, device)
@@ -52,12 +64,11 @@ def interleave(
         one_round = partial(_round_on_cpu, clock)
     order = list(calls.values())
     one_round(order, 0)  # warm-up
-    rounds: list[list[float]] = []
+    taken: list[list[float]] = []
     end = time.perf_counter() + seconds
-    while len(rounds) < FEWEST or (len(rounds) < MOST and time.perf_counter() < end):
-        rounds.append(one_round(order, (1 + len(rounds)) * len(order)))
-    columns = zip(*rounds, strict=True)
-    return {key: Times.of(list(column)) for key, column in zip(calls, columns, strict=True)}
+    while len(taken) < fewest or (len(taken) < MOST and time.perf_counter() < end):
+        taken.append(one_round(order, (1 + len(taken)) * len(order)))
+    return dict(zip(calls, map(list, zip(*taken, strict=True)), strict=True))
 
 
 def _round_on_cpu(

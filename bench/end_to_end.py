@@ -1,0 +1,273 @@
+"""How much of the theory is wall-clock in whole training steps: forward, backward, optimizer.
+
+    python bench/end_to_end.py
+    python bench/end_to_end.py --only resnet --active .5,.1 --json out.json --plot out.png
+
+For every network, with a share f of the neurons active, timed in turns (bench/steps.py has them):
+
+    dense      as anyone would, in the layout in which that is fastest
+    none       no weight gradient in any converted layer, and every input gradient
+    neq        a random share f of each layer's neurons is active; at 0, autograd also prunes
+    masked     dense, then zeros in the frozen rows: the published way, the same at any f
+    gather     as neq, but by a naive index-gather around the vendor's calls
+    layers     requires_grad=False on layers drawn at random
+    realised   (dense - neq) / ((1 - f) (dense - none)): the share of the saving that is wall-clock
+
+Each contender has the layout that suits it best. Forward with backward and the optimizer's update
+are timed apart too. Peak memory is what a step takes beyond parameters, batch and the optimizer's
+state. Two ceilings say how many times faster a step could be: by the FLOPs of the network's layers,
+and if weight gradients were a third of it, 3 / (2 + f).
+
+Before anything is timed, its loss and its gradients are compared with those of the dense step: one
+that is not the same ends the run.
+"""
+
+import argparse
+import gc
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench import options, report, step_report
+from bench.contenders import WrongResultError
+from bench.memory import peak_bytes
+from bench.networks import Network, networks
+from bench.report import Row
+from bench.steps import Backends, Bench, Gate, Step
+from bench.timing import FEWEST, Times, environment, rounds
+
+DTYPES = ("float32", "bfloat16")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    given = parse(arguments)
+    if given.device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # dense is to be as fast as it can
+    facts = environment(given.device)
+    report.show_environment(facts)
+    rows: list[Row] = []
+    bar = tqdm(given.networks.items(), unit="network", disable=None, leave=False)
+    for name, network in bar:
+        try:
+            rows += fitted(name, network, given, bar)
+        except WrongResultError as error:
+            sys.exit(f"error: {error}")
+    if not rows:
+        sys.exit("error: no network fits into the memory of this device")
+    step_report.show(rows, facts)
+    report.save(rows, facts, given.json)
+    if given.plot:
+        step_report.plot(rows, facts, given.plot)
+
+
+def fitted(name: str, network: Network, given: argparse.Namespace, bar: tqdm) -> list[Row]:
+    """The rows of one network, on as many samples as fit; none if not one does."""
+    samples = network.gpu if given.device.type == "cuda" else network.cpu
+    while samples:
+        try:
+            return measure(name, network, samples, given, bar)
+        except torch.OutOfMemoryError:
+            samples //= 2
+        gc.collect()
+        torch.cuda.empty_cache()
+    bar.write(f"{name} is left out: not one sample fits into memory", file=sys.stderr)
+    return []
+
+
+def measure(
+    name: str, network: Network, samples: int, given: argparse.Namespace, bar: tqdm
+) -> list[Row]:
+    """Check every contender, find the layout that suits it, then time all of them in turns."""
+
+    def stage(text: str) -> None:
+        bar.set_postfix_str(f"{name}: {text}")
+
+    stage("building")
+    device, dtype = given.device, getattr(torch, given.dtype)
+    torch.manual_seed(0)
+    with device:
+        model = network.build().train()
+    benches = [
+        Bench(network, model, layout, samples, device, dtype, graphs=given.graphs)
+        for layout in network.layouts
+    ]
+    shares = Shares.of(benches[0])
+
+    steps: Steps = {}
+    backends: dict[Entry, str] = {}
+    for bench in benches:
+        if given.compile:
+            bench.compile()
+        gate = Gate(name, bench, Step(bench, "dense", 1, shares.wgrads))
+        for contender in contenders(given):
+            entry = Entry(*contender, bench.layout)
+            stage(f"checking {entry.name}")
+            steps[entry] = step = Step(bench, *contender, shares.wgrads)
+            with nullcontext("") if given.compile else Backends(step) as asked:
+                gate.admit(step)
+            backends[entry] = str(asked)
+
+    stage("finding layouts")
+    steps = in_best_layout(steps, device)
+    stage("measuring memory")
+    peaks = {entry: peak(step) for entry, step in steps.items()}
+    if given.graphs:
+        pool = torch.cuda.graph_pool_handle()
+        for step in steps.values():
+            step.capture(pool)
+    stage("timing")
+    times = time_parts(steps, device, given.seconds)
+
+    fastest = min((e for e in steps if e.name == "dense"), key=lambda e: times[e]["step"].p50)
+    none = next(e for e in steps if e.name == "none")
+    return [
+        {
+            "network": name,
+            "samples": samples,
+            "parameters": sum(p.numel() for p in benches[0].parameters.values()),
+            "contender": entry.name,
+            "active": entry.active,
+            "dtype": given.dtype,
+            "layout": entry.layout,
+            "optimizer": step.optimizer,
+            "backends": backends[entry],
+            **{
+                f"{part}_{at}": value
+                for part, t in times[entry].items()
+                for at, value in zip(("p20", "ms", "p80"), t, strict=True)
+            },
+            "peak_mib": peaks[entry],
+            **compare(entry, *(times[e] for e in (fastest, none, entry))),
+            "ceiling": 1 / (1 - (1 - entry.active) * shares.of_step),
+            "ceiling_of_thirds": 3 / (2 + entry.active),
+        }
+        for entry, step in steps.items()
+    ]
+
+
+class Entry(NamedTuple):
+    name: str
+    active: float
+    layout: str
+
+
+Steps = dict[Entry, Step]
+
+
+class Shares(NamedTuple):
+    wgrads: dict[str, int]  # FLOPs of the weight gradient of each converted layer
+    of_step: float  # theirs, of all FLOPs of all layers
+
+    @classmethod
+    def of(cls, bench: Bench) -> "Shares":
+        account = bench.account()
+        wgrads = {name: account.layers[name].dense.wgrad.flops for name in bench.layers}
+        dense = account.dense
+        everything = dense.forward.flops + dense.dgrad.flops + dense.wgrad.flops
+        return cls(wgrads, sum(wgrads.values()) / everything)
+
+
+def contenders(given: argparse.Namespace) -> Iterator[tuple[str, float]]:
+    some = [f for f in given.active if 0 < f < 1]
+    yield "dense", 1
+    yield "none", 0
+    yield from (("neq", f) for f in given.active)
+    yield "masked", 0.5
+    yield from (("gather", f) for f in some)
+    if not given.compile:  # each choice of layers would be a graph of its own
+        yield from (("layers", f) for f in some)
+
+
+def in_best_layout(steps: Steps, device: torch.device) -> Steps:
+    """Each contender's step in the layout in which its like are fastest; dense in every layout."""
+    typical: dict[tuple[str, str], Entry] = {}  # half of the neurons, or nearly
+    for entry in sorted(steps, key=lambda e: abs(e.active - 0.5)):
+        typical.setdefault((entry.name, entry.layout), entry)
+    if len({layout for _, layout in typical}) == 1:
+        return steps
+    trial = time_parts({entry: steps[entry] for entry in typical.values()}, device, 0, fewest=2)
+    best: dict[str, Entry] = {}
+    for entry in sorted(trial, key=lambda e: trial[e]["step"].p50):
+        best.setdefault(entry.name, entry)
+    order = [*dict.fromkeys(entry[:2] for entry in steps)]
+    return {
+        entry: steps[entry]
+        for entry in sorted(steps, key=lambda e: order.index(e[:2]))
+        if entry.name == "dense" or entry.layout == best[entry.name].layout
+    }
+
+
+def peak(step: Step) -> float | None:
+    step.prepare()
+    step.whole()  # the optimizer's state is made in the first one
+    most = peak_bytes(step.whole, step.bench.device)
+    return None if most is None else most / 2**20
+
+
+def time_parts(
+    steps: Steps, device: torch.device, seconds: float, fewest: int = FEWEST
+) -> dict[Entry, dict[str, Times]]:
+    """Of each step's gradients, its update, and both together."""
+    calls = {
+        (entry, part): getattr(step, part)
+        for entry, step in steps.items()
+        for part in ("lead", "gradients", "update")
+    }
+    taken = rounds(calls, device, seconds, fewest=fewest)
+    times = {}
+    for entry in steps:
+        gradients, update = taken[entry, "gradients"], taken[entry, "update"]
+        both = [g + u for g, u in zip(gradients, update, strict=True)]
+        parts = {"step": both, "gradients": gradients, "update": update}
+        times[entry] = {part: Times.of(values) for part, values in parts.items()}
+    return times
+
+
+def compare(
+    entry: Entry, dense: dict[str, Times], none: dict[str, Times], own: dict[str, Times]
+) -> dict[str, float | None]:
+    """With dense, and with what could be saved: of the step, and of forward and backward alone."""
+    out: dict[str, float | None] = {"ratio": own["step"].p50 / dense["step"].p50}
+    for name, part in (("realised", "step"), ("realised_gradients", "gradients")):
+        saving = (1 - entry.active) * (dense[part].p50 - none[part].p50)
+        judged = entry.name not in ("dense", "none") and saving != 0
+        out[name] = (dense[part].p50 - own[part].p50) / saving if judged else None
+    return out
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--suite", choices=("quick", "full"), default="full")
+    options.add_device(parser)
+    add("--dtype", choices=DTYPES, help="of autocast; by default bfloat16 on a GPU, else float32")
+    add("--active", type=options.fractions, default=".75,.5,.25,.1,0", metavar="F,F,...")
+    options.add_only(parser, "resnet50 or swin")
+    add("--compile", action="store_true", help="every model, with torch.compile")
+    add("--graphs", action="store_true", help="replay each step as CUDA graphs")
+    add("--seconds", type=options.positive, default=40.0, metavar="S", help="of timing per network")
+    add("--json", type=options.output, metavar="FILE")
+    add("--plot", type=options.image, metavar="FILE")
+    given = parser.parse_args(arguments)
+
+    given.active = list(dict.fromkeys(given.active))
+    given.dtype = given.dtype or ("bfloat16" if given.device.type == "cuda" else "float32")
+    if given.graphs and given.device.type != "cuda":
+        parser.error(f"argument --graphs: CUDA graphs need a GPU, the device is {given.device}")
+    every = networks(given.suite, given.device.type)
+    names = options.chosen(parser, given, "network", [*every])
+    given.networks = {name: every[name] for name in names}
+    return given
+
+
+if __name__ == "__main__":
+    main()

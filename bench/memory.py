@@ -1,0 +1,45 @@
+"""How much memory a call takes at its worst."""
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+PROCESS = Path("/proc/self")
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # of glibc's mallopt
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
+    """The most bytes that ``call`` needs beyond what was there before it; None where nobody tells.
+
+    On a GPU those of torch's allocator. On a CPU those of the whole process, which counts what
+    compiled kernels take for themselves, and pages only once they are written.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(MMAP_THRESHOLD, 64 << 10)  # what is freed leaves the process, and no holes
+        libc.malloc_trim(0)  # or the call would find memory that others have left
+        (PROCESS / "clear_refs").write_text("5")  # forget the highest so far
+    except (AttributeError, OSError):  # another libc; not Linux, or not allowed
+        return None
+    before = _status("VmRSS")
+    call()
+    most = _status("VmHWM")
+    # where glibc comes to by itself, once large tensors have been freed
+    libc.mallopt(MMAP_THRESHOLD, 32 << 20)
+    libc.mallopt(TRIM_THRESHOLD, 64 << 20)
+    return max(most - before, 0)
+
+
+def _status(name: str) -> int:
+    lines = (PROCESS / "status").read_text().splitlines()
+    kilobytes = next(line.split()[1] for line in lines if line.startswith(f"{name}:"))
+    return 1024 * int(kilobytes)

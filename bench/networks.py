@@ -1,0 +1,149 @@
+"""Models to train whole steps of: the transformers library's, with random weights, and a ResNet-32.
+
+Each takes its batch as keywords and returns something with a "loss". Nothing in them is random, so
+that two steps on one batch compute the same: no dropout, no dropped paths.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+
+Batch = dict[str, Tensor]
+
+
+class Network(NamedTuple):
+    build: Callable[[], nn.Module]
+    batch: Callable[[int], Batch]  # of so many samples
+    cpu: (
+        int  # samples on a CPU: a step takes about half a second on two cores; 0: too large for one
+    )
+    gpu: int  # on a GPU of 141 GB
+    optimizer: str  # in torch.optim, and in neq.optim
+    layouts: tuple[str, ...] = ("contiguous",)  # of its images, worth trying
+
+
+class ResNet32(nn.Module):
+    """The CIFAR network of He et al. 2015, whose shortcuts have no parameters."""
+
+    def __init__(self, classes: int = 10, blocks: int = 5) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        widths = [16, *(width for width in (16, 32, 64) for _ in range(blocks))]
+        self.blocks = nn.Sequential(*(BasicBlock(*pair) for pair in pairwise(widths)))
+        self.fc = nn.Linear(64, classes)
+
+    def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        x = self.blocks(F.relu(self.bn1(self.conv1(pixel_values))))
+        return {"loss": F.cross_entropy(self.fc(x.mean((2, 3))), labels)}
+
+
+class BasicBlock(nn.Module):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.stride, self.more = outputs // inputs, outputs - inputs
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, self.stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.more:  # every other pixel, and channels of zeros
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.more))
+        return F.relu(y + x)
+
+
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "resnet18": lambda: transformers.ResNetConfig(
+        layer_type="basic", depths=[2, 2, 2, 2], hidden_sizes=[64, 128, 256, 512]
+    ),
+    "resnet50": transformers.ResNetConfig,
+    "swin-t": lambda: transformers.SwinConfig(drop_path_rate=0.0),
+    "swin-b": lambda: transformers.SwinConfig(
+        embed_dim=128, depths=[2, 2, 18, 2], num_heads=[4, 8, 16, 32], drop_path_rate=0.0
+    ),
+    "vit-s": lambda: transformers.ViTConfig(
+        hidden_size=384, num_attention_heads=6, intermediate_size=1536
+    ),
+    "gpt2": lambda: _gpt2(),
+    "gpt2-medium": lambda: _gpt2(n_embd=1024, n_layer=24, n_head=16),
+    "llama-1b": lambda: transformers.LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128_256,
+        tie_word_embeddings=True,
+        use_cache=False,
+    ),
+}
+
+
+def _gpt2(**sizes: int) -> Any:
+    no_dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    return transformers.GPT2Config(**sizes, **no_dropout, use_cache=False)
+
+
+def classifier(name: str) -> nn.Module:
+    config = CONFIGS[name]()
+    config.num_labels = 1000
+    return transformers.AutoModelForImageClassification.from_config(config)
+
+
+def language_model(name: str) -> nn.Module:
+    return transformers.AutoModelForCausalLM.from_config(CONFIGS[name]())
+
+
+def images(size: int, classes: int, count: int) -> Batch:
+    return {
+        "pixel_values": torch.randn(count, 3, size, size),
+        "labels": torch.randint(classes, (count,)),
+    }
+
+
+def text(tokens: int, vocabulary: int, count: int) -> Batch:
+    ids = torch.randint(vocabulary, (count, tokens))
+    return {"input_ids": ids, "labels": ids}
+
+
+def _images(
+    name: str, cpu: int, gpu: int, optimizer: str = "AdamW", layouts: tuple[str, ...] = ()
+) -> Network:
+    build, batch = partial(classifier, name), partial(images, 224, 1000)
+    return Network(build, batch, cpu, gpu, optimizer, layouts or ("contiguous",))
+
+
+def _text(name: str, tokens: int, vocabulary: int, cpu: int, gpu: int) -> Network:
+    build, batch = partial(language_model, name), partial(text, tokens, vocabulary)
+    return Network(build, batch, cpu, gpu, "AdamW")
+
+
+LAYOUTS = ("contiguous", "channels_last")
+NETWORKS = {
+    "resnet32": Network(ResNet32, partial(images, 32, 10), 100, 1024, "SGD", LAYOUTS),
+    "resnet18": _images("resnet18", 8, 256, "SGD", LAYOUTS),
+    "resnet50": _images("resnet50", 4, 256, "SGD", LAYOUTS),
+    "swin-t": _images("swin-t", 3, 128),
+    "vit-s": _images("vit-s", 4, 256),
+    "gpt2": _text("gpt2", 256, 50_257, 1, 64),
+    "swin-b": _images("swin-b", 0, 128),
+    "gpt2-medium": _text("gpt2-medium", 512, 50_257, 0, 32),
+    "llama-1b": _text("llama-1b", 512, 128_256, 0, 32),
+}
+QUICK = ("resnet32", "resnet18", "vit-s")
+
+
+def networks(suite: str, device: str) -> dict[str, Network]:
+    """Those of "quick" or "full" that a "cpu" or "cuda" device can train."""
+    return {
+        name: network
+        for name, network in NETWORKS.items()
+        if (suite == "full" or name in QUICK) and (device == "cuda" or network.cpu)
+    }

@@ -1,0 +1,270 @@
+"""Who takes a training step: each way to do so with a share f of the neurons active.
+
+    dense     the plain model
+    none      no weight gradient in any converted layer, and every input gradient
+    neq       a random share f of each converted layer's neurons is active
+    masked    dense, then zeros in the gradient's frozen rows: the published way
+    gather    neq, but a naive gather around the vendor's call computes every weight gradient
+    layers    plain, with requires_grad=False on layers drawn at random that hold the share 1 - f of
+              the weight gradients' FLOPs
+
+Every layer that neq knows is converted, but for the last Linear: a Controller leaves it alone too.
+The optimizer of dense, masked and layers is torch's fused one. That of none, neq and gather is
+neq.optim's of the same name, which does the same to every parameter without a frozen neuron.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import nullcontext
+from copy import deepcopy
+from math import sqrt
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import neq
+from bench import gather
+from bench.contenders import WrongResultError, active_count
+from bench.networks import Network
+from neq import Account, NeuronLayer
+from neq.modules import _NEqNorm
+from neq.rows import Rows
+from neq_kernels import ops, planner
+from neq_kernels.geometry import Conv
+
+OPTIONS: dict[str, dict[str, float]] = {  # of optimizers; small steps: values stay what they are
+    "SGD": {"lr": 1e-6, "momentum": 0.9, "weight_decay": 1e-4},
+    "AdamW": {"lr": 1e-6, "weight_decay": 1e-2},
+}
+BY_ROWS = ("none", "neq", "gather")
+UNTIMED = 2  # steps on a GPU before the one that is timed: in training, each begins during the last
+
+
+class Bench:
+    """One network in one layout: the plain and the converted model have the same parameters."""
+
+    def __init__(
+        self,
+        network: Network,
+        model: nn.Module,
+        layout: str,
+        samples: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        graphs: bool = False,
+    ) -> None:
+        order = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+        self.layout, self.device, self.dtype = layout, device, dtype
+        self.plain = deepcopy(model).to(device, memory_format=order)
+        last = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)][-1:]
+        self.converted = neq.convert(
+            deepcopy(self.plain, {id(p): p for p in self.plain.parameters()}),
+            filter_fn=lambda module, name: name not in last,
+        )
+        self.parameters = dict(self.plain.named_parameters())
+        modules = self.converted.named_modules()
+        self.layers = {name: m for name, m in modules if isinstance(m, NeuronLayer)}
+        torch.manual_seed(0)  # the same values in every layout
+        self.batch = {
+            name: t.to(device, memory_format=order if t.dim() == 4 else torch.contiguous_format)
+            for name, t in network.batch(samples).items()
+        }
+        options: dict[str, Any] = {**OPTIONS[network.optimizer], "fused": True}
+        if graphs and network.optimizer == "AdamW":
+            options["capturable"] = True
+        theirs, ours = (getattr(m, network.optimizer) for m in (torch.optim, neq.optim))
+        self.optimizer = theirs(self.plain.parameters(), **options)
+        self.row_optimizer = ours(self.converted.parameters(), **options, layers=self.converted)
+        self.keeps_dgrad = False
+        self._hook = next(iter(self.layers.values())).register_forward_hook(self._keep_dgrad)
+
+    def _keep_dgrad(self, layer: nn.Module, args: Any, y: Tensor) -> None:
+        """Where nothing trains, backward goes as far as the first layer's output all the same."""
+        if self.keeps_dgrad and not y.requires_grad:
+            y.requires_grad_()
+
+    def compile(self) -> None:
+        self._hook.remove()  # compiled, layers with no active neuron stay in the graph
+        self.plain, self.converted = torch.compile(self.plain), torch.compile(self.converted)
+
+    def account(self) -> Account:
+        """Of one sample: all that is asked of it are shares."""
+        return neq.account(self.converted, {name: t[:1] for name, t in self.batch.items()})
+
+
+class Step:
+    """One contender's step: ``gradients`` and ``update``, once it is the one that is prepared."""
+
+    def __init__(self, bench: Bench, name: str, active: float, wgrads: Mapping[str, int]) -> None:
+        """wgrads: the FLOPs of each layer's weight gradient."""
+        self.bench, self.name, self.active = bench, name, active
+        self.rows: dict[str, Rows] = {}
+        frozen = _whole_layers(wgrads, 1 - active) if name == "layers" else ()
+        for seed, (layer, module) in enumerate(bench.layers.items()):
+            n = module.n_neurons
+            count = n * (layer not in frozen) if name == "layers" else active_count(active, n)
+            order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+            self.rows[layer] = Rows(n, bench.device)
+            self.rows[layer].set(torch.zeros(n, dtype=torch.bool).index_fill_(0, order[:count], 1))
+        self._optimizer = bench.row_optimizer if name in BY_ROWS else bench.optimizer
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+
+    @property
+    def optimizer(self) -> str:
+        return f"{type(self._optimizer).__module__.split('.')[0]} {type(self._optimizer).__name__}"
+
+    def prepare(self) -> None:
+        for name, layer in self.bench.layers.items():
+            layer.rows = self.rows[name]
+            trains = self.name != "layers" or self.rows[name].count > 0
+            for p in layer.parameters(recurse=False):
+                p.requires_grad_(trains)
+        self.bench.keeps_dgrad = self.name == "none"
+
+    def lead(self, turn: int) -> None:
+        """What comes before the two parts that are timed."""
+        self.prepare()
+        if self.bench.device.type == "cuda":
+            for _ in range(UNTIMED):
+                self.gradients(turn)
+                self.update(turn)
+
+    def gradients(self, turn: int) -> Tensor | None:
+        """Forward and backward."""
+        if self._graphs:
+            self._graphs[0].replay()
+            return None
+        bench = self.bench
+        model = bench.converted if self.name in BY_ROWS else bench.plain
+        with gather.everywhere() if self.name == "gather" else nullcontext():
+            with torch.autocast(bench.device.type, bench.dtype, bench.dtype != torch.float32):
+                loss: Tensor = model(**bench.batch)["loss"]
+            loss.backward()
+        if self.name == "masked":
+            self._mask()
+        return loss.detach()
+
+    def update(self, turn: int) -> None:
+        """The optimizer's step; gradients are freed."""
+        if self._graphs:
+            self._graphs[1].replay()
+        else:
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+
+    def whole(self) -> None:
+        self.gradients(0)
+        self.update(0)
+
+    def capture(self, pool: Any) -> None:
+        """From here on, the two parts are replays of CUDA graphs."""
+        self.prepare()
+        stream, graphs = torch.cuda.Stream(), []
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # what is made or chosen once
+            for _ in range(3):
+                self.whole()
+        torch.cuda.current_stream().wait_stream(stream)
+        for part in (self.gradients, self.update):
+            graphs.append(torch.cuda.CUDAGraph())
+            with torch.cuda.graph(graphs[-1], pool=pool):
+                part(0)
+        self._graphs = graphs
+
+    def _mask(self) -> None:
+        for name, layer in self.bench.layers.items():
+            rows = self.rows[name]
+            frozen = rows.order[rows.count :]
+            for p, dim in ((layer.weight, layer.neuron_dim), (layer.bias, 0)):
+                if p is not None:
+                    p.grad.index_fill_(dim, frozen, 0)
+
+
+def _whole_layers(wgrads: Mapping[str, int], share: float) -> set[str]:
+    """Layers drawn at random, none of which exceeds what is left of the share of all FLOPs."""
+    left, drawn, names = share * sum(wgrads.values()), set(), list(wgrads)
+    for i in torch.randperm(len(names), generator=torch.Generator().manual_seed(0)).tolist():
+        if wgrads[names[i]] <= left:
+            left -= wgrads[names[i]]
+            drawn.add(names[i])
+    return drawn
+
+
+class Gate:
+    """Admits a step whose loss is the dense step's, and whose active rows' gradients are."""
+
+    def __init__(self, network: str, bench: Bench, dense: Step) -> None:
+        self.network, self.bench = network, bench
+        tf32 = bench.dtype == torch.float32 and bench.device.type == "cuda"
+        # half of the digits: a sum over all pixels loses some, and whoever computes it, others
+        self.allowed = sqrt(2**-10 if tf32 else torch.finfo(bench.dtype).eps)
+        self.loss, self.truth = self._run(dense)
+        # of a module's weight and bias together: the gradient of one of them can be but rounding
+        self.sizes: dict[str, float] = {}
+        for name, t in self.truth.items():
+            self.sizes[_owner(name)] = max(self.sizes.get(_owner(name), 0.0), float(t.abs().max()))
+
+    def admit(self, step: Step) -> None:
+        loss, gradients = self._run(step)
+        self._compare(step, "the loss", loss, self.loss, float(self.loss))
+        for name, truth in self.truth.items():
+            got, what = gradients.get(name, torch.zeros_like(truth)), f"the gradient of {name}"
+            if layer := self.bench.layers.get(_owner(name)):
+                rows, dim = step.rows[_owner(name)], layer.neuron_dim if truth.dim() > 1 else 0
+                if got.index_select(dim, rows.order[rows.count :]).count_nonzero():
+                    self._reject(step, f"{what} is not zero in the frozen rows")
+                truth, got = (t.index_select(dim, rows.active) for t in (truth, got))
+            if truth.numel():
+                self._compare(step, what, got, truth, self.sizes[_owner(name)])
+
+    def _run(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        step.prepare()
+        loss = step.gradients(0)
+        gradients = {n: p.grad for n, p in self.bench.parameters.items() if p.grad is not None}
+        for p in self.bench.parameters.values():
+            p.grad = None
+        return loss, gradients
+
+    def _compare(self, step: Step, what: str, got: Tensor, truth: Tensor, size: float) -> None:
+        error = float((got - truth).abs().max())
+        if not error <= self.allowed * size:  # also when it is nan
+            self._reject(
+                step, f"{what} is off by {error:.3g}, allowed are {self.allowed * size:.3g}"
+            )
+
+    def _reject(self, step: Step, fault: str) -> NoReturn:
+        raise WrongResultError(
+            f"{step.name} is wrong for {self.network} ({self.bench.layout}) "
+            f"with {step.active:.3g} of the neurons active: {fault}"
+        )
+
+
+def _owner(parameter: str) -> str:
+    """The module that it belongs to."""
+    return parameter.rpartition(".")[0]
+
+
+class Backends(TorchDispatchMode):
+    """Notes who is asked for the weight gradients of a step inside; prints as a summary."""
+
+    def __init__(self, step: Step) -> None:
+        super().__init__()
+        self.asked: Counter[str] = Counter()
+        matrices = {n: m for n, m in step.bench.layers.items() if not isinstance(m, _NEqNorm)}
+        some = (0 < step.rows[name].count < m.n_neurons for name, m in matrices.items())
+        self.layers = sum(some) if step.name in BY_ROWS else 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (ops.linear_wgrad, ops.conv_wgrad):
+            dy, x, weight, rows, count, bias, *geometry = args
+            conv = Conv.of(*geometry) if geometry else None
+            self.asked[planner.choose(dy, x, weight, rows, int(count), bias, conv)] += 1
+        return func(*args, **(kwargs or {}))
+
+    def __str__(self) -> str:
+        asked = self.asked.copy()
+        asked["dense"] += self.layers - asked.total()  # in a joint backward, which asks for nothing
+        return ", ".join(f"{name} {n}" for name, n in asked.most_common() if n)
