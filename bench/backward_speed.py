@@ -18,7 +18,6 @@ twice the vendor's own ends the run.
 import argparse
 import sys
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +31,6 @@ from bench.contenders import Active, Case, Gate, WrongResultError, active_count
 from bench.problems import Problem, problems
 from bench.report import Row
 from bench.timing import Times, environment, interleave
-from neq_kernels import planner
 
 DTYPES = ("float32", "bfloat16", "float16")
 LAYOUTS = ("contiguous", "channels_last")
@@ -46,15 +44,13 @@ def main(arguments: list[str] | None = None) -> None:
     facts = environment(device)
     report.show_environment(facts)
     rows: list[Row] = []
-    with planner.tuning() if given.tune else nullcontext():
+    with options.tuned(given):
         for problem in tqdm(given.problems, unit="problem", disable=None, leave=False):
             try:
                 rows += measure(problem, given.layouts, given.active, device, dtype, given.seconds)
             except WrongResultError as error:
                 sys.exit(f"error: {error}")
     report.show(rows, facts)
-    if given.tune and given.table:
-        planner.save(given.table)
     report.save(rows, facts, given.json)
     if given.plot:
         report.plot(rows, facts, given.plot)
@@ -136,8 +132,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--active", type=options.fractions, default="1,.75,.5,.25,.1,0", metavar="F,F,...")
     options.add_only(parser, "resnet50 or swin.*mlp")
     add("--seconds", type=options.positive, default=3.0, metavar="S", help="of timing per problem")
-    add("--tune", action="store_true", help="let the planner time its backends, not predict them")
-    add("--table", type=Path, metavar="FILE", help="of the planner's choices; --tune adds to it")
+    options.add_table(parser)
     add("--json", type=options.output, metavar="FILE")
     add("--plot", type=options.image, metavar="FILE")
     given = parser.parse_args(arguments)
@@ -146,11 +141,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     given.problems = problems(given.suite, given.device.type)
     names = options.chosen(parser, given, "problem", [p.name for p in given.problems])
     given.problems = [p for p in given.problems if p.name in names]
-    if given.table and (given.table.exists() or not given.tune):
-        try:
-            planner.load(given.table)
-        except (OSError, ValueError, AttributeError) as error:
-            parser.error(f"argument --table: {given.table} is no table of choices: {error}")
+    options.load_table(parser, given)
     return given
 
 

@@ -54,11 +54,12 @@ def main(arguments: list[str] | None = None) -> None:
     report.show_environment(facts)
     rows: list[Row] = []
     bar = tqdm(given.networks.items(), unit="network", disable=None, leave=False)
-    for name, network in bar:
-        try:
-            rows += fitted(name, network, given, bar)
-        except WrongResultError as error:
-            sys.exit(f"error: {error}")
+    with options.tuned(given):
+        for name, network in bar:
+            try:
+                rows += fitted(name, network, given, bar)
+            except WrongResultError as error:
+                sys.exit(f"error: {error}")
     if not rows:
         sys.exit("error: no network fits into the memory of this device")
     step_report.show(rows, facts)
@@ -254,11 +255,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options.add_only(parser, "resnet50 or swin")
     add("--compile", action="store_true", help="every model, with torch.compile")
     add("--graphs", action="store_true", help="replay each step as CUDA graphs")
+    options.add_table(parser)
     add("--seconds", type=options.positive, default=40.0, metavar="S", help="of timing per network")
     add("--json", type=options.output, metavar="FILE")
     add("--plot", type=options.image, metavar="FILE")
     given = parser.parse_args(arguments)
 
+    options.load_table(parser, given)
     given.active = list(dict.fromkeys(given.active))
     given.dtype = given.dtype or ("bfloat16" if given.device.type == "cuda" else "float32")
     if given.graphs and given.device.type != "cuda":

@@ -4,12 +4,13 @@
     python bench/gpu_check.py --out /tmp/h200 --minutes 5
 
 The tests that need a GPU, compute-sanitizer on the project's own kernels, the weight gradients of
-real models while the planner times its backends, and the other tests. Every part is a process with
-a time limit and a log of its own: what one loses, the others keep. In the folder of results,
-bench/results/<GPU> by default:
+real models while the planner times its backends, whole training steps, and the other tests. Every
+part is a process with a time limit and a log of its own: what one loses, the others keep. In the
+folder of results, bench/results/<GPU> by default:
 
-    gpu_check.json      the machine, how each part ended, every row of the benchmark
-    backward_speed.png  those rows as a figure
+    gpu_check.json      the machine, how each part ended, every row of the benchmarks
+    backward_speed.png  the weight gradients as a figure
+    end_to_end.png      the steps as a figure
     planner.json        the choices that were measured, for neq_kernels.planner.load
     *.log               what each part printed
 """
@@ -38,7 +39,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import options, report
+from bench import options, report, step_report
 from bench.timing import device_name, environment
 
 Row = dict[str, Any]
@@ -46,6 +47,7 @@ Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[1]
 # what comes first is timed, should time run out
 MODELS = ["resnet50|resnet32", "vit|gpt2", "llama", "swin", "resnet18|convnext"]
+NETWORKS = ["resnet50", "gpt2-medium", "swin-b", "llama-1b"]
 KERNELS = [  # a small problem of each
     "tests/test_fused.py::test_same_bits_however_often",
     "tests/test_pack_columns.py::test_same_bits_twice",
@@ -77,8 +79,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     start, seconds = time.monotonic(), 60 * given.minutes
     outcomes = [run(part, out, start + part.until * seconds) for part in parts(out, seconds)]
-    rows = [row for file in sorted(out.glob("speed *.json")) for row in results(file)]
-    summary = {"environment": facts, "parts": [asdict(o) for o in outcomes], "results": rows}
+    rows, steps = results(out, "speed"), results(out, "steps")
+    summary = {"environment": facts, "parts": [asdict(o) for o in outcomes]}
+    summary |= {"results": rows, "steps": steps}
     (out / "gpu_check.json").write_text(json.dumps(summary, indent=1) + "\n")
 
     console = Console(width=report.WIDTH, highlight=False)
@@ -87,6 +90,9 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(by_model(rows))
         print(report.verdict(rows, device_name(facts)))
         report.plot(rows, facts, out / "backward_speed.png")
+    if steps:
+        step_report.show(steps, facts)
+        step_report.plot(steps, facts, out / "end_to_end.png")
     print(f"more in {out}")
     return int(any(outcome.ended != "passed" for outcome in outcomes))
 
@@ -105,7 +111,15 @@ def parts(out: Path, seconds: float) -> Iterator[Part]:
         speed += ["--dtype", "bfloat16", "--suite", "full", "--only", models]
         speed += ["--active", "1,.5,.25,.1", "--seconds", str(seconds / 1000)]
         speed += ["--tune", "--table", str(out / "planner.json")]
-        yield Part(name, [*speed, "--json", str(out / f"{name}.json")], until=0.85)
+        yield Part(name, [*speed, "--json", str(out / f"{name}.json")], until=0.7)
+    for i, network in enumerate(NETWORKS, 1):
+        name = f"steps {network}"
+        (out / f"{name}.json").unlink(missing_ok=True)
+        steps = [sys.executable, "bench/end_to_end.py", "--device", "cuda", "--active", ".5,.25,.1"]
+        steps += ["--only", f"^{network}$", "--seconds", str(seconds / 100)]
+        steps += ["--tune", "--table", str(out / "planner.json")]
+        until = 0.7 + 0.2 * i / len(NETWORKS)
+        yield Part(name, [*steps, "--json", str(out / f"{name}.json")], until)
     yield Part("other tests", [*pytest, *workers, "-m", "not gpu"], until=1)
 
 
@@ -142,9 +156,10 @@ def _run(command: list[str], log: Path, seconds: float) -> str:
     return "passed" if code == 0 else f"failed with exit status {code}"
 
 
-def results(file: Path) -> list[Row]:
-    rows: list[Row] = json.loads(file.read_text())["results"]
-    return rows
+def results(out: Path, kind: str) -> list[Row]:
+    """The rows of all parts of a kind that have come to their end."""
+    files = sorted(out.glob(f"{kind} *.json"))
+    return [row for file in files for row in json.loads(file.read_text())["results"]]
 
 
 def slug(name: str) -> str:

@@ -81,14 +81,13 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         num_key_value_heads=8,
         vocab_size=128_256,
         tie_word_embeddings=True,
-        use_cache=False,
     ),
 }
 
 
 def _gpt2(**sizes: int) -> Any:
     no_dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    return transformers.GPT2Config(**sizes, **no_dropout, use_cache=False)
+    return transformers.GPT2Config(**sizes, **no_dropout)
 
 
 def classifier(name: str) -> nn.Module:
@@ -98,7 +97,9 @@ def classifier(name: str) -> nn.Module:
 
 
 def language_model(name: str) -> nn.Module:
-    return transformers.AutoModelForCausalLM.from_config(CONFIGS[name]())
+    config = CONFIGS[name]()
+    config.use_cache = False  # of keys and values: for generating text
+    return transformers.AutoModelForCausalLM.from_config(config)
 
 
 def images(size: int, classes: int, count: int) -> Batch:

@@ -5,9 +5,13 @@ argparse prints an ArgumentTypeError after the option's name, and ends the run.
 
 import argparse
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+
+from neq_kernels import planner
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +40,29 @@ def chosen(
             f"{given.suite} suite, which has {', '.join(names)}"
         )
     return found
+
+
+def add_table(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--tune", action="store_true", help="let the planner time its backends, not predict them")
+    add("--table", type=Path, metavar="FILE", help="of the planner's choices; --tune adds to it")
+
+
+def load_table(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
+    if given.table and (given.table.exists() or not given.tune):
+        try:
+            planner.load(given.table)
+        except (OSError, ValueError, AttributeError) as error:
+            parser.error(f"argument --table: {given.table} is no table of choices: {error}")
+
+
+@contextmanager
+def tuned(given: argparse.Namespace) -> Iterator[None]:
+    """What --tune asks for; its choices are added to the table at the end."""
+    with planner.tuning() if given.tune else nullcontext():
+        yield
+    if given.tune and given.table:
+        planner.save(given.table)
 
 
 def usable_device(text: str) -> torch.device:

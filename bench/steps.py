@@ -261,6 +261,8 @@ class Backends(TorchDispatchMode):
         if func in (ops.linear_wgrad, ops.conv_wgrad):
             dy, x, weight, rows, count, bias, *geometry = args
             conv = Conv.of(*geometry) if geometry else None
+            if conv is None:
+                dy, x = dy.flatten(0, -2), x.flatten(0, -2)
             self.asked[planner.choose(dy, x, weight, rows, int(count), bias, conv)] += 1
         return func(*args, **(kwargs or {}))
 

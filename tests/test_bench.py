@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench import backward_speed, overhead, report
+from bench import backward_speed, networks, overhead, report
 from bench.problems import MODELS, QUICK, Problem, problems
 from bench.timing import FEWEST, Times, interleave
 from neq_kernels import ops, planner
@@ -338,31 +338,11 @@ def test_resnet32_has_as_many_weights_as_in_the_paper():
 
 
 CONFIGS = {
-    "resnet18": lambda: transformers.ResNetConfig(
-        layer_type="basic", depths=[2, 2, 2, 2], hidden_sizes=[64, 128, 256, 512]
-    ),
-    "resnet50": transformers.ResNetConfig,
+    **networks.CONFIGS,
     "convnext-t": transformers.ConvNextConfig,
-    "swin-t": transformers.SwinConfig,
-    "swin-b": lambda: transformers.SwinConfig(
-        embed_dim=128, depths=[2, 2, 18, 2], num_heads=[4, 8, 16, 32]
-    ),
-    "vit-s": lambda: transformers.ViTConfig(
-        hidden_size=384, num_attention_heads=6, intermediate_size=1536
-    ),
     "vit-b": transformers.ViTConfig,
     "vit-l": lambda: transformers.ViTConfig(
         hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
-    ),
-    "gpt2": transformers.GPT2Config,
-    "gpt2-medium": lambda: transformers.GPT2Config(n_embd=1024, n_layer=24, n_head=16),
-    "llama-1b": lambda: transformers.LlamaConfig(
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=8,
     ),
     "llama-8b": lambda: transformers.LlamaConfig(
         hidden_size=4096,

@@ -18,7 +18,7 @@ from bench.networks import LAYOUTS, NETWORKS, Network, images, text
 from bench.problems import MODELS
 from bench.steps import Bench, Gate, Step
 from bench.timing import Times
-from neq_kernels import ops
+from neq_kernels import ops, planner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -141,6 +141,18 @@ def test_who_steps_and_who_computes(results):
             assert row["backends"] == ""
 
 
+def test_tune_and_table(results, tmp_path, monkeypatch):
+    monkeypatch.setattr(planner, "_plans", {})
+    monkeypatch.setattr(planner, "_measured", {})
+    table = tmp_path / "table.json"
+    results("--only", "text", "--active", ".5", "--tune", "--table", str(table))
+    measured = json.loads(table.read_text())
+    assert len(measured) == 4
+    table.write_text(json.dumps(dict.fromkeys(measured, "pack")))
+    rows = results("--only", "text", "--active", ".5", "--table", str(table))
+    assert [r["backends"] for r in rows if r["contender"] == "neq"] == ["pack 4"]
+
+
 def test_bfloat16(results):
     assert {row["dtype"] for row in results("--dtype", "bfloat16", "--active", ".5")} == {
         "bfloat16"
@@ -172,6 +184,7 @@ def test_compile(results, monkeypatch):
         (["--seconds", "0"], "--seconds: must be a number above 0, got '0'"),
         (["--json", "no/such/folder/x.json"], "--json: 'no/such/folder/x.json' can't be written"),
         (["--plot", "plot.txt"], "--plot: 'plot.txt' must end in one of"),
+        (["--table", "no-such-table.json"], "--table: no-such-table.json is no table of choices"),
         (["--graphs"], "--graphs: CUDA graphs need a GPU, the device is cpu"),
     ],
 )
@@ -309,7 +322,7 @@ def test_a_wrong_loss_ends_the_run(tiny, monkeypatch, capsys):
     monkeypatch.setattr(
         steps.NeuronLayer, "forward", lambda self, *args: 1.1 * forward(self, *args)
     )
-    with pytest.raises(SystemExit, match="error: none is wrong for images .*: the loss is off by"):
+    with pytest.raises(SystemExit, match=r"none is wrong for images .*: the loss is off by"):
         end_to_end.main(["--device", "cpu"])
     assert "ms" not in capsys.readouterr().out
 
@@ -333,7 +346,7 @@ def test_realised_by_hand():
 
 
 class Fake:
-    """A step whose parts take their time on a clock of their own: a second more or less in turns."""
+    """A step whose parts take their time on a clock of their own, a second more or less."""
 
     def __init__(self, clock, gradients, update):
         self.takes, self.clock, self.turns = {"gradients": gradients, "update": update}, clock, []

@@ -8,8 +8,9 @@ from unittest import mock
 import pytest
 import torch
 
-from bench import backward_speed, gpu_check
+from bench import backward_speed, end_to_end, gpu_check
 from bench.gpu_check import Part
+from bench.networks import NETWORKS
 from bench.problems import problems
 from bench.timing import environment
 
@@ -34,6 +35,28 @@ ROW = {
 }
 
 
+STEP = {
+    "network": "vit-s",
+    "samples": 256,
+    "contender": "neq",
+    "active": 0.5,
+    "dtype": "bfloat16",
+    "layout": "contiguous",
+    "optimizer": "neq AdamW",
+    "backends": "fused 73",
+    "peak_mib": 100.0,
+    "ratio": 0.9,
+    "realised": 0.8,
+    "realised_gradients": 0.7,
+    "ceiling": 1.2,
+    "ceiling_of_thirds": 1.2,
+    **{
+        f"{part}_{p}": 1.0 for part in ("step", "gradients", "update") for p in ("p20", "ms", "p80")
+    },
+}
+NONE = STEP | {"contender": "none", "active": 0, "realised": None, "realised_gradients": None}
+
+
 def python(code):
     return [sys.executable, "-c", code]
 
@@ -56,9 +79,12 @@ def test_how_a_part_ends(command, seconds, ended, last_line, tmp_path):
 
 
 def test_what_one_part_loses_the_others_keep(tmp_path, capsys):
-    file = tmp_path / "speed vit.json"
-    write = f"open({str(file)!r}, 'w').write({json.dumps({'results': [ROW]})!r})"
-    parts = [Part("speed vit", python(write), 1), Part("other", python("1 / 0"), 1)]
+    def writes(name, rows):
+        file, text = str(tmp_path / f"{name}.json"), json.dumps({"results": rows})
+        return Part(name, python(f"open({file!r}, 'w').write({text!r})"), 1)
+
+    parts = [writes("speed vit", [ROW]), writes("steps vit", [NONE, STEP])]
+    parts.append(Part("other", python("1 / 0"), 1))
     facts = environment(torch.device("cpu"))
     with (
         mock.patch.object(gpu_check, "parts", return_value=parts),
@@ -69,23 +95,32 @@ def test_what_one_part_loses_the_others_keep(tmp_path, capsys):
     summary = json.loads((tmp_path / "gpu_check.json").read_text())
     assert summary["environment"] == facts
     assert summary["results"] == [ROW]
-    assert [part["ended"] for part in summary["parts"]] == ["passed", "failed with exit status 1"]
-    assert "ZeroDivisionError" in summary["parts"][1]["last_line"]
+    assert summary["steps"] == [NONE, STEP]
+    ended = [part["ended"] for part in summary["parts"]]
+    assert ended == ["passed", "passed", "failed with exit status 1"]
+    assert "ZeroDivisionError" in summary["parts"][2]["last_line"]
     assert (tmp_path / "backward_speed.png").stat().st_size > 0
+    assert (tmp_path / "end_to_end.png").stat().st_size > 0
     printed = capsys.readouterr().out
     assert "vit-s" in printed
     assert "fused 1" in printed
+    assert "vit-s x 256" in printed
 
 
 def test_parts_are_commands_that_exist(tmp_path):
     parts = list(gpu_check.parts(tmp_path, 480))
     assert [part.until for part in parts] == sorted(part.until for part in parts)
-    timed = []
+    timed, stepped = [], []
     for part in parts:
+        if part.name.startswith("steps"):
+            steps = [argument.replace("cuda", "cpu") for argument in part.command[2:]]
+            with mock.patch.object(end_to_end, "networks", return_value=NETWORKS):
+                stepped += end_to_end.parse(steps).networks
         if part.name.startswith("speed"):
             speed = [argument.replace("cuda", "cpu") for argument in part.command[2:]]
             timed += [problem.name for problem in backward_speed.parse(speed).problems]
     assert sorted(timed) == sorted(problem.name for problem in problems("full", "cpu"))
+    assert sorted(stepped) == sorted(gpu_check.NETWORKS)
     for kernel in gpu_check.KERNELS:
         file, name = kernel.split("::")
         assert f"def {name}(" in (ROOT / file).read_text()
