@@ -118,7 +118,7 @@ def measure(
     stage("finding layouts")
     steps = in_best_layout(steps, device)
     stage("measuring memory")
-    peaks = {entry: peak(step) for entry, step in steps.items()}
+    peaks = measure_memory(steps)
     if given.graphs:
         pool = torch.cuda.graph_pool_handle()
         for step in steps.values():
@@ -205,11 +205,21 @@ def in_best_layout(steps: Steps, device: torch.device) -> Steps:
     }
 
 
-def peak(step: Step) -> float | None:
-    step.prepare()
-    step.whole()  # the optimizer's state is made in the first one
-    most = peak_bytes(step.whole, step.bench.device)
-    return None if most is None else most / 2**20
+def measure_memory(steps: Steps) -> dict[Entry, float | None]:
+    """The peak of each step, in MiB."""
+    first: dict[tuple[str, str], Step] = {}
+    for entry, step in steps.items():
+        if entry.active:
+            first.setdefault((entry.layout, step.optimizer), step)
+    for step in first.values():  # makes the optimizer's state, which stays
+        step.prepare()
+        step.whole()
+    peaks = {}
+    for entry, step in steps.items():
+        step.prepare()
+        most = peak_bytes(step.whole, step.bench.device)
+        peaks[entry] = None if most is None else most / 2**20
+    return peaks
 
 
 def time_parts(
@@ -256,7 +266,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--compile", action="store_true", help="every model, with torch.compile")
     add("--graphs", action="store_true", help="replay each step as CUDA graphs")
     options.add_table(parser)
-    add("--seconds", type=options.positive, default=40.0, metavar="S", help="of timing per network")
+    add("--seconds", type=options.positive, default=30.0, metavar="S", help="of timing per network")
     add("--json", type=options.output, metavar="FILE")
     add("--plot", type=options.image, metavar="FILE")
     given = parser.parse_args(arguments)

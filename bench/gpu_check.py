@@ -111,14 +111,14 @@ def parts(out: Path, seconds: float) -> Iterator[Part]:
         speed += ["--dtype", "bfloat16", "--suite", "full", "--only", models]
         speed += ["--active", "1,.5,.25,.1", "--seconds", str(seconds / 1000)]
         speed += ["--tune", "--table", str(out / "planner.json")]
-        yield Part(name, [*speed, "--json", str(out / f"{name}.json")], until=0.7)
+        yield Part(name, [*speed, "--json", str(out / f"{name}.json")], until=0.6)
     for i, network in enumerate(NETWORKS, 1):
         name = f"steps {network}"
         (out / f"{name}.json").unlink(missing_ok=True)
         steps = [sys.executable, "bench/end_to_end.py", "--device", "cuda", "--active", ".5,.25,.1"]
         steps += ["--only", f"^{network}$", "--seconds", str(seconds / 100)]
         steps += ["--tune", "--table", str(out / "planner.json")]
-        until = 0.7 + 0.2 * i / len(NETWORKS)
+        until = 0.6 + 0.3 * i / len(NETWORKS)
         yield Part(name, [*steps, "--json", str(out / f"{name}.json")], until)
     yield Part("other tests", [*pytest, *workers, "-m", "not gpu"], until=1)
 

@@ -114,14 +114,11 @@ def text(tokens: int, vocabulary: int, count: int) -> Batch:
     return {"input_ids": ids, "labels": ids}
 
 
-def _images(
-    name: str, cpu: int, gpu: int, optimizer: str = "AdamW", layouts: tuple[str, ...] = ()
-) -> Network:
-    build, batch = partial(classifier, name), partial(images, 224, 1000)
-    return Network(build, batch, cpu, gpu, optimizer, layouts or ("contiguous",))
+def _vision(name: str, cpu: int, gpu: int, *rest: Any) -> Network:
+    return Network(partial(classifier, name), partial(images, 224, 1000), cpu, gpu, *rest)
 
 
-def _text(name: str, tokens: int, vocabulary: int, cpu: int, gpu: int) -> Network:
+def _language(name: str, tokens: int, vocabulary: int, cpu: int, gpu: int) -> Network:
     build, batch = partial(language_model, name), partial(text, tokens, vocabulary)
     return Network(build, batch, cpu, gpu, "AdamW")
 
@@ -129,14 +126,14 @@ def _text(name: str, tokens: int, vocabulary: int, cpu: int, gpu: int) -> Networ
 LAYOUTS = ("contiguous", "channels_last")
 NETWORKS = {
     "resnet32": Network(ResNet32, partial(images, 32, 10), 100, 1024, "SGD", LAYOUTS),
-    "resnet18": _images("resnet18", 8, 256, "SGD", LAYOUTS),
-    "resnet50": _images("resnet50", 4, 256, "SGD", LAYOUTS),
-    "swin-t": _images("swin-t", 3, 128),
-    "vit-s": _images("vit-s", 4, 256),
-    "gpt2": _text("gpt2", 256, 50_257, 1, 64),
-    "swin-b": _images("swin-b", 0, 128),
-    "gpt2-medium": _text("gpt2-medium", 512, 50_257, 0, 32),
-    "llama-1b": _text("llama-1b", 512, 128_256, 0, 32),
+    "resnet18": _vision("resnet18", 8, 256, "SGD", LAYOUTS),
+    "resnet50": _vision("resnet50", 4, 256, "SGD", LAYOUTS),
+    "swin-t": _vision("swin-t", 3, 128, "AdamW"),
+    "vit-s": _vision("vit-s", 4, 256, "AdamW"),
+    "gpt2": _language("gpt2", 256, 50_257, 1, 64),
+    "swin-b": _vision("swin-b", 0, 128, "AdamW"),
+    "gpt2-medium": _language("gpt2-medium", 512, 50_257, 0, 32),
+    "llama-1b": _language("llama-1b", 512, 128_256, 0, 32),
 }
 QUICK = ("resnet32", "resnet18", "vit-s")
 
