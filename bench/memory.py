@@ -23,20 +23,25 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    try:
-        libc = ctypes.CDLL(None)
-        libc.mallopt(MMAP_THRESHOLD, 64 << 10)  # what is freed leaves the process, and no holes
-        libc.malloc_trim(0)  # or the call would find memory that others have left
-        (PROCESS / "clear_refs").write_text("5")  # forget the highest so far
-    except (AttributeError, OSError):  # another libc; not Linux, or not allowed
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
         return None
+    libc.mallopt(MMAP_THRESHOLD, 64 << 10)  # what is freed leaves the process, and no holes in it
+    try:
+        return min(_peak(call, libc) for _ in range(2))
+    except OSError:  # not Linux, or not allowed
+        return None
+    finally:  # where glibc comes to by itself, once large tensors have been freed
+        libc.mallopt(MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(TRIM_THRESHOLD, 64 << 20)
+
+
+def _peak(call: Callable[[], object], libc: ctypes.CDLL) -> int:
+    libc.malloc_trim(0)  # or the call would find memory that others have left
+    (PROCESS / "clear_refs").write_text("5")  # forget the highest so far
     before = _status("VmRSS")
     call()
-    most = _status("VmHWM")
-    # where glibc comes to by itself, once large tensors have been freed
-    libc.mallopt(MMAP_THRESHOLD, 32 << 20)
-    libc.mallopt(TRIM_THRESHOLD, 64 << 20)
-    return max(most - before, 0)
+    return max(_status("VmHWM") - before, 0)
 
 
 def _status(name: str) -> int:
