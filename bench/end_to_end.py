@@ -58,12 +58,12 @@ def main(arguments: list[str] | None = None) -> None:
         for name, network in bar:
             try:
                 rows += fitted(name, network, given, bar)
+                report.save(rows, facts, given.json)  # should the next one be the last
             except WrongResultError as error:
                 sys.exit(f"error: {error}")
     if not rows:
         sys.exit("error: no network fits into the memory of this device")
     step_report.show(rows, facts)
-    report.save(rows, facts, given.json)
     if given.plot:
         step_report.plot(rows, facts, given.plot)
 
