@@ -5,7 +5,6 @@ What is alive beside the outputs is a few pieces, whatever their size and dtype.
 """
 
 from itertools import product
-from math import prod
 
 import torch
 from torch import Tensor
@@ -13,9 +12,8 @@ from torch import Tensor
 PIECE = {"cpu": 1 << 17, "cuda": 1 << 24}  # elements: what fits a core's cache, what fills a GPU
 
 
-def row_similarity(current: Tensor, previous: Tensor, channel_dim: int, per_sample: bool) -> Tensor:
-    y = _fold(current, channel_dim, per_sample)
-    y_ = _fold(previous, channel_dim, per_sample, like=current)
+def row_similarity(y: Tensor, y_: Tensor) -> Tensor:
+    """[3, samples, neurons] from two of [samples, positions, neurons, positions]."""
     samples, _, neurons, _ = sizes = y.shape
     wide = torch.float64 if torch.float64 in (y.dtype, y_.dtype) else torch.float32
     out = y.new_zeros((3, samples, neurons), dtype=torch.float64)
@@ -24,22 +22,7 @@ def row_similarity(current: Tensor, previous: Tensor, channel_dim: int, per_samp
         into = out[:, piece[0], piece[2]]
         for i, factors in enumerate(((a, b), (a, a), (b, b))):
             into[i] += torch.mul(*factors).sum((1, 3))
-    return out if per_sample else out[:, 0]
-
-
-def _fold(y: Tensor, channel_dim: int, per_sample: bool, like: Tensor | None = None) -> Tensor:
-    """[samples, positions, neurons, positions], without a copy where ``y`` is dense in memory.
-
-    samples is 1 unless they are kept apart. ``like`` is the tensor whose order of positions counts.
-    """
-    last = y.movedim(channel_dim, -1)
-    if (last if like is None else like.movedim(channel_dim, -1)).is_contiguous():
-        y, before, after = last, last.shape[:-1], torch.Size()
-    else:
-        before, after = y.shape[:channel_dim], y.shape[channel_dim + 1 :]
-    samples = before[0] if per_sample else 1
-    inner = before[1:] if per_sample else before
-    return y.reshape(samples, prod(inner), last.shape[-1], prod(after))
+    return out
 
 
 def _pieces(sizes: torch.Size, limit: int) -> list[tuple[slice, ...]]:

@@ -5,8 +5,6 @@ beside the product is a small copy for each active element of dY and tile of col
 few rows, and weights too short for ``pack`` to pay. The kernels are in ``triton_wgrad``.
 """
 
-from functools import cache
-from importlib.util import find_spec
 from math import ceil, inf, prod
 from typing import NamedTuple
 
@@ -14,16 +12,12 @@ import torch
 from torch import Tensor
 
 from neq_kernels.geometry import Conv
+from neq_kernels.gpu import gpu, parts, triton_is_there
 from neq_kernels.problem import Problem
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INT32 = 2**31
 POINTWISE = Conv((1, 1), (0, 0), (1, 1), False, (0, 0), 1)
-
-
-class Gpu(NamedTuple):
-    arch: int  # its compute capability: 80, 90, 100
-    processors: int
 
 
 class Tile(NamedTuple):
@@ -48,7 +42,7 @@ def cost(problem: Problem) -> float:
         and problem.dtype in DTYPES
         and problem.flops > 0
         and problem.dy[0] * prod(problem.dy[2:]) < INT32
-        and _triton_is_there()
+        and triton_is_there()
     )
     if conv is not None:
         works = (
@@ -62,11 +56,6 @@ def cost(problem: Problem) -> float:
     return 1.0 if works else inf
 
 
-@cache
-def _triton_is_there() -> bool:
-    return find_spec("triton") is not None
-
-
 def tile(arch: int, dtype: torch.dtype, precision: str, k: int, columns: int, bias: bool) -> Tile:
     """For ``k`` active rows of so many weights: as large as the registers allow without a spill."""
     if dtype is torch.float32 and precision == "ieee":
@@ -77,23 +66,6 @@ def tile(arch: int, dtype: torch.dtype, precision: str, k: int, columns: int, bi
     widths = (256, 128, 64) if wide else (128, 64)
     width = min(widths, key=lambda width: ceil(columns / width) * (width + 32))
     return Tile(rows, width, 32, 8 if rows * width >= 128**2 else 4, 3 if width == 256 else 4)
-
-
-@cache
-def parts(tiles: int, steps: int, slots: int) -> int:
-    """Into how many parts to cut the sum of each tile, where ``slots`` tiles run at a time.
-
-    The fewest with which the last one ends earliest, to begin and to end one costing about as much
-    as 8 steps. There are never more than four per slot, which bounds the memory for partial sums.
-    """
-    most = max(1, min(steps // 8, 4 * slots // tiles))
-    return min(range(1, most + 1), key=lambda p: ceil(tiles * p / slots) * (ceil(steps / p) + 8))
-
-
-@cache
-def gpu(device: torch.device) -> Gpu:
-    found = torch.cuda.get_device_properties(device)
-    return Gpu(10 * found.major + found.minor, found.multi_processor_count)
 
 
 def linear_wgrad(
@@ -142,7 +114,7 @@ def _wgrad(
     arch, processors = gpu(dy.device)
     t = tile(arch, dy.dtype, precision, k, columns, bias)
     across, steps = ceil(columns / t.columns), ceil(T / t.depth)
-    cut = parts(ceil(k / t.rows) * across, steps, processors * 8 // t.warps)
+    cut = parts(ceil(k / t.rows) * across, steps, processors * 8 // t.warps, overhead=8)
     split = cut > 1
     padded = ceil((k if split else n) / t.rows) * t.rows
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neq_kernels import chunked, planner, row_step
+from neq_kernels import planner, row_step, similarity
 from neq_kernels.geometry import Conv
 
 _lib = torch.library.Library("neq", "DEF")
@@ -240,7 +240,7 @@ def _row_similarity(
     current: Tensor, previous: Tensor, channel_dim: int, per_sample: bool
 ) -> Tensor:
     _check_similarity(current, previous, channel_dim, per_sample)
-    return chunked.row_similarity(current, previous, channel_dim % current.dim(), per_sample)
+    return similarity.row_similarity(current, previous, channel_dim % current.dim(), per_sample)
 
 
 def _sgd_rows_(*args: Any) -> None:

@@ -6,7 +6,8 @@ import torch
 
 collect_ignore = [] if shutil.which("nvcc") else ["test_cuda_compile.py"]
 if find_spec("triton") is None:
-    collect_ignore += ["test_fused.py", "test_triton_compile.py"]
+    names = "fused", "interpreter", "triton_compile", "triton_similarity"
+    collect_ignore += [f"test_{name}.py" for name in names]
 
 
 def pytest_collection_modifyitems(config, items):

@@ -1,13 +1,6 @@
-"""The fused kernels: on a GPU where there is one, and anywhere in Triton's interpreter.
-
-Triton decides at its import whether it interprets, so the last test here runs this file once more
-in a process that does. Its bfloat16 products are wrong; float16 and float32 stand for them.
-"""
+"""The fused kernels: on a GPU where there is one, and anywhere in Triton's interpreter."""
 
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from unittest import mock
 
@@ -15,6 +8,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from interpreter import DEVICES, INTERPRETED
 from strategies import (
     conv_case,
     linear_case,
@@ -28,17 +22,14 @@ from strategies import (
 
 import neq_kernels
 from neq_kernels import fused, planner, reference
+from neq_kernels.gpu import Gpu
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = [
     pytest.param((torch.float32, torch.float32), id="float32"),
     pytest.param((torch.float16, torch.float16), id="float16"),
     pytest.param((torch.float16, torch.float32), id="float16-weight_float32"),
 ]
-if INTERPRETED:
-    DEVICES = ["cpu"]
-else:
-    DEVICES = [pytest.param("cuda", marks=pytest.mark.gpu)]
+if not INTERPRETED:
     DTYPES.append(pytest.param((torch.bfloat16, torch.bfloat16), id="bfloat16"))
     DTYPES.append(pytest.param((torch.bfloat16, torch.float32), id="bfloat16-weight_float32"))
 
@@ -61,7 +52,7 @@ def planned():
     """Every call is the fused kernel's, also where there is no GPU to ask for its size."""
     with (
         mock.patch.object(planner, "choose", return_value="fused"),
-        mock.patch.object(fused, "gpu", return_value=fused.Gpu(90, 4)),
+        mock.patch.object(fused, "gpu", return_value=Gpu(90, 4)),
     ):
         yield
 
@@ -227,15 +218,18 @@ def test_more_elements_than_an_int32_counts():
 
 
 def test_parts_fill_the_gpu_and_bound_the_scratch():
-    assert fused.parts(1, 7, 264) == 1  # too little to cut
-    assert fused.parts(264, 10_000, 264) == 1  # full as it is
-    assert fused.parts(1, 10_000, 264) > 100
-    assert fused.parts(200, 1000, 264) == 5  # nearly four full rounds, not most of one
+    def parts(tiles, steps):
+        return fused.parts(tiles, steps, 264, overhead=8)
+
+    assert parts(1, 7) == 1  # too little to cut
+    assert parts(264, 10_000) == 1  # full as it is
+    assert parts(1, 10_000) > 100
+    assert parts(200, 1000) == 5  # nearly four full rounds, not most of one
     for tiles in (1, 5, 130, 132, 200, 265, 1000):
         for steps in (1, 8, 100, 10_000):
-            parts = fused.parts(tiles, steps, 264)
-            assert parts == 1 or parts * tiles <= 4 * 264
-            assert parts <= max(1, steps // 8)
+            cut = parts(tiles, steps)
+            assert cut == 1 or cut * tiles <= 4 * 264
+            assert cut <= max(1, steps // 8)
 
 
 def test_tiles_waste_little():
@@ -268,13 +262,5 @@ def test_cost_claims_nothing_and_rules_out_what_the_kernel_cannot_do():
         {"x": huge},
     ):
         assert fused.cost(replace(problem, **change)) == math.inf, change
-    with mock.patch.object(fused, "_triton_is_there", return_value=False):
+    with mock.patch.object(fused, "triton_is_there", return_value=False):
         assert fused.cost(problem) == math.inf
-
-
-@pytest.mark.skipif(INTERPRETED, reason="is what starts the interpreter")
-def test_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    env = os.environ | {"TRITON_INTERPRET": "1"}
-    run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout

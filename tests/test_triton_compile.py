@@ -1,6 +1,6 @@
-"""Without a GPU: what ``fused`` launches compiles for every target, into the code that it should.
+"""Without a GPU: Triton kernels compile for every target, into the code that they should.
 
-The backend itself is run, on the shapes that lead to each of its tiles; its launches only compile.
+What launches them is run, on the shapes that lead to each of its tiles; the launches only compile.
 """
 
 from unittest import mock
@@ -9,8 +9,9 @@ import pytest
 import torch
 from aot import launches
 
-from neq_kernels import fused
+from neq_kernels import fused, similarity, triton_similarity
 from neq_kernels.geometry import Conv
+from neq_kernels.gpu import Gpu
 
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}  # of tiles with 64 rows or more
 BLOCK_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # of shared memory, at most
@@ -40,12 +41,13 @@ def conv(dtype, k, inputs):
     return lambda: fused.conv_wgrad(*tensors, torch.arange(NEURONS), k, False, geometry)
 
 
-def on_gpu(arch):
-    return mock.patch.object(fused, "gpu", return_value=fused.Gpu(arch, 132))
-
-
 def kernels(arch, call):
-    with on_gpu(arch), launches(arch) as compiled:
+    gpu = mock.Mock(return_value=Gpu(arch, 132))
+    with (
+        mock.patch.object(fused, "gpu", gpu),
+        mock.patch.object(triton_similarity, "gpu", gpu),
+        launches(arch) as compiled,
+    ):
         call()
     for kernel in compiled:
         assert kernel.local_bytes == 0, f"{kernel.name} spills registers"
@@ -104,3 +106,35 @@ def test_float32_follows_the_switch(arch, k, tf32_switch):
         product = kernels(arch, linear(torch.float32, k, 256))[0]
         assert bool(product.count(TENSOR_CORES[arch])) == cores
         assert product.count("LDGSTS")
+
+
+def test_a_gpu_compares_outputs_by_the_kernel():
+    assert similarity.backend("cuda") is triton_similarity
+
+
+@every_target
+@pytest.mark.parametrize(
+    ("dtype", "other", "before", "neurons", "after"),
+    [
+        (torch.bfloat16, torch.bfloat16, 9850, 1000, 1),
+        (torch.float32, torch.float32, 50, 64, 3136),
+        (torch.float32, torch.bfloat16, 51200, 64, 1),
+    ],
+    ids=str,
+)
+def test_row_similarity(arch, dtype, other, before, neurons, after):
+    """It reads 16 bytes at a time, in registers so few that ``PROGRAMS`` of it run at a time."""
+    shape = 1, before, neurons, after
+    y, y_ = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=other)
+    (kernel,) = kernels(arch, lambda: triton_similarity.row_similarity(y, y_))
+    assert kernel.count("LDG", "128") == kernel.count("LDG") > 0
+    threads = 32 * triton_similarity.WARPS
+    assert kernel.registers * threads * triton_similarity.PROGRAMS <= 2**16
+
+
+@every_target
+def test_row_similarity_of_planes_that_are_not_aligned(arch):
+    """14 x 14 pixels of 16 bits: 8 bytes at a time."""
+    y = torch.empty(1, 50, 64, 196, dtype=torch.bfloat16)
+    (kernel,) = kernels(arch, lambda: triton_similarity.row_similarity(y, y))
+    assert kernel.count("LDG", "64") == kernel.count("LDG") > 0

@@ -1,0 +1,44 @@
+"""Who compares outputs: a Triton kernel on a GPU, else torch, a bounded piece at a time."""
+
+from math import prod
+from types import ModuleType
+
+from torch import Tensor
+
+from neq_kernels import chunked
+from neq_kernels.gpu import triton_is_there
+
+
+def row_similarity(current: Tensor, previous: Tensor, channel_dim: int, per_sample: bool) -> Tensor:
+    y, y_ = fold(current, previous, channel_dim, per_sample)
+    sums: Tensor = backend(y.device.type).row_similarity(y, y_)
+    return sums if per_sample else sums[:, 0]
+
+
+def backend(device: str) -> ModuleType:
+    """Its ``row_similarity`` takes what ``fold`` returns, and returns [3, samples, neurons]."""
+    if device == "cuda" and triton_is_there():
+        from neq_kernels import triton_similarity
+
+        return triton_similarity
+    return chunked
+
+
+def fold(
+    current: Tensor, previous: Tensor, channel_dim: int, per_sample: bool
+) -> tuple[Tensor, Tensor]:
+    """Both as [samples, positions, neurons, positions]; samples is 1 unless they are kept apart.
+
+    Positions are taken in the order in which they lie in ``current``, so that neither tensor is
+    copied if it is dense in memory, whatever its layout, and the other is like it.
+    """
+
+    def outermost_first(dim: int) -> tuple[bool, int]:
+        return not (per_sample and dim == 0), -current.stride(dim)
+
+    order = sorted(range(current.dim()), key=outermost_first)
+    sizes = [current.shape[dim] for dim in order]
+    at, first = order.index(channel_dim), int(per_sample)
+    samples, neurons = prod(sizes[:first]), sizes[at]
+    shape = samples, prod(sizes[first:at]), neurons, prod(sizes[at + 1 :])
+    return current.permute(order).reshape(shape), previous.permute(order).reshape(shape)

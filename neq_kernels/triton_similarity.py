@@ -1,0 +1,117 @@
+"""``row_similarity`` as one Triton kernel: both outputs are read once, and nothing else is.
+
+A program keeps the sums of a few neurons, one for each element of its tile, and walks the positions
+tile by tile. Where there are too few neurons to fill the GPU, their positions are cut into parts,
+whose sums are added up by a second kernel: always in the same order.
+"""
+
+from math import ceil, gcd
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from neq_kernels.gpu import gpu, parts
+
+ELEMENTS, WARPS = 2048, 4  # of a tile, and to work on it: a thread reads 64 bytes of bfloat16
+PROGRAMS = 5  # that the registers of a processor suffice for
+
+
+@triton.jit
+def _sums(
+    y,  # [samples, before, neurons, after], contiguous
+    y_,  # like y, but for its dtype
+    out,  # float32 or float64 [parts, 3, samples, neurons]
+    before,
+    neurons,  # in units
+    after,  # in units
+    samples,
+    steps,  # tiles in one part
+    UNIT: tl.constexpr,  # elements that lie side by side, aligned as 16 bytes if they are as many
+    AFTER: tl.constexpr,  # do the positions after the neurons come in units, or the neurons?
+    P: tl.constexpr,
+    N: tl.constexpr,
+    Q: tl.constexpr,  # the sides of a tile: positions before, neurons, positions after
+):
+    # spelt as products, a size tells the compiler what it is a multiple of
+    if AFTER:
+        after = after * UNIT
+    else:
+        neurons = neurons * UNIT
+    blocks = tl.cdiv(neurons, N)
+    sample = tl.program_id(0) // blocks
+    neuron = tl.program_id(0) % blocks * N + tl.arange(0, N)
+    p = tl.arange(0, P)
+    q = tl.arange(0, Q)
+    across = tl.cdiv(after, Q)
+    last = tl.minimum((tl.program_id(1) + 1) * steps, tl.cdiv(before, P) * across)
+
+    wide = out.dtype.element_ty
+    dot = tl.zeros((P, N, Q), wide)
+    square = tl.zeros((P, N, Q), wide)
+    square_ = tl.zeros((P, N, Q), wide)
+    for step in range(tl.program_id(1) * steps, last):
+        p_at = step // across * P + p
+        q_at = step % across * Q + q
+        position = sample.to(tl.int64) * before + p_at
+        row = position[:, None] * neurons + neuron[None, :]
+        at = row[:, :, None] * after + q_at[None, None, :]
+        there = (p_at < before)[:, None, None] & (neuron < neurons)[None, :, None]
+        there &= (q_at < after)[None, None, :]
+        a = tl.load(y + at, mask=there, other=0.0).to(wide)
+        b = tl.load(y_ + at, mask=there, other=0.0).to(wide)
+        dot += a * b
+        square += a * a
+        square_ += b * b
+
+    next_sum = tl.full((), samples, tl.int64) * neurons
+    at = tl.program_id(1) * 3 * next_sum + sample.to(tl.int64) * neurons + neuron
+    tl.store(out + at, _of_each_neuron(dot), mask=neuron < neurons)
+    tl.store(out + at + next_sum, _of_each_neuron(square), mask=neuron < neurons)
+    tl.store(out + at + 2 * next_sum, _of_each_neuron(square_), mask=neuron < neurons)
+
+
+@triton.jit
+def _of_each_neuron(total):
+    """[P, N, Q] summed to [N]."""
+    return tl.sum(tl.sum(total, 2), 0)
+
+
+def row_similarity(y: Tensor, y_: Tensor) -> Tensor:
+    """float64 [3, samples, neurons] from two of [samples, positions, neurons, positions]."""
+    samples, before, neurons, after = y.shape
+    wide = torch.float64 if torch.float64 in (y.dtype, y_.dtype) else torch.float32
+    if y.numel() == 0:
+        return y.new_zeros((3, samples, neurons), dtype=torch.float64)
+    y, y_ = y.contiguous(), y_.contiguous()
+    p, n, q = sides(before, neurons, after)
+    blocks, steps = samples * ceil(neurons / n), ceil(before / p) * ceil(after / q)
+    cut = parts(blocks, steps, PROGRAMS * gpu(y.device).processors, overhead=2)
+    out = y.new_empty((cut, 3, samples, neurons), dtype=wide)
+    u = unit(y, y_, after if after > 1 else neurons)
+    with torch.cuda.device_of(y):
+        _sums[blocks, cut](
+            y, y_, out,
+            before, neurons if after > 1 else neurons // u, after // u if after > 1 else after,
+            samples, ceil(steps / cut),
+            UNIT=u, AFTER=after > 1, P=p, N=n, Q=q, num_warps=WARPS, enable_fp_fusion=True,
+        )  # fmt: skip
+    return out.sum(0, dtype=torch.float64)
+
+
+def sides(before: int, neurons: int, after: int) -> tuple[int, int, int]:
+    """Of a tile: as many positions after the neurons as there are, then neurons enough that rows
+    of memory are read whole, then positions before them; and more neurons if that is not enough.
+    """
+    power = triton.next_power_of_2
+    q = min(power(after), ELEMENTS)
+    n = min(power(neurons), max(1, 128 // q))
+    p = min(power(before), ELEMENTS // (n * q))
+    return p, min(power(neurons), ELEMENTS // (p * q)), q
+
+
+def unit(y: Tensor, y_: Tensor, adjacent: int) -> int:
+    """How many elements of both can be read at once: up to 16 bytes of the narrower dtype."""
+    addresses = (t.data_ptr() // t.element_size() for t in (y, y_))
+    return gcd(16 // min(y.element_size(), y_.element_size()), adjacent, *addresses)
