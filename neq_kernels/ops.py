@@ -18,6 +18,7 @@ from torch import Tensor
 
 from neq_kernels import planner, row_step, similarity
 from neq_kernels.geometry import Conv
+from neq_kernels.hyper import SGD, AdamW
 
 _lib = torch.library.Library("neq", "DEF")
 
@@ -168,14 +169,13 @@ def _check_sgd(
     momentum_buffers: list[Tensor],
     rows: list[Tensor],
     counts: list[Tensor],
-    lr: Tensor,
-    momentum: float,
     *options: Any,
 ) -> None:
-    if momentum == 0 and momentum_buffers:
+    o = SGD(*options)
+    if o.momentum == 0 and momentum_buffers:
         raise ValueError("momentum_buffers must be empty without momentum")
-    buffers = {"momentum_buffers": momentum_buffers} if momentum else {}
-    _check_step(params, rows, counts, lr, grads=grads, **buffers)
+    buffers = {"momentum_buffers": momentum_buffers} if o.momentum else {}
+    _check_step(params, rows, counts, o.lr, grads=grads, **buffers)
 
 
 def _check_adamw(
@@ -187,20 +187,15 @@ def _check_adamw(
     steps: list[Tensor],
     rows: list[Tensor],
     counts: list[Tensor],
-    lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    amsgrad: bool,
-    maximize: bool,
+    *options: Any,
 ) -> None:
-    if max_exp_avg_sqs and not amsgrad:
+    o = AdamW(*options)
+    if max_exp_avg_sqs and not o.amsgrad:
         raise ValueError("max_exp_avg_sqs must be empty without amsgrad")
     moments = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    if amsgrad:
+    if o.amsgrad:
         moments["max_exp_avg_sqs"] = max_exp_avg_sqs
-    _check_step(params, rows, counts, lr, steps, grads=grads, **moments)
+    _check_step(params, rows, counts, o.lr, steps, grads=grads, **moments)
 
 
 def _nothing(weight: Tensor, biases: int) -> tuple[Tensor, Tensor]:
@@ -245,12 +240,12 @@ def _row_similarity(
 
 def _sgd_rows_(*args: Any) -> None:
     _check_sgd(*args)
-    row_step.sgd_rows_(*args)
+    row_step.sgd_rows_(*args[:5], options=SGD(*args[5:]))
 
 
 def _adamw_rows_(*args: Any) -> None:
     _check_adamw(*args)
-    row_step.adamw_rows_(*args)
+    row_step.adamw_rows_(*args[:8], options=AdamW(*args[8:]))
 
 
 def _fake_linear_wgrad(

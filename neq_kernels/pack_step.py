@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
+from neq_kernels.hyper import SGD, AdamW
+
 
 def sgd_rows_(
     params: list[Tensor],
@@ -18,28 +20,22 @@ def sgd_rows_(
     momentum_buffers: list[Tensor],
     rows: list[Tensor],
     counts: list[Tensor],
-    lr: Tensor,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-    maximize: bool,
-    first: bool,
+    options: SGD,
 ) -> None:
     active = _active(rows, counts)
     g = _pack(grads, active)
     with _packed(params, active) as p, _packed(momentum_buffers, active) as m:
-        buffers: list[Tensor | None] = [None] * len(p) if first or not m else [*m]
+        buffers: list[Tensor | None] = [None] * len(p) if options.first or not m else [*m]
         sgd(
             p,
             g,
             buffers,
-            lr=_number(lr),  # type: ignore[arg-type]
-            momentum=momentum,
-            dampening=dampening,
-            weight_decay=weight_decay,
-            nesterov=nesterov,
-            maximize=maximize,
+            lr=_number(options.lr),  # type: ignore[arg-type]
+            momentum=options.momentum,
+            dampening=options.dampening,
+            weight_decay=options.weight_decay,
+            nesterov=options.nesterov,
+            maximize=options.maximize,
         )
         if m:
             m[:] = [buffer for buffer in buffers if buffer is not None]
@@ -54,13 +50,7 @@ def adamw_rows_(
     steps: list[Tensor],
     rows: list[Tensor],
     counts: list[Tensor],
-    lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    amsgrad: bool,
-    maximize: bool,
+    options: AdamW,
 ) -> None:
     active = _active(rows, counts)
     g = _pack(grads, active)
@@ -78,13 +68,7 @@ def adamw_rows_(
             v_max,
             steps,
             capturable=any(not step.is_cpu for step in steps),
-            lr=_number(lr),
-            beta1=beta1,
-            beta2=beta2,
-            eps=eps,
-            weight_decay=weight_decay,
-            amsgrad=amsgrad,
-            maximize=maximize,
+            **{**options._asdict(), "lr": _number(options.lr)},
         )
 
 

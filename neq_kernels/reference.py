@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from neq_kernels.geometry import Conv
+from neq_kernels.hyper import SGD, AdamW
 
 
 def active_mask(rows: Tensor, count: Tensor) -> Tensor:
@@ -68,31 +69,27 @@ def sgd_rows_(
     momentum_buffers: list[Tensor],
     rows: list[Tensor],
     counts: list[Tensor],
-    lr: Tensor,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-    maximize: bool,
-    first: bool,
+    *options: Any,
 ) -> None:
     """The step of ``torch.optim.SGD`` on the active rows; the others are not even read.
 
     Dimension 0 of each parameter [n, ...], its gradient and its buffer counts the neurons. No
-    buffers without momentum. ``first``: there is no momentum yet, so the buffers start with the
-    gradient.
+    buffers without momentum.
     """
+    o = SGD(*options)
     for i, param in enumerate(params):
         active = rows[i][: int(counts[i])]
         p, g = param[active], grads[i][active]
-        if maximize:
+        if o.maximize:
             g = -g
-        g = g + weight_decay * p
+        g = g + o.weight_decay * p
         if momentum_buffers:
-            m = g if first else momentum * momentum_buffers[i][active] + (1 - dampening) * g
+            m = g
+            if not o.first:
+                m = o.momentum * momentum_buffers[i][active] + (1 - o.dampening) * g
             momentum_buffers[i][active] = m
-            g = g + momentum * m if nesterov else m
-        param[active] = p - float(lr) * g
+            g = g + o.momentum * m if o.nesterov else m
+        param[active] = p - float(o.lr) * g
 
 
 def adamw_rows_(
@@ -104,13 +101,7 @@ def adamw_rows_(
     steps: list[Tensor],
     rows: list[Tensor],
     counts: list[Tensor],
-    lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    amsgrad: bool,
-    maximize: bool,
+    *options: Any,
 ) -> None:
     """The step of ``torch.optim.AdamW`` on the active rows; the others are not even read.
 
@@ -118,19 +109,20 @@ def adamw_rows_(
     ``steps``: how many steps each parameter has taken, which this one adds to. The maxima are for
     ``amsgrad`` only.
     """
+    o = AdamW(*options)
     for i, param in enumerate(params):
         active = rows[i][: int(counts[i])]
         p, g = param[active], grads[i][active]
-        if maximize:
+        if o.maximize:
             g = -g
         steps[i] += 1
         t = float(steps[i])
-        m = beta1 * exp_avgs[i][active] + (1 - beta1) * g
-        v = beta2 * exp_avg_sqs[i][active] + (1 - beta2) * g * g
+        m = o.beta1 * exp_avgs[i][active] + (1 - o.beta1) * g
+        v = o.beta2 * exp_avg_sqs[i][active] + (1 - o.beta2) * g * g
         exp_avgs[i][active], exp_avg_sqs[i][active] = m, v
-        if amsgrad:
+        if o.amsgrad:
             v = torch.maximum(v, max_exp_avg_sqs[i][active])
             max_exp_avg_sqs[i][active] = v
-        m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)
-        p = p * (1 - float(lr) * weight_decay)
-        param[active] = p - float(lr) * m_hat / (v_hat.sqrt() + eps)
+        m_hat, v_hat = m / (1 - o.beta1**t), v / (1 - o.beta2**t)
+        p = p * (1 - float(o.lr) * o.weight_decay)
+        param[active] = p - float(o.lr) * m_hat / (v_hat.sqrt() + o.eps)

@@ -2,14 +2,16 @@
 
 import copy
 import pickle
+from unittest import mock
 
 import pytest
 import torch
+from steps import ADAMW_OPTIONS, SGD_OPTIONS, SHARES, laid_out, lr, problem, same
 from torch import nn
 from torch.library import opcheck
 
 import neq
-from neq_kernels import compiled, ops, reference, row_step
+from neq_kernels import compiled, ops, pack_step, reference, row_step
 
 if compiled.why_not("cpu"):
     raise RuntimeError(compiled.why_not("cpu"))
@@ -17,67 +19,13 @@ if compiled.why_not("cpu"):
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-SHAPES = [(1,), (300,), (7, 1), (6, 5), (64, 33), (5, 2, 3, 3), (9, 4, 1, 1), (3, 2, 2, 3, 3)]
-SHARES = [0.0, 0.1, 0.5, 1.0]
 
 
 @pytest.fixture(params=["compiled", "packed"])
 def backend(request, monkeypatch):
     if request.param == "packed":
-        monkeypatch.setattr(row_step, "_DTYPES", {})
+        monkeypatch.setattr(row_step, "backend", lambda p: pack_step)
     return request.param
-
-
-def integers(shape, dtype, device, low=-8):
-    return torch.randint(low, 9, shape, device=device).to(dtype)
-
-
-def laid_out(t, layout):
-    """The same values in another order in memory; dimension 0 counts the neurons."""
-    if layout == "transposed":
-        return t.transpose(0, -1).contiguous().transpose(0, -1)
-    if layout == "channels_last" and t.dim() == 4:
-        return t.contiguous(memory_format=torch.channels_last)
-    return t
-
-
-def problem(states, share, dtype=torch.float32, device="cpu", layout="plain", low=-8):
-    """Parameters, gradients and states of small integers, with NaN wherever a row is frozen."""
-    lists = [[] for _ in range(2 + states)]
-    rows, counts = [], []
-    for shape in SHAPES:
-        order = torch.randperm(shape[0], device=device)
-        k = round(share * shape[0])
-        for i, tensors in enumerate(lists):
-            # second moments are not negative
-            t = integers(shape, dtype, device, low if i < 3 else 0)
-            tensors.append(laid_out(t, layout).index_fill_(0, order[k:], torch.nan))
-        rows.append(order)
-        counts.append(torch.tensor(k))
-    return lists, rows, counts
-
-
-def same(mine, truth, close=None):
-    for a, b in zip(mine, truth, strict=True):
-        if close is None:
-            assert torch.equal(a.nan_to_num(99), b.nan_to_num(99))
-        else:
-            torch.testing.assert_close(a, b, rtol=close, atol=close, equal_nan=True)
-
-
-def lr(value):
-    return torch.tensor(value, dtype=torch.float64)
-
-
-SGD_OPTIONS = [  # momentum, dampening, weight_decay, nesterov, maximize, first: exact in binary
-    (0.0, 0.0, 0.0, False, False, False),
-    (0.0, 0.0, 0.25, False, True, False),
-    (0.5, 0.0, 0.0, False, False, False),
-    (0.5, 0.25, 0.5, False, False, False),
-    (0.5, 0.25, 0.5, False, True, True),
-    (0.5, 0.0, 0.5, True, False, False),
-    (0.5, 0.0, 0.0, True, True, True),
-]
 
 
 def check_sgd(options, share, dtype, device, layout, close=None):
@@ -112,16 +60,42 @@ def test_sgd_exact_with_gradients_in_another_layout(backend):
     same(p, truth[0])
 
 
+def test_rows_that_lie_apart(backend):
+    (p, g, m), rows, counts = problem(1, 0.5)
+    truth = copy.deepcopy((p, g, m))
+    apart = [torch.stack([r, r.new_full((), 99).expand_as(r)], 1)[:, 0] for r in rows]
+    ops.sgd_rows_(p, g, m, apart, counts, lr(0.5), *SGD_OPTIONS[3])
+    reference.sgd_rows_(*truth, rows, counts, lr(0.5), *SGD_OPTIONS[3])
+    same(p, truth[0])
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "elements", "chosen"),
+    [
+        ("cpu", torch.float32, 9, "native_step"),
+        ("cpu", torch.bfloat16, 9, "pack_step"),
+        ("cuda", torch.float32, 9, "triton_step"),
+        ("cuda", torch.bfloat16, 9, "triton_step"),
+        ("cuda", torch.float32, 2**31, "pack_step"),
+        ("mps", torch.float32, 9, "pack_step"),
+    ],
+    ids=str,
+)
+def test_who_steps(device, dtype, elements, chosen):
+    p = mock.Mock(dtype=dtype, is_cpu=device == "cpu", is_cuda=device == "cuda")
+    p.numel.return_value = elements
+    assert row_step.backend(p).__name__ == f"neq_kernels.{chosen}"
+
+
+def test_without_triton_torch_steps_on_a_gpu():
+    p = mock.Mock(is_cpu=False, is_cuda=True, numel=lambda: 9)
+    with mock.patch.object(row_step, "triton_is_there", return_value=False):
+        assert row_step.backend(p) is pack_step
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_sgd_in_half_precision(dtype):
     check_sgd(SGD_OPTIONS[3], 0.5, dtype, "cpu", "plain", close=0.05)
-
-
-ADAMW_OPTIONS = [  # amsgrad, maximize, weight_decay
-    (False, False, 0.0),
-    (False, True, 0.1),
-    (True, False, 0.1),
-]
 
 
 @pytest.mark.parametrize("options", ADAMW_OPTIONS, ids=str)
@@ -334,7 +308,7 @@ def test_active_rows_as_torch_and_frozen_rows_untouched(name, options, backend):
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_packed_rows_have_torchs_bits(name, dtype, monkeypatch):
-    monkeypatch.setattr(row_step, "_DTYPES", {})
+    monkeypatch.setattr(row_step, "backend", lambda p: pack_step)
     mine, dense = make_model(dtype), make_model(dtype)
     options = {"momentum": 0.9, "weight_decay": 0.1} if name == "SGD" else {"amsgrad": True}
     optimizer = make(neq.optim, name, mine, options, layers=mine)

@@ -8,10 +8,12 @@ from unittest import mock
 import pytest
 import torch
 from aot import launches
+from triton.runtime.jit import JITFunction
 
-from neq_kernels import fused, similarity, triton_similarity
+from neq_kernels import fused, similarity, triton_similarity, triton_step
 from neq_kernels.geometry import Conv
 from neq_kernels.gpu import Gpu
+from neq_kernels.hyper import SGD, AdamW
 
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}  # of tiles with 64 rows or more
 BLOCK_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # of shared memory, at most
@@ -138,3 +140,47 @@ def test_row_similarity_of_planes_that_are_not_aligned(arch):
     y = torch.empty(1, 50, 64, 196, dtype=torch.bfloat16)
     (kernel,) = kernels(arch, lambda: triton_similarity.row_similarity(y, y))
     assert kernel.count("LDG", "64") == kernel.count("LDG") > 0
+
+
+def steps(kind, dtype, shape, active):
+    """One step of parameters of this shape, of which so many rows are active."""
+    p, g, m, v, v_max = ([torch.empty(shape, dtype=dtype) for _ in active] for _ in range(5))
+    rows = [torch.arange(shape[0]) for _ in active], [torch.tensor(k) for k in active]
+    lr = torch.tensor(0.1)
+    if kind == "sgd":
+        return lambda: triton_step.sgd_rows_(p, g, m, *rows, SGD(lr, 0.9, 0, 0.1, *[False] * 3))
+    options = AdamW(lr, 0.9, 0.99, 1e-8, 0.1, True, False)
+    taken = [torch.tensor(1.0) for _ in active]
+    return lambda: triton_step.adamw_rows_(p, g, m, v, v_max, taken, *rows, options)
+
+
+@every_target
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_steps(arch, kind, dtype):
+    """They read and write 16 bytes at a time, and three programs have enough registers."""
+    there = {"_taken": lambda step: step.dtype, "_rate": lambda lr, param: (lr, 0.0)}
+    with mock.patch.multiple(triton_step, **there):
+        (kernel,) = kernels(arch, steps(kind, dtype, (64, 576), [5, 9]))
+    rows, scalars = 4, 1 if kind == "sgd" else 2  # of each unit of a thread; lr, steps
+    assert kernel.count("LDG") - kernel.count("LDG", "128") == rows + scalars
+    assert kernel.count("STG") == kernel.count("STG", "128") > 0
+    assert 3 * kernel.registers * 32 * triton_step.WARPS <= 2**16
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_other_parameters_and_rows_compile_nothing_new(kind):
+    compiler = JITFunction._do_compile
+    with (
+        launches(90),
+        mock.patch("aot._read"),
+        mock.patch.object(JITFunction, "_do_compile", autospec=True) as compiles,
+    ):
+        compiles.side_effect = compiler
+        steps(kind, torch.float16, (64, 48), [1])()
+        before = compiles.call_count
+        for shape, active in (((64, 48), [2]), ((128, 16), [16, 1, 40]), ((9, 8), [3] * 70)):
+            steps(kind, torch.float16, shape, active)()
+        assert compiles.call_count == before
+        steps(kind, torch.float16, (64, 44), [2])()  # in units half as large
+        assert compiles.call_count == before + 1
