@@ -12,6 +12,7 @@ folder of results, bench/results/<GPU> by default:
     backward_speed.png  the weight gradients as a figure
     end_to_end.png      the steps as a figure
     planner.json        the choices that were measured, for neq_kernels.planner.load
+    optimizer_speed.json, probe.json    what those benchmarks measured
     *.log               what each part printed
 """
 
@@ -51,6 +52,9 @@ NETWORKS = ["resnet50", "gpt2-medium", "swin-b", "llama-1b"]
 KERNELS = [  # a small problem of each
     "tests/test_fused.py::test_same_bits_however_often",
     "tests/test_pack_columns.py::test_same_bits_twice",
+    "tests/test_triton_similarity.py::test_same_bits_however_often",
+    "tests/test_triton_step.py::test_sgd_of_any_share",
+    "tests/test_triton_step.py::test_adamw",
 ]
 FRACTIONS = (0.5, 0.25, 0.1)
 
@@ -120,6 +124,12 @@ def parts(out: Path, seconds: float) -> Iterator[Part]:
         steps += ["--tune", "--table", str(out / "planner.json")]
         until = 0.6 + 0.3 * i / len(NETWORKS)
         yield Part(name, [*steps, "--json", str(out / f"{name}.json")], until)
+    for name, flags in (
+        ("optimizer_speed", ["--active", ".5,.1", "--seconds", str(seconds / 1000)]),
+        ("probe", ["--epochs", "3", "--steps", "5", "--seconds", str(seconds / 2000)]),
+    ):
+        script = [sys.executable, f"bench/{name}.py", "--device", "cuda", *flags]
+        yield Part(name, [*script, "--json", str(out / f"{name}.json")], until=0.94)
     yield Part("other tests", [*pytest, *workers, "-m", "not gpu"], until=1)
 
 

@@ -10,6 +10,7 @@ each layer's neurons, at random, is active. Timed in turns, on the same paramete
     guarded    the fused one under neq.optim.Guard, which keeps frozen rows and their state
     neq        neq.optim's, of the same name
     realised   (fused - neq) / ((1 - f) fused): the share of the saving that is wall-clock
+    of copy    the bytes per second that neq's step has to move, as a share of those of a plain copy
 """
 
 import argparse
@@ -41,6 +42,8 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {  # small steps: the values stay what t
     "AdamW": {"lr": 1e-6, "weight_decay": 1e-2},
 }
 TIMES = (*FLAGS, "guarded", "neq")
+MOVED = {"SGD": 5, "AdamW": 7}  # values read or written per active one: parameter, gradient, state
+BACKLOG = 4_000_000  # GPU cycles, some 2 ms: longer than Python takes for a step
 
 
 def resnet50() -> Iterator[nn.Module]:
@@ -94,7 +97,8 @@ def main(arguments: list[str] | None = None) -> None:
             print(
                 f"{r['model']} {r['optimizer']}, half of the neurons active: neq takes "
                 f"{r['neq_p50'] / r['fused_p50']:.2f} of torch's fused step and "
-                f"{r['neq_p50'] / r['default_p50']:.2f} of its default one"
+                f"{r['neq_p50'] / r['default_p50']:.2f} of its default one, at "
+                f"{r['of_copy']:.0%} of a copy's bandwidth"
             )
     report.save(rows, facts, given.json)
 
@@ -116,13 +120,22 @@ def measure(
     neq.optim.Guard(contenders["guarded"], model)
     contenders["neq"] = make(ours, fused=True, layers=model)
     calls = {key: (lambda turn, o=o: o.step()) for key, o in contenders.items()}
+    source = torch.zeros(sum(p.numel() for p in model.parameters()), device=device)
+    target = torch.empty_like(source)
+    calls["copy"] = lambda turn: target.copy_(source)
 
     rows = []
     for fraction in fractions:
         for layer in model:
             layer.set_active(torch.randperm(layer.n_neurons)[: round(fraction * layer.n_neurons)])
-        times = interleave(calls, device, seconds)
+        times = interleave(calls, device, seconds, backlog=BACKLOG)
         fused, mine = times["fused"].p50, times["neq"].p50
+        active = sum(
+            p.numel() // layer.n_neurons * len(layer.active_rows)
+            for layer in model
+            for p in layer.parameters()
+        )
+        moved = MOVED[optimizer] * active / (2 * source.numel())  # by neq's step, in copies
         rows.append(
             {
                 "model": name,
@@ -131,6 +144,7 @@ def measure(
                 "active": fraction,
                 **{f"{k}_{at}": v for k, t in times.items() for at, v in t._asdict().items()},
                 "ratio": mine / fused,
+                "of_copy": moved * times["copy"].p50 / mine,
                 "realised": (fused - mine) / ((1 - fraction) * fused) if fraction < 1 else None,
             }
         )
@@ -141,13 +155,22 @@ def table(rows: list[dict[str, Any]]) -> Table:
     out = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("model", "optimizer"):
         out.add_column(name, no_wrap=True)
-    heads = ("active", *(f"{name} ms" for name in TIMES), "p20", "p80", "neq/fused", "realised")
+    heads = (
+        "active",
+        *(f"{name} ms" for name in TIMES),
+        "p20",
+        "p80",
+        "neq/fused",
+        "realised",
+        "of copy",
+    )
     for head in heads:
         out.add_column(head, justify="right")
     for r in rows:
         times = [r[f"{name}_p50"] for name in TIMES] + [r["neq_p20"], r["neq_p80"]]
         realised = "-" if r["realised"] is None else f"{r['realised']:.2f}"
-        cells = (f"{r['active']:.3g}", *(f"{t:.2f}" for t in times), f"{r['ratio']:.2f}", realised)
+        shares = f"{r['ratio']:.2f}", realised, f"{r['of_copy']:.0%}"
+        cells = f"{r['active']:.3g}", *(f"{t:.2f}" for t in times), *shares
         out.add_row(r["model"], r["optimizer"], *cells)
     return out
 

@@ -4,13 +4,18 @@
     python bench/probe.py --data FOLDER     # images by class, FOLDER/<class>/*.jpg: CIFAR-10, say
 
 A ResNet-32 trains on 32x32 images, everything, while one Controller per memory watches and says
-whom it would freeze.
+whom it would freeze. Then outputs of larger layers are compared, each timed in turns with a copy,
+which moves as many bytes as reading both outputs does:
+
+    of copy    the bytes per second of ``neq::row_similarity`` as a share of the copy's
 """
 
 import argparse
 import sys
 import time
 from collections.abc import Sequence
+from itertools import product
+from math import prod
 from pathlib import Path
 from statistics import median
 
@@ -25,10 +30,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import neq
 from bench import options, report
-from bench.timing import environment
+from bench.timing import cache_bytes, environment, interleave
+from neq_kernels import row_similarity
 
 BATCH, SAMPLES, CLASSES, IMAGES = 100, 50, 10, 50_000
 MEMORIES = ("device", "host", "sketch")
+OUTPUTS = {  # of one sample, neurons first
+    "resnet50/layer1": (256, 56, 56),
+    "resnet50/layer4": (2048, 7, 7),
+    "swin-b/stage1": (128, 56, 56),
+    "gpt2/mlp": (3072, 256),
+}
 
 
 class Watching(neq.Equilibrium):
@@ -40,28 +52,22 @@ class Watching(neq.Equilibrium):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, metavar="FOLDER")
-    parser.add_argument("--device", type=options.usable_device, default="cpu")
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=10, help="per epoch")
-    parser.add_argument("--eps", type=float, default=1e-2)
-    parser.add_argument("--json", type=options.output, metavar="FILE")
-    given = parser.parse_args(arguments)
+    given = parse(arguments)
 
     facts = environment(given.device)
     report.show_environment(facts)
     rows = measure(given)
     report.show_table(table(rows))
+    compared = compare(given.device, given.seconds)
+    report.show_table(comparison(compared))
     worst = max(rows, key=lambda row: row["share_of_epoch"])
     print(
         f"measuring on {SAMPLES} samples takes at most {worst['share_of_epoch']:.2%} of "
         f"an epoch of {IMAGES} images; a sketch and all outputs agree on "
-        f"{rows[-1]['agreement']:.2%} of those frozen"
+        f"{rows[-1]['agreement']:.2%} of those frozen; comparing outputs runs at "
+        f"{median(float(row['of_copy']) for row in compared):.0%} of a copy's bandwidth"
     )
-    report.save(rows, facts, given.json)
+    report.save([*rows, *compared], facts, given.json)
 
 
 def measure(given: argparse.Namespace) -> list[dict[str, float | str]]:
@@ -120,6 +126,58 @@ def measure(given: argparse.Namespace) -> list[dict[str, float | str]]:
     return rows
 
 
+def compare(device: torch.device, seconds: float) -> list[dict[str, float | str]]:
+    return [
+        compare_one(name, last, device, seconds) for name, last in product(OUTPUTS, (False, True))
+    ]
+
+
+def compare_one(
+    name: str, neurons_last: bool, device: torch.device, seconds: float
+) -> dict[str, float | str]:
+    """``row_similarity`` and a copy, in turns, on outputs in bfloat16 that no cache holds."""
+    neurons, *positions = OUTPUTS[name]
+    shape = (SAMPLES, *positions, neurons) if neurons_last else (SAMPLES, neurons, *positions)
+    dim = len(positions) + 1 if neurons_last else 1
+    size = 2 * prod(shape)  # bytes
+    others = 2 + cache_bytes(device) // size
+    y = torch.randn(others, *shape, device=device, dtype=torch.bfloat16)
+    copy = torch.empty_like(y[0])
+    times = interleave(
+        {
+            "compare": lambda i: row_similarity(y[i % others], y[i % others - 1], dim, False),
+            "copy": lambda i: copy.copy_(y[i % others]),
+        },
+        device,
+        seconds,
+    )
+    compared, copied = times["compare"].p50, times["copy"].p50
+    return {
+        "output": name,
+        "neurons": "last" if neurons_last else "first",
+        "megabytes": 2e-6 * size,
+        "compare_ms": compared,
+        "copy_ms": copied,
+        "gigabytes_per_second": 2e-6 * size / compared,
+        "of_copy": copied / compared,
+    }
+
+
+def comparison(rows: list[dict[str, float | str]]) -> Table:
+    out = Table(*("output", "neurons", "MB", "ms", "copy ms", "GB/s", "of copy"))
+    for row in rows:
+        out.add_row(
+            str(row["output"]),
+            str(row["neurons"]),
+            f"{row['megabytes']:.0f}",
+            f"{row['compare_ms']:.3f}",
+            f"{row['copy_ms']:.3f}",
+            f"{row['gigabytes_per_second']:.0f}",
+            f"{row['of_copy']:.0%}",
+        )
+    return out
+
+
 def agreement(frozen: Tensor, others: Tensor) -> float:
     """Of the neurons that either one freezes, the share that both do; 1 where there are none."""
     either = int((frozen | others).sum())
@@ -159,6 +217,20 @@ def table(rows: list[dict[str, float | str]]) -> Table:
             f"{row['agreement']:.2%}",
         )
     return out
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, metavar="FOLDER")
+    parser.add_argument("--device", type=options.usable_device, default="cpu")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=10, help="per epoch")
+    parser.add_argument("--eps", type=float, default=1e-2)
+    parser.add_argument("--seconds", type=options.positive, default=1.0, help="per kind of output")
+    parser.add_argument("--json", type=options.output, metavar="FILE")
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

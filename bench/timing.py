@@ -39,9 +39,10 @@ def interleave(
     device: torch.device,
     seconds: float,
     clock: Callable[[], float] = time.perf_counter,
+    backlog: int = BACKLOG,
 ) -> dict[Key, Times]:
     """What ``rounds`` measures, summed up."""
-    measured = rounds(calls, device, seconds, clock)
+    measured = rounds(calls, device, seconds, clock, backlog=backlog)
     return {key: Times.of(times) for key, times in measured.items()}
 
 
@@ -51,15 +52,17 @@ def rounds(
     seconds: float,
     clock: Callable[[], float] = time.perf_counter,
     fewest: int = FEWEST,
+    backlog: int = BACKLOG,
 ) -> dict[Key, list[float]]:
     """Time the calls in turns (A B C, A B C, ...), so that whatever drifts meets all alike.
 
     Spends about ``seconds``; the times are milliseconds, one per round. A call is given the number
     of its turn, by which it can take other inputs each time than the caches still hold. ``clock``
-    is a CPU's; a GPU has its own.
+    is a CPU's; a GPU has its own, and first waits for ``backlog`` cycles per call, until all are
+    queued.
     """
     if device.type == "cuda":
-        one_round = partial(_round_on_gpu, device)
+        one_round = partial(_round_on_gpu, device, backlog)
     else:
         one_round = partial(_round_on_cpu, clock)
     order = list(calls.values())
@@ -84,7 +87,7 @@ def _round_on_cpu(
 
 
 def _round_on_gpu(
-    device: torch.device, calls: list[Callable[[int], object]], turn: int
+    device: torch.device, backlog: int, calls: list[Callable[[int], object]], turn: int
 ) -> list[float]:
     def mark() -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
@@ -94,7 +97,7 @@ def _round_on_gpu(
     spans = []
     with torch.cuda.device(device):
         # the GPU waits until everything is queued, or small kernels would wait for their launches
-        torch.cuda._sleep(BACKLOG * len(calls))
+        torch.cuda._sleep(backlog * len(calls))
         for call in calls:
             start = mark()
             call(turn)

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench import backward_speed, networks, overhead, report
+from bench import backward_speed, networks, optimizer_speed, overhead, report
 from bench.problems import MODELS, QUICK, Problem, problems
 from bench.timing import FEWEST, Times, interleave
 from neq_kernels import ops, planner
@@ -406,3 +406,22 @@ def test_the_shapes_are_those_of_the_models(name):
         if problem.name.startswith(f"{name}/"):
             ours[shape_of(replace(problem, batch=3))] += problem.count
     assert ours == shapes_of(model, inputs)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(("name", "moved"), [("SGD", 5), ("AdamW", 7)])
+def test_bench_of_the_optimizers(name, moved, tmp_path, monkeypatch, capsys):
+    def small():
+        yield from (nn.Linear(6, 10), nn.BatchNorm1d(10))
+
+    monkeypatch.setattr(optimizer_speed, "MODELS", {"small": small})
+    file = tmp_path / "out.json"
+    options = ["--seconds", "0.01", "--active", "1,.5", "--only", name.lower()]
+    optimizer_speed.main([*options, "--device", "cpu", "--json", str(file)])
+    whole, half = json.loads(file.read_text())["results"]
+    assert (whole["active"], half["active"]) == (1, 0.5)
+    # as many values as a copy of the parameters moves, so many times over
+    for row, share in ((whole, 1), (half, 0.5)):
+        copies = row["of_copy"] * row["neq_p50"] / row["copy_p50"]
+        assert copies == pytest.approx(share * moved / 2)
+    assert "of a copy's bandwidth" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """bench/gpu_check.py itself, on parts that need no GPU."""
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -119,6 +120,9 @@ def test_parts_are_commands_that_exist(tmp_path):
         if part.name.startswith("speed"):
             speed = [argument.replace("cuda", "cpu") for argument in part.command[2:]]
             timed += [problem.name for problem in backward_speed.parse(speed).problems]
+        elif part.command[1].startswith("bench/"):
+            script = importlib.import_module(f"bench.{part.name}")
+            script.parse([argument.replace("cuda", "cpu") for argument in part.command[2:]])
     assert sorted(timed) == sorted(problem.name for problem in problems("full", "cpu"))
     assert sorted(stepped) == sorted(gpu_check.NETWORKS)
     for kernel in gpu_check.KERNELS:

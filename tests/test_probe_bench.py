@@ -12,15 +12,22 @@ from bench import probe
 def test_bench_of_the_probe(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(probe, "BATCH", 4)
     monkeypatch.setattr(probe, "SAMPLES", 3)
+    monkeypatch.setattr(probe, "cache_bytes", lambda device: 1000)
+    monkeypatch.setattr(probe, "OUTPUTS", {"conv": (4, 5, 5), "linear": (7,)})
     file = tmp_path / "out.json"
-    probe.main(["--epochs", "2", "--steps", "1", "--eps", "1", "--json", str(file)])
-    results = json.loads(file.read_text())["results"]
+    options = ["--epochs", "2", "--steps", "1", "--eps", "1", "--seconds", "0.01"]
+    probe.main([*options, "--json", str(file)])
+    rows = json.loads(file.read_text())["results"]
+    results, compared = rows[:3], rows[3:]
     assert [row["memory"] for row in results] == ["device", "host", "sketch"]
     for row in results:
         assert row["probe_ms"] > 0
         assert row["step_ms"] > 0
         assert row["frozen"] > 0.5
     assert [row["agreement"] for row in results[:2]] == [1, 1]
+    assert [row["megabytes"] for row in compared] == [0.0012] * 2 + [8.4e-05] * 2
+    for row in compared:
+        assert row["of_copy"] == row["copy_ms"] / row["compare_ms"] > 0
     assert "a sketch and all outputs agree on" in capsys.readouterr().out
 
 
