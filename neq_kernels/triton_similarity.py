@@ -85,19 +85,23 @@ def row_similarity(y: Tensor, y_: Tensor) -> Tensor:
     if y.numel() == 0:
         return y.new_zeros((3, samples, neurons), dtype=torch.float64)
     y, y_ = y.contiguous(), y_.contiguous()
-    p, n, q = sides(before, neurons, after)
-    blocks, steps = samples * ceil(neurons / n), ceil(before / p) * ceil(after / q)
+    u, width = unit(y, y_, after if after > 1 else neurons), neurons
+    if after > 1 and u * y.element_size() < 8 and before >= 32:
+        # planes that are not aligned, 7 x 7 say: sums of each of their pixels first
+        width, after = neurons * after, 1
+        u = unit(y, y_, width)
+    p, n, q = sides(before, width, after)
+    blocks, steps = samples * ceil(width / n), ceil(before / p) * ceil(after / q)
     cut = parts(blocks, steps, PROGRAMS * gpu(y.device).processors, overhead=2)
-    out = y.new_empty((cut, 3, samples, neurons), dtype=wide)
-    u = unit(y, y_, after if after > 1 else neurons)
+    out = y.new_empty((cut, 3, samples, width), dtype=wide)
     with torch.cuda.device_of(y):
         _sums[blocks, cut](
             y, y_, out,
-            before, neurons if after > 1 else neurons // u, after // u if after > 1 else after,
+            before, width if after > 1 else width // u, after // u if after > 1 else after,
             samples, ceil(steps / cut),
             UNIT=u, AFTER=after > 1, P=p, N=n, Q=q, num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip
-    return out.sum(0, dtype=torch.float64)
+    return out.view(cut, 3, samples, neurons, -1).sum((0, -1), dtype=torch.float64)
 
 
 def sides(before: int, neurons: int, after: int) -> tuple[int, int, int]:

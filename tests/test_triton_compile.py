@@ -135,11 +135,12 @@ def test_row_similarity(arch, dtype, other, before, neurons, after):
 
 
 @every_target
-def test_row_similarity_of_planes_that_are_not_aligned(arch):
-    """14 x 14 pixels of 16 bits: 8 bytes at a time."""
-    y = torch.empty(1, 50, 64, 196, dtype=torch.bfloat16)
+@pytest.mark.parametrize(("pixels", "bits"), [(14 * 14, "64"), (7 * 7, "128")])
+def test_row_similarity_of_planes_that_are_not_aligned(arch, pixels, bits):
+    """Of 16-bit values, whole planes at least are aligned, or an image of them."""
+    y = torch.empty(1, 50, 64, pixels, dtype=torch.bfloat16)
     (kernel,) = kernels(arch, lambda: triton_similarity.row_similarity(y, y))
-    assert kernel.count("LDG", "64") == kernel.count("LDG") > 0
+    assert kernel.count("LDG", bits) == kernel.count("LDG") > 0
 
 
 def steps(kind, dtype, shape, active):
@@ -158,7 +159,8 @@ def steps(kind, dtype, shape, active):
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_steps(arch, kind, dtype):
-    """They read and write 16 bytes at a time, and three programs have enough registers."""
+    """They read and write 16 bytes at a time, and three programs have enough registers. What is to
+    have the reference's bits rounds each product and each sum."""
     there = {"_taken": lambda step: step.dtype, "_rate": lambda lr, param: (lr, 0.0)}
     with mock.patch.multiple(triton_step, **there):
         (kernel,) = kernels(arch, steps(kind, dtype, (64, 576), [5, 9]))
@@ -166,6 +168,26 @@ def test_steps(arch, kind, dtype):
     assert kernel.count("LDG") - kernel.count("LDG", "128") == rows + scalars
     assert kernel.count("STG") == kernel.count("STG", "128") > 0
     assert 3 * kernel.registers * 32 * triton_step.WARPS <= 2**16
+    if kind == "sgd":
+        assert not kernel.count("FFMA") + kernel.count("FFMA2")
+        assert kernel.count("FMUL") + kernel.count("FMUL2")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "shift", "unit"),
+    [
+        (torch.float32, 12, 0, 4),
+        (torch.float32, 6, 0, 2),
+        (torch.float32, 12, 2, 2),
+        (torch.float32, 12, 3, 1),
+        (torch.bfloat16, 24, 0, 8),
+        (torch.float64, 12, 0, 2),
+    ],
+    ids=str,
+)
+def test_rows_are_read_in_units_to_which_all_their_tensors_are_aligned(dtype, width, shift, unit):
+    aligned, shifted = (torch.empty(5 * width + s, dtype=dtype)[s:] for s in (0, shift))
+    assert triton_step._unit([t.view(5, width) for t in (aligned, aligned, shifted)]) == unit
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])

@@ -1,5 +1,6 @@
 """``row_similarity`` by its Triton kernel: on a GPU, or anywhere in Triton's interpreter."""
 
+from math import prod
 from unittest import mock
 
 import pytest
@@ -46,7 +47,7 @@ def check(*args):
 def outputs(draw):
     """Shape, channel_dim and per_sample, then a layout and a dtype of each of the two tensors."""
     size = st.one_of(st.integers(1, 9), st.sampled_from([0, 16, 33]))
-    shape = draw(st.lists(size, min_size=1, max_size=4))
+    shape = draw(st.lists(size, min_size=1, max_size=4).filter(lambda sizes: prod(sizes) < 1000))
     dim = draw(st.integers(-len(shape), len(shape) - 1))
     per_sample = draw(st.booleans()) and dim % len(shape) != 0
     layout, dtype = st.sampled_from([*LAYOUTS]), st.sampled_from(DTYPES)
@@ -54,7 +55,7 @@ def outputs(draw):
 
 
 @on_devices
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=40)
 @given(outputs(), st.sampled_from([128, 2048]), st.integers(1, 4))
 def test_exact(device, case, elements, parts):
     shape, dim, per_sample, layouts, dtypes = case
@@ -68,11 +69,18 @@ def test_exact(device, case, elements, parts):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("shape", "dim"),
-    [((900, 70), 1), ((2, 40, 100), 2), ((3, 20, 7, 7), 1), ((2, 3, 56, 56), 1), ((9, 5000), 0)],
+    [
+        ((900, 70), 1),
+        ((2, 40, 100), 2),
+        ((40, 24, 7, 7), 1),
+        ((3, 20, 7, 7), 1),
+        ((2, 3, 56, 56), 1),
+        ((9, 5000), 0),
+    ],
     ids=str,
 )
 def test_exact_however_the_gpu_is_filled(device, dtype, shape, dim):
-    check(*(integers(shape, dtype, device) for _ in "ab"), dim, len(shape) > 2)
+    check(*(integers(shape, dtype, device) for _ in "ab"), dim, len(shape) > 2 and shape[0] < 9)
 
 
 @on_devices
