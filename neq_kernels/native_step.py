@@ -60,6 +60,6 @@ def _table(
     """
     addresses = [[t.data_ptr() for t in ts] if ts else [0] * len(rows) for ts in lists]
     return [
-        (*tensors, r.data_ptr(), r.numel(), p.numel() // r.numel(), int(k))
+        (*tensors, r.data_ptr(), r.numel(), p.numel() // (r.numel() or 1), int(k))
         for p, r, k, *tensors in zip(lists[0], rows, counts, *addresses, strict=True)
     ]

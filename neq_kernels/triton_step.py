@@ -6,9 +6,9 @@ captured graph holds all that it needs. The arithmetic is float32 (float64 for f
 and of Adam's moments the reference's, operation by operation.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from math import ceil, gcd
+from math import gcd
 from typing import Any, NamedTuple
 
 import torch
@@ -208,7 +208,8 @@ def adamw_rows_(
         for launch in _launches(rows, counts, params, grads, *moments, alike=taken):
             addresses, dtype, t = None, None, launch.alike
             if isinstance(t, torch.dtype):
-                addresses, dtype, t = _addresses(steps, launch.chosen), DTYPES[t], 1
+                addresses = _filled([steps[i].data_ptr() for i in launch.chosen])
+                dtype, t = DTYPES[t], 1
             _adamw[launch.programs,](
                 *launch.tuples, addresses, *rate, *o[1:5], 1 - o.beta1**t, 1 - o.beta2**t,
                 MAXIMIZE=o.maximize, STEP=dtype, **launch.settings,
@@ -232,35 +233,32 @@ def _launches(
     *lists: list[Tensor],  # parameters, gradients, state
     alike: Sequence[object] | None = None,  # of each parameter, what those of a launch share
 ) -> Iterator[_Launch]:
-    active, params = [int(k) for k in counts], lists[0]
+    params, dtype, size = lists[0], lists[0][0].dtype, lists[0][0].element_size()
+    active = [int(k) for k in counts]
+    widths = [p.numel() // (p.shape[0] or 1) for p in params]
+    addresses = [[t.data_ptr() for t in tensors] for tensors in (rows, *lists)]
     groups: dict[tuple[int, object], list[int]] = {}
-    for i, p in enumerate(params):
-        if active[i] * p.numel() > 0:
-            unit = _unit([tensors[i] for tensors in lists if tensors])
+    for i, (k, width) in enumerate(zip(active, widths, strict=True)):
+        if k * width > 0:
+            # so many elements of its rows can be read at once: up to 16 bytes
+            unit = gcd(16, width * size, *(a[i] for a in addresses[1:] if a)) // size
             groups.setdefault((unit, alike and alike[i]), []).append(i)
     for (unit, common), group in groups.items():
         settings = {
-            "DTYPE": DTYPES[params[0].dtype],
-            "WIDE": tl.float64 if params[0].dtype is torch.float64 else tl.float32,
+            "DTYPE": DTYPES[dtype], "WIDE": tl.float64 if size == 8 else tl.float32,
             "UNIT": unit, "BLOCK": BLOCK, "num_warps": WARPS, "enable_fp_fusion": False,
         }  # fmt: skip
         for first in range(0, len(group), MANY):
             chosen = group[first : first + MANY]
-            widths = [params[i].numel() // (len(params[i]) * unit) for i in chosen]
-            ks = [active[i] for i in chosen]
-            *starts, programs = accumulate(
-                (ceil(k * width / BLOCK) for k, width in zip(ks, widths, strict=True)), initial=0
-            )
-            sizes = _filled(starts, by=programs), _filled(ks), _filled(widths)
-            tuples = [_addresses(tensors, chosen) for tensors in (rows, *lists)]
-            yield _Launch(chosen, programs, [*sizes, *tuples], settings, common)
+            ks, units = [active[i] for i in chosen], [widths[i] // unit for i in chosen]
+            blocks = (-(-k * width // BLOCK) for k, width in zip(ks, units, strict=True))
+            *starts, programs = accumulate(blocks, initial=0)
+            sizes = _filled(starts, by=programs), _filled(ks), _filled(units)
+            tensors = [_filled([a[i] for i in chosen]) if a else None for a in addresses]
+            yield _Launch(chosen, programs, [*sizes, *tensors], settings, common)
 
 
-def _addresses(tensors: list[Tensor], chosen: list[int]) -> tuple[int, ...] | None:
-    return _filled(tensors[i].data_ptr() for i in chosen) if tensors else None
-
-
-def _filled(values: Iterable[int], by: int = 0) -> tuple[int, ...]:
+def _filled(values: list[int], by: int = 0) -> tuple[int, ...]:
     """A tuple for a launch: of ``MANY`` entries, all of them large multiples of 16.
 
     Triton compiles a kernel for each length, and for what it can tell of each entry: is it 1, a
@@ -268,13 +266,6 @@ def _filled(values: Iterable[int], by: int = 0) -> tuple[int, ...]:
     """
     given = [BASE.value + 16 * value for value in values]
     return (*given, *[BASE.value + 16 * by] * (MANY - len(given)))
-
-
-def _unit(tensors: list[Tensor]) -> int:
-    """How many elements of a row of each can be read at once: up to 16 bytes."""
-    p = tensors[0]
-    addresses = (t.data_ptr() // t.element_size() for t in tensors)
-    return gcd(16 // p.element_size(), p.numel() // len(p), *addresses)
 
 
 def _rate(lr: Tensor, param: Tensor) -> tuple[Tensor | None, float]:

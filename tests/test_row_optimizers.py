@@ -60,6 +60,14 @@ def test_sgd_exact_with_gradients_in_another_layout(backend):
     same(p, truth[0])
 
 
+def test_parameters_without_neurons_or_weights(backend):
+    shapes, counts = [(0, 3), (4, 0), (2, 2)], [torch.tensor(k) for k in (0, 2, 1)]
+    p, g = ([torch.ones(shape) for shape in shapes] for _ in "pg")
+    rows = [torch.arange(shape[0]) for shape in shapes]
+    ops.sgd_rows_(p, g, [], rows, counts, lr(0.5), *SGD_OPTIONS[0])
+    assert p[2].tolist() == [[0.5, 0.5], [1, 1]]
+
+
 def test_rows_that_lie_apart(backend):
     (p, g, m), rows, counts = problem(1, 0.5)
     truth = copy.deepcopy((p, g, m))

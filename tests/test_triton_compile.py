@@ -187,7 +187,9 @@ def test_steps(arch, kind, dtype):
 )
 def test_rows_are_read_in_units_to_which_all_their_tensors_are_aligned(dtype, width, shift, unit):
     aligned, shifted = (torch.empty(5 * width + s, dtype=dtype)[s:] for s in (0, shift))
-    assert triton_step._unit([t.view(5, width) for t in (aligned, aligned, shifted)]) == unit
+    lists = [[t.view(5, width)] for t in (aligned, aligned, shifted)]
+    (launch,) = triton_step._launches([torch.arange(5)], [torch.tensor(2)], *lists)
+    assert launch.settings["UNIT"] == unit
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
