@@ -37,7 +37,8 @@ def backend(p: Tensor) -> ModuleType:
     if p.is_cuda and p.numel() < INT32 and triton_is_there():
         from neq_kernels import triton_step
 
-        return triton_step
+        if p.dtype in triton_step.DTYPES:
+            return triton_step
     return pack_step
 
 

@@ -84,6 +84,7 @@ def test_rows_that_lie_apart(backend):
         ("cpu", torch.bfloat16, 9, "pack_step"),
         ("cuda", torch.float32, 9, "triton_step"),
         ("cuda", torch.bfloat16, 9, "triton_step"),
+        ("cuda", torch.float8_e5m2, 9, "pack_step"),
         ("cuda", torch.float32, 2**31, "pack_step"),
         ("mps", torch.float32, 9, "pack_step"),
     ],
