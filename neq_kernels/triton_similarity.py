@@ -2,7 +2,7 @@
 
 A program keeps the sums of a few neurons, one for each element of its tile, and walks the positions
 tile by tile. Where there are too few neurons to fill the GPU, their positions are cut into parts,
-whose sums are added up by a second kernel: always in the same order.
+whose sums torch adds up: always in the same order.
 """
 
 from math import ceil, gcd
@@ -18,7 +18,11 @@ ELEMENTS, WARPS = 2048, 4  # of a tile, and to work on it: a thread reads 64 byt
 PROGRAMS = 5  # that the registers of a processor suffice for
 
 
-@triton.jit
+# one kernel for all sizes, as far as they don't change its code
+@triton.jit(
+    do_not_specialize=["before", "neurons", "samples", "steps"],
+    do_not_specialize_on_alignment=["after"],
+)
 def _sums(
     y,  # [samples, before, neurons, after], contiguous
     y_,  # like y, but for its dtype
@@ -65,7 +69,7 @@ def _sums(
         square += a * a
         square_ += b * b
 
-    next_sum = tl.full((), samples, tl.int64) * neurons
+    next_sum = samples.to(tl.int64) * neurons
     at = tl.program_id(1) * 3 * next_sum + sample.to(tl.int64) * neurons + neuron
     tl.store(out + at, _of_each_neuron(dot), mask=neuron < neurons)
     tl.store(out + at + next_sum, _of_each_neuron(square), mask=neuron < neurons)

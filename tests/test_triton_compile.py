@@ -160,7 +160,8 @@ def steps(kind, dtype, shape, active):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_steps(arch, kind, dtype):
     """They read and write 16 bytes at a time, and three programs have enough registers. What is to
-    have the reference's bits rounds each product and each sum."""
+    have the reference's bits rounds each product and each sum (but in Triton 3.6 for sm_100, whose
+    assembler fuses those of 16-bit values)."""
     there = {"_taken": lambda step: step.dtype, "_rate": lambda lr, param: (lr, 0.0)}
     with mock.patch.multiple(triton_step, **there):
         (kernel,) = kernels(arch, steps(kind, dtype, (64, 576), [5, 9]))
@@ -168,9 +169,9 @@ def test_steps(arch, kind, dtype):
     assert kernel.count("LDG") - kernel.count("LDG", "128") == rows + scalars
     assert kernel.count("STG") == kernel.count("STG", "128") > 0
     assert 3 * kernel.registers * 32 * triton_step.WARPS <= 2**16
-    if kind == "sgd":
-        assert not kernel.count("FFMA") + kernel.count("FFMA2")
-        assert kernel.count("FMUL") + kernel.count("FMUL2")
+    if kind == "sgd" and (dtype is torch.float32 or arch < 100):
+        assert not kernel.count("FFMA")
+        assert kernel.count("FMUL")
 
 
 @pytest.mark.parametrize(
@@ -192,19 +193,38 @@ def test_rows_are_read_in_units_to_which_all_their_tensors_are_aligned(dtype, wi
     assert launch.settings["UNIT"] == unit
 
 
-@pytest.mark.parametrize("kind", ["sgd", "adamw"])
-def test_other_parameters_and_rows_compile_nothing_new(kind):
+@pytest.fixture
+def compiles():
+    """Counts the kernels that had to be compiled, for sm_90."""
     compiler = JITFunction._do_compile
     with (
         launches(90),
         mock.patch("aot._read"),
+        mock.patch.object(triton_similarity, "gpu", return_value=Gpu(90, 132)),
         mock.patch.object(JITFunction, "_do_compile", autospec=True) as compiles,
     ):
         compiles.side_effect = compiler
-        steps(kind, torch.float16, (64, 48), [1])()
-        before = compiles.call_count
-        for shape, active in (((64, 48), [2]), ((128, 16), [16, 1, 40]), ((9, 8), [3] * 70)):
-            steps(kind, torch.float16, shape, active)()
-        assert compiles.call_count == before
-        steps(kind, torch.float16, (64, 44), [2])()  # in units half as large
-        assert compiles.call_count == before + 1
+        yield compiles
+
+
+def test_outputs_of_other_sizes_compile_nothing_new(compiles):
+    def compare(positions, neurons):
+        y = torch.empty(1, positions, neurons, 1, dtype=torch.float16)
+        triton_similarity.row_similarity(y, y)
+
+    compare(4096, 64)
+    before = compiles.call_count
+    for sizes in ((100, 64), (9999, 40), (77, 56)):
+        compare(*sizes)
+    assert compiles.call_count == before
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_other_parameters_and_rows_compile_nothing_new(kind, compiles):
+    steps(kind, torch.float16, (64, 48), [1])()
+    before = compiles.call_count
+    for shape, active in (((64, 48), [2]), ((128, 16), [16, 1, 40]), ((9, 8), [3] * 70)):
+        steps(kind, torch.float16, shape, active)()
+    assert compiles.call_count == before
+    steps(kind, torch.float16, (64, 44), [2])()  # in units half as large
+    assert compiles.call_count == before + 1
