@@ -117,7 +117,7 @@ def test_parts_are_commands_that_exist(tmp_path):
             steps = [argument.replace("cuda", "cpu") for argument in part.command[2:]]
             with mock.patch.object(end_to_end, "networks", return_value=NETWORKS):
                 stepped += end_to_end.parse(steps).networks
-        if part.name.startswith("speed"):
+        elif part.name.startswith("speed"):
             speed = [argument.replace("cuda", "cpu") for argument in part.command[2:]]
             timed += [problem.name for problem in backward_speed.parse(speed).problems]
         elif part.command[1].startswith("bench/"):
