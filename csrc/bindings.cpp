@@ -47,8 +47,9 @@ void cpu_pack_columns(neq::DType dtype, uintptr_t dy, int64_t samples, int64_t n
                          pointer<void>(sums), threads);
 }
 
-// One parameter: the addresses of it, its gradient, three states and its rows; neurons, width and k.
-using Addresses = std::array<uintptr_t, 9>;
+// One parameter: the addresses of it, its gradient, three states and its rows; neurons, width, k, and
+// whether it is transposed in memory.
+using Addresses = std::array<uintptr_t, 10>;
 
 std::vector<neq::cpu::Stepped> stepped(const std::vector<Addresses>& all,
                                        const std::vector<double>& counts) {
@@ -56,11 +57,11 @@ std::vector<neq::cpu::Stepped> stepped(const std::vector<Addresses>& all,
           "empty or one for each of " + std::to_string(all.size()) + " parameters");
   std::vector<neq::cpu::Stepped> result;
   for (size_t i = 0; i < all.size(); ++i) {
-    const auto& [param, grad, first, second, largest, rows, neurons, width, k] = all[i];
+    const auto& [param, grad, first, second, largest, rows, neurons, width, k, transposed] = all[i];
     require(k <= neurons, "k", int64_t(k), "at most neurons = " + std::to_string(neurons));
     result.push_back({pointer<void>(param), pointer<const void>(grad), pointer<void>(first),
                       pointer<void>(second), pointer<void>(largest), int64_t(neurons),
-                      int64_t(width), pointer<const int64_t>(rows), int64_t(k),
+                      int64_t(width), transposed != 0, pointer<const int64_t>(rows), int64_t(k),
                       counts.empty() ? 0 : counts[i]});
   }
   return result;

@@ -53,7 +53,7 @@ def cpu_pack_columns(
 ) -> None: ...
 def cpu_sgd_rows(
     dtype: DType,
-    all: list[tuple[int, ...]],  # of 9
+    all: list[tuple[int, ...]],  # of 10
     lr: float,
     momentum: float,
     dampening: float,
@@ -65,7 +65,7 @@ def cpu_sgd_rows(
 ) -> None: ...
 def cpu_adamw_rows(
     dtype: DType,
-    all: list[tuple[int, ...]],  # of 9
+    all: list[tuple[int, ...]],  # of 10
     counts: list[float],
     lr: float,
     beta1: float,

@@ -56,10 +56,15 @@ def _table(
     rows: list[Tensor], counts: list[Tensor], *lists: Sequence[Tensor]
 ) -> list[tuple[int, ...]]:
     """For each parameter the addresses of its tensors (0 where a list is empty) and of its rows,
-    then its neurons, their width, and how many are active.
+    then its neurons, their width, how many are active, and whether it is transposed in memory.
     """
     addresses = [[t.data_ptr() for t in ts] if ts else [0] * len(rows) for ts in lists]
     return [
-        (*tensors, r.data_ptr(), r.numel(), p.numel() // (r.numel() or 1), int(k))
+        (*tensors, r.data_ptr(), n := r.numel(), p.numel() // (n or 1), int(k), is_transposed(p))
         for p, r, k, *tensors in zip(lists[0], rows, counts, *addresses, strict=True)
     ]
+
+
+def is_transposed(p: Tensor) -> bool:
+    """Whether the neurons of a matrix, which are its rows, lie side by side in memory."""
+    return p.dim() == 2 and not p.is_contiguous() and p.t().is_contiguous()

@@ -2,6 +2,7 @@
 
 The kernels read and write the active rows where they are. They want each row in one piece, and
 alike in the parameter, its gradient and its state: any weight of a plain or channels_last layer.
+The CPU's also takes a transposed matrix, of which packing would move the whole, many times.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,11 +31,13 @@ def adamw_rows_(*lists: list[Tensor], options: AdamW) -> None:
         backend.adamw_rows_(*some, options)
 
 
-def backend(p: Tensor) -> ModuleType:
-    """Who steps a parameter whose rows lie in one piece."""
+def backend(p: Tensor, *others: Tensor) -> ModuleType:
+    """Who steps a parameter with its gradient and state."""
+    whole = _in_one_piece((p, *others))
     if p.is_cpu and p.dtype in native_step.DTYPES:
-        return native_step
-    if p.is_cuda and p.numel() < INT32 and triton_is_there():
+        if whole or all(map(native_step.is_transposed, (p, *others))):
+            return native_step
+    elif whole and p.is_cuda and p.numel() < INT32 and triton_is_there():
         from neq_kernels import triton_step
 
         if p.dtype in triton_step.DTYPES:
@@ -52,8 +55,8 @@ def _divide(
     params, rows = lists[0], lists[-2]
     divided: dict[tuple[ModuleType, torch.device, torch.dtype], list[int]] = {}
     for i, p in enumerate(params):
-        whole = _in_one_piece([tensors[i] for tensors in lists[:alike] if tensors])
-        step = backend(p) if whole and rows[i].is_contiguous() else pack_step
+        tensors = [tensors[i] for tensors in lists[:alike] if tensors]
+        step = backend(*tensors) if rows[i].is_contiguous() else pack_step
         divided.setdefault((step, p.device, p.dtype), []).append(i)
     for (step, *_), chosen in divided.items():
         yield step, [[tensors[i] for i in chosen] if tensors else [] for tensors in lists]

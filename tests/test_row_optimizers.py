@@ -11,7 +11,7 @@ from torch import nn
 from torch.library import opcheck
 
 import neq
-from neq_kernels import compiled, ops, pack_step, reference, row_step
+from neq_kernels import compiled, native_step, ops, pack_step, reference, row_step
 
 if compiled.why_not("cpu"):
     raise RuntimeError(compiled.why_not("cpu"))
@@ -24,7 +24,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 @pytest.fixture(params=["compiled", "packed"])
 def backend(request, monkeypatch):
     if request.param == "packed":
-        monkeypatch.setattr(row_step, "backend", lambda p: pack_step)
+        monkeypatch.setattr(row_step, "backend", lambda *tensors: pack_step)
     return request.param
 
 
@@ -47,8 +47,11 @@ def test_sgd_exact(options, share, device, backend):
 
 
 @pytest.mark.parametrize("layout", ["transposed", "channels_last"])
-def test_sgd_exact_in_any_layout(layout, backend):
-    check_sgd(SGD_OPTIONS[3], 0.5, torch.float32, "cpu", layout)
+@pytest.mark.parametrize("options", SGD_OPTIONS, ids=str)
+@pytest.mark.parametrize("share", SHARES)
+def test_sgd_exact_in_any_layout(options, share, layout, backend):
+    for dtype in (torch.float32, torch.float64):
+        check_sgd(options, share, dtype, "cpu", layout)
 
 
 def test_sgd_exact_with_gradients_in_another_layout(backend):
@@ -96,6 +99,14 @@ def test_who_steps(device, dtype, elements, chosen):
     assert row_step.backend(p).__name__ == f"neq_kernels.{chosen}"
 
 
+def test_who_steps_a_transposed_matrix():
+    whole, transposed = torch.ones(3, 4), torch.ones(4, 3).t()
+    assert row_step.backend(transposed, transposed) is native_step
+    assert row_step.backend(transposed, whole) is pack_step
+    assert row_step.backend(whole, transposed) is pack_step
+    assert row_step.backend(torch.ones(4, 3, 2).transpose(0, 1)) is pack_step
+
+
 def test_without_triton_torch_steps_on_a_gpu():
     p = mock.Mock(is_cpu=False, is_cuda=True, numel=lambda: 9)
     with mock.patch.object(row_step, "triton_is_there", return_value=False):
@@ -112,8 +123,18 @@ def test_sgd_in_half_precision(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("device", DEVICES)
 def test_adamw(options, share, dtype, device, backend):
+    check_adamw(options, share, dtype, device, "plain")
+
+
+@pytest.mark.parametrize("options", ADAMW_OPTIONS, ids=str)
+def test_adamw_of_transposed_matrices(options, backend):
+    for dtype in (torch.float32, torch.float64):
+        check_adamw(options, 0.5, dtype, "cpu", "transposed")
+
+
+def check_adamw(options, share, dtype, device, layout):
     amsgrad, maximize, decay = options
-    (p, g, m, v, v_max), rows, counts = problem(3, share, dtype, device)
+    (p, g, m, v, v_max), rows, counts = problem(3, share, dtype, device, layout)
     v_max = v_max if amsgrad else []
     steps = [torch.tensor(float(i)) for i in range(len(p))]
     mine = [p, g, m, v, v_max, steps]
@@ -317,7 +338,7 @@ def test_active_rows_as_torch_and_frozen_rows_untouched(name, options, backend):
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_packed_rows_have_torchs_bits(name, dtype, monkeypatch):
-    monkeypatch.setattr(row_step, "backend", lambda p: pack_step)
+    monkeypatch.setattr(row_step, "backend", lambda *tensors: pack_step)
     mine, dense = make_model(dtype), make_model(dtype)
     options = {"momentum": 0.9, "weight_decay": 0.1} if name == "SGD" else {"amsgrad": True}
     optimizer = make(neq.optim, name, mine, options, layers=mine)

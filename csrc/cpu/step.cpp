@@ -4,21 +4,37 @@
 #include <cmath>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "processor.h"
 
 namespace neq::cpu {
 namespace {
 
-// Each kernel steps one row. Its constants are copied to where no store can reach them: else no loop
-// becomes vectors.
-
+// Which elements of a line are stepped.
 template <class T>
-struct SGDRow {
+struct All {
+  T operator()(int64_t, T next, T) const { return next; }
+};
+
+// Those where `active` is not zero: as wide as T, so that a comparison of vectors picks.
+template <class T>
+struct Chosen {
+  using Lane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  const Lane* active;
+  T operator()(int64_t i, T next, T before) const { return active[i] ? next : before; }
+};
+
+// Each kernel steps a line of `length` elements from `at` on. Its constants are copied to where no
+// store can reach them: else no loop becomes vectors.
+
+template <class Number>
+struct SGDLine {
+  using T = Number;
   T lr, momentum, undamped, weight_decay;
   bool nesterov, maximize, begin;
 
-  SGDRow(const SGD& o, const Stepped&)
+  SGDLine(const SGD& o, const Stepped&)
       : lr(T(o.lr)),
         momentum(T(o.momentum)),
         undamped(T(1 - o.dampening)),
@@ -27,36 +43,38 @@ struct SGDRow {
         maximize(o.maximize),
         begin(o.begin) {}
 
-  NEQ_INLINE void operator()(const Stepped& s, int64_t at) const {
+  template <class Pick>
+  NEQ_INLINE void operator()(const Stepped& s, int64_t at, int64_t length, Pick pick) const {
     T* __restrict p = (T*)s.param + at;
     const T* __restrict grad = (const T*)s.grad + at;
     T* __restrict m = (T*)s.first + at;
-    const int64_t width = s.width;
     const T rate = lr, decay = weight_decay, sign = maximize ? T(-1) : T(1);
     if (!s.first) {
 #pragma omp simd
-      for (int64_t i = 0; i < width; ++i) p[i] -= rate * (sign * grad[i] + decay * p[i]);
+      for (int64_t i = 0; i < length; ++i)
+        p[i] = pick(i, p[i] - rate * (sign * grad[i] + decay * p[i]), p[i]);
       return;
     }
     const T keep = begin ? T(0) : momentum, add = begin ? T(1) : undamped;
     // the step is along gradient * ahead + momentum * behind
     const T ahead = nesterov ? T(1) : T(0), behind = nesterov ? momentum : T(1);
 #pragma omp simd
-    for (int64_t i = 0; i < width; ++i) {
+    for (int64_t i = 0; i < length; ++i) {
       T g = sign * grad[i] + decay * p[i];
       T next = keep * m[i] + add * g;
-      m[i] = next;
-      p[i] -= rate * (ahead * g + behind * next);
+      m[i] = pick(i, next, m[i]);
+      p[i] = pick(i, p[i] - rate * (ahead * g + behind * next), p[i]);
     }
   }
 };
 
-template <class T>
-struct AdamWRow {
+template <class Number>
+struct AdamWLine {
+  using T = Number;
   T beta1, beta2, eps, keep, rate, scale;
   bool maximize;
 
-  AdamWRow(const AdamW& o, const Stepped& s)
+  AdamWLine(const AdamW& o, const Stepped& s)
       : beta1(T(o.beta1)),
         beta2(T(o.beta2)),
         eps(T(o.eps)),
@@ -65,73 +83,86 @@ struct AdamWRow {
         scale(T(1 / std::sqrt(1 - std::pow(o.beta2, s.count)))),
         maximize(o.maximize) {}
 
-  NEQ_INLINE void operator()(const Stepped& s, int64_t at) const {
+  template <class Pick>
+  NEQ_INLINE void operator()(const Stepped& s, int64_t at, int64_t length, Pick pick) const {
     T* __restrict p = (T*)s.param + at;
     const T* __restrict grad = (const T*)s.grad + at;
     T* __restrict m = (T*)s.first + at;
     T* __restrict v = (T*)s.second + at;
     T* __restrict largest = s.largest ? (T*)s.largest + at : nullptr;
-    const int64_t width = s.width;
     const T old1 = beta1, old2 = beta2, new1 = 1 - old1, new2 = 1 - old2;
     const T decayed = keep, step = rate, root = scale, floor = eps;
     const T sign = maximize ? T(-1) : T(1);
     if (!largest) {
 #pragma omp simd
-      for (int64_t i = 0; i < width; ++i) {
+      for (int64_t i = 0; i < length; ++i) {
         T g = sign * grad[i], first = old1 * m[i] + new1 * g, second = old2 * v[i] + new2 * g * g;
-        m[i] = first;
-        v[i] = second;
-        p[i] = decayed * p[i] - step * first / (std::sqrt(second) * root + floor);
+        m[i] = pick(i, first, m[i]);
+        v[i] = pick(i, second, v[i]);
+        p[i] = pick(i, decayed * p[i] - step * first / (std::sqrt(second) * root + floor), p[i]);
       }
       return;
     }
 #pragma omp simd
-    for (int64_t i = 0; i < width; ++i) {
+    for (int64_t i = 0; i < length; ++i) {
       T g = sign * grad[i], first = old1 * m[i] + new1 * g, second = old2 * v[i] + new2 * g * g;
       T most = largest[i] > second ? largest[i] : second;
-      m[i] = first;
-      v[i] = second;
-      largest[i] = most;
-      p[i] = decayed * p[i] - step * first / (std::sqrt(most) * root + floor);
+      m[i] = pick(i, first, m[i]);
+      v[i] = pick(i, second, v[i]);
+      largest[i] = pick(i, most, largest[i]);
+      p[i] = pick(i, decayed * p[i] - step * first / (std::sqrt(most) * root + floor), p[i]);
     }
   }
 };
 
-template <class Row>
-NEQ_INLINE void step_rows(const Row& row, const Stepped& s, int64_t begin, int64_t end) {
-  for (int64_t j = begin; j < end; ++j) row(s, s.rows[j] * s.width);
+template <class T>
+using Active = const typename Chosen<T>::Lane*;
+
+// active: of a transposed parameter, whose lines hold an element of each row; else null.
+template <class Line>
+NEQ_INLINE void step_lines(const Line& line, const Stepped& s, Active<typename Line::T> active,
+                           int64_t begin, int64_t end) {
+  using T = typename Line::T;
+  for (int64_t j = begin; j < end; ++j)
+    if (active)
+      line(s, j * s.neurons, s.neurons, Chosen<T>{active});
+    else
+      line(s, s.rows[j] * s.width, s.width, All<T>{});
 }
 
-template <class Row>
-void step_portable(const Row& row, const Stepped& s, int64_t begin, int64_t end) {
-  step_rows(row, s, begin, end);
+template <class Line>
+void step_portable(const Line& line, const Stepped& s, Active<typename Line::T> active,
+                   int64_t begin, int64_t end) {
+  step_lines(line, s, active, begin, end);
 }
 
 #ifdef NEQ_X86
-template <class Row>
-__attribute__((target("avx2,fma"))) void step_avx2(const Row& row, const Stepped& s, int64_t begin,
+template <class Line>
+__attribute__((target("avx2,fma"))) void step_avx2(const Line& line, const Stepped& s,
+                                                   Active<typename Line::T> active, int64_t begin,
                                                    int64_t end) {
-  step_rows(row, s, begin, end);
+  step_lines(line, s, active, begin, end);
 }
 
-template <class Row>
+template <class Line>
 __attribute__((target("avx512f,avx512vl,avx512dq,fma,prefer-vector-width=512"))) void step_avx512(
-    const Row& row, const Stepped& s, int64_t begin, int64_t end) {
-  step_rows(row, s, begin, end);
+    const Line& line, const Stepped& s, Active<typename Line::T> active, int64_t begin,
+    int64_t end) {
+  step_lines(line, s, active, begin, end);
 }
 #endif
 
-template <class Row>
-using Kernel = void (*)(const Row&, const Stepped&, int64_t, int64_t);
+template <class Line>
+using Kernel = void (*)(const Line&, const Stepped&, Active<typename Line::T>, int64_t, int64_t);
 
-template <class Row>
-Kernel<Row> kernel() {
+template <class Line>
+Kernel<Line> kernel() {
 #ifdef NEQ_X86
   static const Processor processor;
-  if (processor.avx512) return step_avx512<Row>;
-  if (processor.avx2) return step_avx2<Row>;
+  if (processor.avx512) return step_avx512<Line>;
+  if (processor.avx2) return step_avx2<Line>;
 #endif
-  return step_portable<Row>;
+  return step_portable<Line>;
 }
 
 void check(const Stepped& s) {
@@ -141,37 +172,46 @@ void check(const Stepped& s) {
                                   std::to_string(s.rows[j]));
 }
 
-template <class Row, class Options>
+template <class Line, class Options>
 void step(const std::vector<Stepped>& all, const Options& options, int threads) {
+  using T = typename Line::T;
   int64_t elements = 0;
-  for (const Stepped& s : all) {
+  std::vector<std::vector<typename Chosen<T>::Lane>> active(all.size());
+  for (size_t i = 0; i < all.size(); ++i) {
+    const Stepped& s = all[i];
     check(s);
-    elements += s.k * s.width;
+    elements += (s.transposed ? s.neurons : s.k) * s.width;
+    if (!s.transposed) continue;
+    active[i].resize(s.neurons);
+    for (int64_t j = 0; j < s.k; ++j) active[i][s.rows[j]] = 1;
   }
   // Waking a thread costs microseconds: each should step 16 Ki elements at least.
   const int team = int(std::clamp<int64_t>(elements >> 14, 1, threads));
-  const Kernel<Row> run = kernel<Row>();
+  const Kernel<Line> run = kernel<Line>();
 #pragma omp parallel num_threads(team) if (team > 1)
-  for (const Stepped& s : all) {
-    const Row row(options, s);
-    const int64_t piece = std::max<int64_t>(1, (int64_t(1) << 12) / std::max<int64_t>(s.width, 1));
+  for (size_t i = 0; i < all.size(); ++i) {
+    const Stepped& s = all[i];
+    const Line line(options, s);
+    const int64_t lines = s.transposed ? (s.k ? s.width : 0) : s.k;
+    const int64_t length = s.transposed ? s.neurons : s.width;
+    const int64_t piece = std::max<int64_t>(1, (int64_t(1) << 12) / std::max<int64_t>(length, 1));
 #pragma omp for schedule(static) nowait
-    for (int64_t begin = 0; begin < s.k; begin += piece)
-      run(row, s, begin, std::min(s.k, begin + piece));
+    for (int64_t begin = 0; begin < lines; begin += piece)
+      run(line, s, s.transposed ? active[i].data() : nullptr, begin, std::min(lines, begin + piece));
   }
 }
 
 }  // namespace
 
 void sgd_rows(DType dtype, const std::vector<Stepped>& all, const SGD& options, int threads) {
-  if (dtype == DType::float32) return step<SGDRow<float>>(all, options, threads);
-  if (dtype == DType::float64) return step<SGDRow<double>>(all, options, threads);
+  if (dtype == DType::float32) return step<SGDLine<float>>(all, options, threads);
+  if (dtype == DType::float64) return step<SGDLine<double>>(all, options, threads);
   throw std::invalid_argument("dtype must be float32 or float64");
 }
 
 void adamw_rows(DType dtype, const std::vector<Stepped>& all, const AdamW& options, int threads) {
-  if (dtype == DType::float32) return step<AdamWRow<float>>(all, options, threads);
-  if (dtype == DType::float64) return step<AdamWRow<double>>(all, options, threads);
+  if (dtype == DType::float32) return step<AdamWLine<float>>(all, options, threads);
+  if (dtype == DType::float64) return step<AdamWLine<double>>(all, options, threads);
   throw std::invalid_argument("dtype must be float32 or float64");
 }
 

@@ -10,6 +10,8 @@ namespace neq::cpu {
 // One parameter [neurons, width] with what its optimizer keeps, all of them contiguous and of one
 // dtype. Only the rows named are read and written; each has to lie in [0, neurons), or
 // std::invalid_argument is thrown before anything is written, and must be named once.
+// `transposed` is for memory [width, neurons]: there all of it is read, and what belongs to other
+// rows written back as it was.
 struct Stepped {
   void* param;
   const void* grad;
@@ -17,6 +19,7 @@ struct Stepped {
   void* second;   // Adam's second moment
   void* largest;  // the largest second moment yet; null without amsgrad
   int64_t neurons, width;
+  bool transposed;
   const int64_t* rows;
   int64_t k;
   double count;  // of Adam's steps, this one included
