@@ -39,6 +39,7 @@ from neq import history, report
 LR, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 5e-4
 DROPS = 0.4, 0.6  # of the epochs: the learning rate falls to a tenth
 COMPARISON = ["dense", "equilibrium", "random-equal-flops", "short"]
+DENSE = "dense", "short"  # nobody ever rests, so there is nothing to draw
 PHASES = ("data", "forward", "backward", "optimizer", "probe")
 
 NOTES = """\
@@ -369,8 +370,9 @@ def compare(given: argparse.Namespace) -> dict[str, Any]:
     for seed in given.seeds:
         for name in given.policy:
             runs[name][seed] = train(name, seed, given, data)
-            records = history.read(given.output / f"{name}-{seed}.jsonl")
-            report.write(records, given.output / f"{name}-{seed}.png")
+            if name not in DENSE:
+                records = history.read(given.output / f"{name}-{seed}.jsonl")
+                report.write(records, given.output / f"{name}-{seed}.png")
     everything = cifar_report.with_stopped(runs)
     lines = cifar_report.summary(everything, given.epochs)
     Console(width=WIDTH, highlight=False).print(cifar_report.table(lines))
