@@ -75,7 +75,7 @@ class Recorded(neq.Policy):
         return {"generator": self._generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._generator.set_state(state["generator"])
+        self._generator.set_state(state["generator"].cpu())
 
 
 def recorded(given: argparse.Namespace, seed: int) -> list[history.EpochRecord]:
@@ -180,9 +180,7 @@ def train(name: str, seed: int, given: argparse.Namespace, data: Data) -> list[R
     torch.manual_seed(seed)
     model = resnet32(len(data.classes)).to(device, memory_format=torch.channels_last)
     neq.convert(model)
-    optimizer = neq.optim.SGD(
-        model.parameters(), LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, layers=model
-    )
+    optimizer = neq.optim.SGD(model.parameters(), LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
     # the probe's images, one class after the other, are held out: nothing trains on them
     held_out, images = (
         Images(*(t[part].to(device) for t in data.train))

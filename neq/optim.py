@@ -82,6 +82,13 @@ def _frozen(modules: Iterable[nn.Module]) -> dict[Tensor, _Frozen]:
             rows = layer.rows.on(p.device)
             if rows.count == rows.neurons:
                 continue
+            if hasattr(p, "device_mesh"):  # a DTensor, without importing what that takes
+                raise ValueError(
+                    f"layer {layer.layer_name!r}: its {name} is split between processes "
+                    "(fully_shard), where frozen neurons can't be guarded; without a guard (give "
+                    "the Controller optimizer=()) their gradients are zero, but momentum and "
+                    "weight decay move them"
+                )
             bias = name.startswith("bias")
             dim = (0 if p.dim() == 1 else None) if bias else layer.neuron_dim
             if dim is not None and (p.dim() <= dim or p.shape[dim] != rows.neurons):
