@@ -48,7 +48,8 @@ what the paper calls backprop FLOPs, for an image and step, on average over the 
 Seconds are the processor's on a CPU, the device's on a GPU. Images decoded from JPEG are not the
 original ones: compare accuracies on them with each other only."""
 
-RUN = ("limit", "batch", "probe", "eps", "mu", "fraction")  # options that make another run
+# options that make another run
+RUN = ("limit", "test_limit", "batch", "probe", "eps", "mu", "fraction", "amp")
 
 Row = dict[str, Any]  # one epoch of one run
 

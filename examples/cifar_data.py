@@ -157,7 +157,7 @@ def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
     pad = height // 8
     device = pixels.device
     top, left = torch.randint(2 * pad + 1, (2, n, 1), device=device, generator=generator)
-    flip = torch.rand(n, 1, device=device, generator=generator) < 0.5
+    flip = torch.randint(2, (n, 1), device=device, generator=generator, dtype=torch.bool)
     rows = top + torch.arange(height, device=device)  # [n, height]
     columns = left + torch.arange(width, device=device)  # [n, width]
     columns = torch.where(flip, columns.flip(1), columns)

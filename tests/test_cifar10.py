@@ -181,6 +181,15 @@ def test_a_checkpoint_of_another_run(run, capsys):
     assert "dense-0.pt is of another run" in capsys.readouterr().err
 
 
+def test_a_record_of_another_schedule(run, capsys):
+    run("--epochs", "1")
+    with pytest.raises(SystemExit):
+        run("--policy", "short", "--epochs", "2")
+    assert (
+        "equilibrium-0.jsonl holds 1 epochs, and this run is to have 2" in capsys.readouterr().err
+    )
+
+
 def rows(*epochs):
     """Of a run: accuracy, frozen share, share of wgrad."""
     return [
