@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -32,14 +32,13 @@ from bench import options
 from bench.report import WIDTH, show_environment
 from bench.timing import environment
 from examples import cifar_report
+from examples.cifar_controls import COMPARISON, DENSE, POLICIES, schedule
 from examples.cifar_data import Data, Images, augment, load
 from examples.resnet import resnet32
 from neq import history, report
 
 LR, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 5e-4
 DROPS = 0.4, 0.6  # of the epochs: the learning rate falls to a tenth
-COMPARISON = ["dense", "equilibrium", "random-equal-flops", "short"]
-DENSE = "dense", "short"  # nobody ever rests, so there is nothing to draw
 PHASES = ("data", "forward", "backward", "optimizer", "probe")
 
 NOTES = """\
@@ -48,90 +47,9 @@ what the paper calls backprop FLOPs, for an image and step, on average over the 
 Seconds are the processor's on a CPU, the device's on a GPU. Images decoded from JPEG are not the
 original ones: compare accuracies on them with each other only."""
 
-# options that make another run
-RUN = ("limit", "test_limit", "batch", "probe", "eps", "mu", "fraction", "amp")
+MAKE_ANOTHER_RUN = ("limit", "test_limit", "batch", "probe", "eps", "mu", "fraction", "amp")
 
 Row = dict[str, Any]  # one epoch of one run
-
-
-class Recorded(neq.Policy):
-    """Of each layer as many neurons as trained in a recorded run, epoch by epoch, but random ones.
-
-    So the weight gradients cost the same, and all that differs is who gets them.
-    """
-
-    measures = False
-
-    def __init__(self, records: Sequence[history.EpochRecord], seed: int) -> None:
-        self.counts = {r.epoch: {layer.name: layer.active for layer in r.layers} for r in records}
-        self._generator = torch.Generator().manual_seed(seed)
-
-    def choose(self, layers: Sequence[neq.Motion], epoch: int) -> list[Tensor]:
-        return [
-            torch.randperm(len(layer), generator=self._generator)[: self.counts[epoch][layer.name]]
-            for layer in layers
-        ]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"generator": self._generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._generator.set_state(state["generator"].cpu())
-
-
-def recorded(given: argparse.Namespace, seed: int) -> list[history.EpochRecord]:
-    """The equilibrium run that this one has to match."""
-    file = given.history or given.output / f"equilibrium-{seed}.jsonl"
-    if not file.is_file():
-        raise ValueError(f"{file} is not there: run --policy equilibrium first, or give --history")
-    records = history.read(file)
-    if len(records) != given.epochs:
-        raise ValueError(
-            f"{file} holds {len(records)} epochs, and this run is to have {given.epochs}"
-        )
-    return records
-
-
-def fixed(given: argparse.Namespace, seed: int) -> neq.Policy:
-    """The same share of each layer all along, drawn once."""
-    generator = torch.Generator().manual_seed(seed)
-    sizes = {
-        name: len(layer.weight)
-        for name, layer in resnet32().named_modules()
-        if isinstance(layer, nn.Conv2d | nn.BatchNorm2d)
-    }
-    return neq.Fixed(
-        {
-            name: torch.randperm(n, generator=generator)[: round(given.fraction * n)]
-            for name, n in sizes.items()
-        }
-    )
-
-
-POLICIES: dict[str, Callable[[argparse.Namespace, int], neq.Policy]] = {
-    "dense": lambda given, seed: neq.Everything(),
-    "equilibrium": lambda given, seed: neq.Equilibrium(given.eps, given.mu),
-    "equilibrium-released": lambda given, seed: neq.Equilibrium.released(given.eps, given.mu),
-    "adaptive-eps": lambda given, seed: neq.AdaptiveEps(given.eps, given.mu),
-    "budget": lambda given, seed: neq.Budget(share=given.fraction, unit="flops", mu=given.mu),
-    "random": lambda given, seed: neq.Random(given.fraction, seed),
-    "lowest-velocity": lambda given, seed: neq.LowestVelocity(given.fraction, given.mu),
-    "fixed": fixed,
-    "random-equal-flops": lambda given, seed: Recorded(recorded(given, seed), seed),
-    "short": lambda given, seed: neq.Everything(),
-}
-
-
-def schedule(name: str, given: argparse.Namespace, seed: int) -> int:
-    """How many epochs the run has."""
-    if name != "short":
-        return given.epochs
-    records = recorded(given, seed)
-    dense = sum(layer.wgrad_flops for layer in records[0].layers)
-    spent = sum(
-        layer.wgrad_flops * layer.trained / layer.neurons for r in records for layer in r.layers
-    )
-    return max(1, round(spent / dense))
 
 
 class Clock:
@@ -167,129 +85,148 @@ class Clock:
         return event
 
 
-def train(name: str, seed: int, given: argparse.Namespace, data: Data) -> list[Row]:
-    """One run, epoch by epoch."""
-    device, epochs = given.device, schedule(name, given, seed)
-    policy = POLICIES[name](given, seed)
-    run = given.output / f"{name}-{seed}"
-    checkpoint = run.with_suffix(".pt")
-    what = {
-        key: getattr(given, key) for key in ("limit", "batch", "eps", "mu", "fraction", "probe")
-    }
-    what |= {"data": data.source, "epochs": epochs}
+class Run:
+    """A model, its optimizer and its Controller, stopped and resumed between any two epochs."""
 
-    torch.manual_seed(seed)
-    model = resnet32(len(data.classes)).to(device, memory_format=torch.channels_last)
-    neq.convert(model)
-    optimizer = neq.optim.SGD(model.parameters(), LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
-    # the probe's images, one class after the other, are held out: nothing trains on them
-    held_out, images = (
-        Images(*(t[part].to(device) for t in data.train))
-        for part in (slice(given.probe), slice(given.probe, None))
-    )
-    pixels = images.pixels[:5000].float()
-    normal = Normal(pixels.mean((0, 2, 3)), pixels.std((0, 2, 3)))
-    probe = normal(held_out.pixels)
-    control = neq.Controller(
-        model,
-        probe=probe if policy.measures else None,
-        example_inputs=probe[:1],
-        policy=policy,
-        optimizer=optimizer,
-        history=run.with_suffix(".jsonl"),
-    )
-    rows: list[Row] = []
-    if given.resume and checkpoint.is_file():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
-        if state["what"] != what:
-            raise ValueError(f"{checkpoint} is of another run: {state['what']}, not {what}")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        control.load_state_dict(state["control"])
-        rows = state["rows"]
+    def __init__(self, name: str, seed: int, given: argparse.Namespace, data: Data) -> None:
+        device = given.device
+        self.name, self.seed, self.given = name, seed, given
+        self.epochs = schedule(name, given, seed)
+        self.rows: list[Row] = []
+        # the first images, one class after the other, are held out: nothing trains on them
+        held_out, self.train = (
+            Images(*(t[part].to(device) for t in data.train))
+            for part in (slice(given.probe), slice(given.probe, None))
+        )
+        self.test = Images(*(t.to(device) for t in data.test))
+        self.normal = Normal(self.train.pixels)
+        self.steps = len(self.train.labels) // given.batch  # what is left over waits for a turn
+        self.clock = Clock(device)
 
-    call = model if given.compile == "none" else torch.compile(model, mode=given.compile)
-    amp = torch.autocast(device.type, torch.bfloat16, enabled=given.amp)
-    clock = Clock(device)
-    steps = len(images.labels) // given.batch  # what is left over waits for another epoch
-    bar = tqdm(
-        total=epochs * steps, initial=len(rows) * steps, desc=f"{name}, seed {seed}", disable=None
-    )
-    for epoch in range(len(rows), epochs):
-        lr = LR * 0.1 ** sum(epoch >= drop * epochs for drop in DROPS)
-        for group in optimizer.param_groups:
+        torch.manual_seed(seed)
+        model = resnet32(len(data.classes)).to(device, memory_format=torch.channels_last)
+        neq.convert(model)
+        self.optimizer = neq.optim.SGD(
+            model.parameters(), LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY
+        )
+        policy = POLICIES[name](given, seed)
+        probe = self.normal(held_out.pixels)
+        self.control = neq.Controller(
+            model,
+            probe=probe if policy.measures else None,
+            example_inputs=probe[:1],
+            policy=policy,
+            optimizer=self.optimizer,
+            history=given.output / f"{name}-{seed}.jsonl",
+        )
+        self.model, self.example = model, probe[:1]
+        self.call = model if given.compile == "none" else torch.compile(model, mode=given.compile)
+        self.amp = torch.autocast(device.type, torch.bfloat16, enabled=given.amp)
+
+        self.file = given.output / f"{name}-{seed}.pt"
+        # what makes it this run: a checkpoint of another one is refused
+        self.what = {"data": data.source, "epochs": self.epochs}
+        self.what |= {key: getattr(given, key) for key in MAKE_ANOTHER_RUN}
+        if given.resume and self.file.is_file():
+            self.load()
+
+    def go(self) -> list[Row]:
+        """All epochs that are still to come; then what happened in each."""
+        title, total = f"{self.name}, seed {self.seed}", self.epochs * self.steps
+        done = len(self.rows)
+        with tqdm(total=total, initial=done * self.steps, desc=title, disable=None) as bar:
+            for epoch in range(done, self.epochs):
+                row = self.epoch(epoch, bar)
+                record = self.control.history.records[-1]
+                accuracy = f"test {row['accuracy']:.2%}"
+                tqdm.write(f"{title}: {record}, loss {row['loss']:.3f}, {accuracy}")
+                self.rows.append(row)
+                self.save()
+        return self.rows
+
+    def epoch(self, epoch: int, bar: "tqdm[Any]") -> Row:
+        lr = LR * 0.1 ** sum(epoch >= drop * self.epochs for drop in DROPS)
+        for group in self.optimizer.param_groups:
             group["lr"] = lr
-        costs = neq.account(model, probe[:1])
-        model.train()
-        # order and augmentation depend on nothing but seed and epoch, so there is no state to save
-        generator = torch.Generator(device).manual_seed(1_000_000 * seed + epoch)
-        order = torch.randperm(len(images.labels), device=device, generator=generator)
-        loss_sum = torch.zeros((), device=device)
-        for chosen in order[: steps * given.batch].split(given.batch):
-            with clock("data"):
-                x, y = normal(augment(images.pixels[chosen], generator)), images.labels[chosen]
-            with clock("forward"), amp:
-                loss = F.cross_entropy(call(x), y)
-            optimizer.zero_grad()
-            with clock("backward"):
+        costs = neq.account(self.model, self.example)
+        # order and augmentation depend on seed and epoch alone, so there is no state to save
+        generator = torch.Generator(self.given.device)
+        generator.manual_seed(1_000_000 * self.seed + epoch)
+        order = torch.randperm(
+            len(self.train.labels), device=self.given.device, generator=generator
+        )
+        loss_sum = torch.zeros((), device=self.given.device)
+        self.model.train()
+        for chosen in order[: self.steps * self.given.batch].split(self.given.batch):
+            with self.clock("data"):
+                x = self.normal(augment(self.train.pixels[chosen], generator))
+                y = self.train.labels[chosen]
+            with self.clock("forward"), self.amp:
+                loss = F.cross_entropy(self.call(x), y)
+            self.optimizer.zero_grad()
+            with self.clock("backward"):
                 loss.backward()
-            with clock("optimizer"):
-                optimizer.step()
+            with self.clock("optimizer"):
+                self.optimizer.step()
             loss_sum += loss.detach()
             bar.update()
-        with clock("probe"):
-            record = control.step()
-        with amp:
-            accuracy = evaluate(model, normal, data.test, device)
-        rows.append(
-            {
-                "epoch": record.epoch,
-                "lr": lr,
-                "loss": float(loss_sum) / steps,
-                "accuracy": accuracy,
-                "frozen": record.frozen_share,  # in the next epoch; what follows is of this one
-                "wgrad": costs.now.wgrad.flops / costs.dense.wgrad.flops,
-                "flops": costs.now.total.flops / costs.dense.total.flops,
-                "published_mflops": costs.now.published_backprop_flops / 1e6,
-                "seconds": clock.take(),
-            }
-        )
-        tqdm.write(
-            f"{name}, seed {seed}: {record}, loss {rows[-1]['loss']:.3f}, test {accuracy:.2%}"
-        )
-        state = {
-            "what": what,
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "control": control.state_dict(),
-            "rows": rows,
+        with self.clock("probe"):
+            record = self.control.step()
+        return {
+            "epoch": record.epoch,
+            "lr": lr,
+            "loss": float(loss_sum) / self.steps,
+            "accuracy": self.accuracy(),
+            "frozen": record.frozen_share,  # in the next epoch; what follows is of this one
+            "wgrad": costs.now.wgrad.flops / costs.dense.wgrad.flops,
+            "flops": costs.now.total.flops / costs.dense.total.flops,
+            "published_mflops": costs.now.published_backprop_flops / 1e6,
+            "seconds": self.clock.take(),
         }
-        torch.save(state, checkpoint.with_suffix(".part"))
-        checkpoint.with_suffix(".part").replace(checkpoint)
-    bar.close()
-    return rows
+
+    @torch.no_grad()
+    def accuracy(self) -> float:
+        """The share of the test images that the model gets right."""
+        self.model.eval()
+        right = torch.zeros((), dtype=torch.int64, device=self.given.device)
+        for pixels, labels in zip(*(t.split(500) for t in self.test), strict=True):
+            with self.amp:
+                right += (self.model(self.normal(pixels)).argmax(1) == labels).sum()
+        return int(right) / len(self.test.labels)
+
+    def save(self) -> None:
+        state = {
+            "what": self.what,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "control": self.control.state_dict(),
+            "rows": self.rows,
+        }
+        part = self.file.with_suffix(".part")
+        torch.save(state, part)
+        part.replace(self.file)  # whoever stops it meanwhile finds the one before
+
+    def load(self) -> None:
+        state = torch.load(self.file, map_location=self.given.device, weights_only=True)
+        if state["what"] != self.what:
+            raise ValueError(f"{self.file} is of another run: {state['what']}, not {self.what}")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.control.load_state_dict(state["control"])
+        self.rows = state["rows"]
 
 
 class Normal:
-    """uint8 images -> float32, each channel with mean 0 and deviation 1 over the training set."""
+    """uint8 images -> float32, with mean 0 and deviation 1 in each channel of the training set."""
 
-    def __init__(self, mean: Tensor, deviation: Tensor) -> None:
-        self.mean, self.deviation = mean[:, None, None], deviation[:, None, None]
+    def __init__(self, pixels: Tensor) -> None:
+        some = pixels[:5000].float()
+        self.mean = some.mean((0, 2, 3))[:, None, None]
+        self.deviation = some.std((0, 2, 3))[:, None, None]
 
     def __call__(self, pixels: Tensor) -> Tensor:
         normal = (pixels.float() - self.mean) / self.deviation
         return normal.contiguous(memory_format=torch.channels_last)
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, normal: Normal, test: Images, device: torch.device) -> float:
-    """The share of the test images that the model gets right."""
-    model.eval()
-    right = torch.zeros((), dtype=torch.int64, device=device)
-    for pixels, labels in zip(test.pixels.split(500), test.labels.split(500), strict=True):
-        guess = model(normal(pixels.to(device))).argmax(1)
-        right += (guess == labels.to(device)).sum()
-    return int(right) / len(test.labels)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -368,7 +305,7 @@ def compare(given: argparse.Namespace) -> dict[str, Any]:
     runs: dict[str, dict[int, list[Row]]] = {name: {} for name in given.policy}
     for seed in given.seeds:
         for name in given.policy:
-            runs[name][seed] = train(name, seed, given, data)
+            runs[name][seed] = Run(name, seed, given, data).go()
             if name not in DENSE:
                 records = history.read(given.output / f"{name}-{seed}.jsonl")
                 report.write(records, given.output / f"{name}-{seed}.png")

@@ -11,7 +11,7 @@ from rich.table import Table
 Row = dict[str, Any]  # one epoch of one run
 Runs = Mapping[str, Mapping[int, Sequence[Row]]]  # by policy and seed
 
-NEARLY = 0.95  # of the neurons: nearly everything
+NEARLY = 0.8  # of the neurons: nearly everything
 STOPPED = "equilibrium, stopped"
 TIMES = ("forward", "backward", "optimizer", "probe")
 

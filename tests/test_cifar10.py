@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import neq
-from examples import cifar10, cifar_report
+from examples import cifar10, cifar_controls, cifar_report
 from examples.cifar_data import augment, in_turns, load, made_up
 from neq import history
 
@@ -94,14 +94,14 @@ def test_chance_picks_others_than_equilibrium():
     model = neq.convert(torch.nn.Linear(2, 100))
     nothing = torch.full((100,), torch.nan)
     motion = neq.Motion("a", model, nothing, nothing, torch.ones(100, dtype=torch.bool))
-    policy = cifar10.Recorded([record], seed=0)
+    policy = cifar_controls.Recorded([record], seed=0)
     before = policy.state_dict()
     (first,), (second,) = (policy.choose([motion], 1) for _ in range(2))
     assert len(first) == len(first.unique()) == 30
     assert not torch.equal(first, second)
     policy.load_state_dict(before)
     assert torch.equal(policy.choose([motion], 1)[0], first)
-    assert len(cifar10.Recorded([record], seed=1).choose([motion], 1)[0]) == 30
+    assert len(cifar_controls.Recorded([record], seed=1).choose([motion], 1)[0]) == 30
 
 
 def test_a_share_trains(run):
@@ -125,15 +125,15 @@ def test_stop_and_resume(run, tmp_path, monkeypatch, policy):
     arguments = "--policy", policy, "--eps", "0.3"
     whole = run(*arguments, output=tmp_path / "whole")
 
-    evaluate, calls = cifar10.evaluate, []
+    accuracy, calls = cifar10.Run.accuracy, []
 
-    def stop(*arguments):
-        calls.append(arguments)
+    def stop(self):
+        calls.append(self)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return evaluate(*arguments)
+        return accuracy(self)
 
-    monkeypatch.setattr(cifar10, "evaluate", stop)
+    monkeypatch.setattr(cifar10.Run, "accuracy", stop)
     with pytest.raises(KeyboardInterrupt):
         run(*arguments, output=tmp_path / "parts")
     assert len(calls) == 3
@@ -185,9 +185,7 @@ def test_a_record_of_another_schedule(run, capsys):
     run("--epochs", "1")
     with pytest.raises(SystemExit):
         run("--policy", "short", "--epochs", "2")
-    assert (
-        "equilibrium-0.jsonl holds 1 epochs, and this run is to have 2" in capsys.readouterr().err
-    )
+    assert "equilibrium-0.jsonl holds 1 epochs, this run is to have 2" in capsys.readouterr().err
 
 
 def rows(*epochs):
