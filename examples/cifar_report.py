@@ -36,7 +36,7 @@ def target(runs: Runs) -> float | None:
 
 def summary(runs: Runs, epochs: int) -> list[Row]:
     """A line for each policy. Savings are those of the whole schedule of ``epochs``, dense."""
-    aim = target(runs)
+    aim, dense = target(runs), runs.get("dense", {})
     lines: list[Row] = []
     for name, seeds in runs.items():
         results = list(seeds.values())
@@ -46,7 +46,7 @@ def summary(runs: Runs, epochs: int) -> list[Row]:
             "seeds": list(seeds),
             "epochs": mean(map(len, results)),
             "accuracy": mean(accuracies),
-            "accuracy_sd": stdev(accuracies) if len(accuracies) > 1 else None,
+            "accuracy_sd": _deviation(accuracies),
             "wgrad_saved": 1 - mean(_sum(rows, "wgrad") for rows in results) / epochs,
             "flops_saved": 1 - mean(_sum(rows, "flops") for rows in results) / epochs,
             "published_mflops": mean(_sum(rows, "published_mflops") for rows in results) / epochs,
@@ -56,11 +56,23 @@ def summary(runs: Runs, epochs: int) -> list[Row]:
                 sum(row["seconds"][phase] for row in rows) for rows in results
             )
         line["total_s"] = mean(sum(map(_seconds, rows)) for rows in results)
+        # a seed is the same start and the same order of images for all: compare one by one
+        against = [
+            rows[-1]["accuracy"] - dense[seed][-1]["accuracy"]
+            for seed, rows in seeds.items()
+            if seed in dense
+        ]
+        line["against_dense"] = mean(against) if against else None
+        line["against_dense_sd"] = _deviation(against)
         reached = [_time_to(rows, aim) for rows in results] if aim is not None else []
         line["aim"] = aim
         line["to_aim_s"] = mean(reached) if reached and None not in reached else None
         lines.append(line)
     return lines
+
+
+def _deviation(values: Sequence[float]) -> float | None:
+    return stdev(values) if len(values) > 1 else None
 
 
 def _sum(rows: Sequence[Row], key: str) -> float:
@@ -85,17 +97,19 @@ def table(lines: Sequence[Row]) -> Table:
     out.add_column("policy", no_wrap=True)
     aim = lines[0]["aim"]
     for name in (
-        "runs", "epochs", "test accuracy", "wgrad saved", "FLOPs saved", "published MFLOPs",
+        "runs", "epochs", "test accuracy", "against dense", "wgrad saved", "FLOPs saved", "published MFLOPs",
         *(f"{phase} s" for phase in TIMES), "all s", f"s to {'-' if aim is None else f'{aim:.1%}'}",
     ):  # fmt: skip
         out.add_column(name, justify="right")
     for line in lines:
-        sd = "" if line["accuracy_sd"] is None else f" ± {line['accuracy_sd']:.2%}"
         out.add_row(
             line["policy"],
             str(len(line["seeds"])),
             f"{line['epochs']:.3g}",
-            f"{line['accuracy']:.2%}{sd}",
+            f"{line['accuracy']:.2%}{_bar(line['accuracy_sd'])}",
+            "-"
+            if line["against_dense"] is None
+            else f"{line['against_dense']:+.2%}{_bar(line['against_dense_sd'])}",
             f"{line['wgrad_saved']:.1%}",
             f"{line['flops_saved']:.1%}",
             f"{line['published_mflops']:.1f}",
@@ -104,6 +118,10 @@ def table(lines: Sequence[Row]) -> Table:
             "-" if line["to_aim_s"] is None else f"{line['to_aim_s']:.1f}",
         )
     return out
+
+
+def _bar(deviation: float | None) -> str:
+    return "" if deviation is None else f" ± {deviation:.2%}"
 
 
 def plot(runs: Runs, title: str, file: Path) -> None:

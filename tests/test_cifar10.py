@@ -220,6 +220,8 @@ def test_the_summary_by_hand():
     assert dense["to_aim_s"] == 10.5  # 79 % in the third epoch
     assert equilibrium["accuracy"] == pytest.approx(0.78)
     assert equilibrium["accuracy_sd"] == pytest.approx(0.02 / 2**0.5)
+    assert equilibrium["against_dense"] == pytest.approx(-0.01)  # of seed 0, which dense has too
+    assert equilibrium["against_dense_sd"] is None
     assert equilibrium["wgrad_saved"] == pytest.approx(1 - 5.5 / 8)
     assert equilibrium["flops_saved"] == pytest.approx((1 - 5.5 / 8) / 3)
     assert equilibrium["published_mflops"] == pytest.approx(100 * 5.5 / 8)
