@@ -94,34 +94,36 @@ def _time_to(rows: Sequence[Row], accuracy: float) -> float | None:
 
 def table(lines: Sequence[Row]) -> Table:
     out = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    out.add_column("policy", no_wrap=True)
-    aim = lines[0]["aim"]
-    for name in (
-        "runs", "epochs", "test accuracy", "against dense", "wgrad saved", "FLOPs saved", "published MFLOPs",
-        *(f"{phase} s" for phase in TIMES), "all s", f"s to {'-' if aim is None else f'{aim:.1%}'}",
-    ):  # fmt: skip
-        out.add_column(name, justify="right")
+    for name in _cells(lines[0]):
+        out.add_column(name, no_wrap=True, justify="left" if name == "policy" else "right")
     for line in lines:
-        out.add_row(
-            line["policy"],
-            str(len(line["seeds"])),
-            f"{line['epochs']:.3g}",
-            f"{line['accuracy']:.2%}{_bar(line['accuracy_sd'])}",
-            "-"
-            if line["against_dense"] is None
-            else f"{line['against_dense']:+.2%}{_bar(line['against_dense_sd'])}",
-            f"{line['wgrad_saved']:.1%}",
-            f"{line['flops_saved']:.1%}",
-            f"{line['published_mflops']:.1f}",
-            *(f"{line[f'{phase}_s']:.1f}" for phase in TIMES),
-            f"{line['total_s']:.1f}",
-            "-" if line["to_aim_s"] is None else f"{line['to_aim_s']:.1f}",
-        )
+        out.add_row(*_cells(line).values())
     return out
 
 
-def _bar(deviation: float | None) -> str:
-    return "" if deviation is None else f" ± {deviation:.2%}"
+def _cells(line: Row) -> dict[str, str]:
+    aim, reached = line["aim"], line["to_aim_s"]
+    return {
+        "policy": line["policy"],
+        "runs": str(len(line["seeds"])),
+        "epochs": f"{line['epochs']:.3g}",
+        "test accuracy": _percent(line["accuracy"], line["accuracy_sd"]),
+        "against dense": _percent(line["against_dense"], line["against_dense_sd"], "+"),
+        "wgrad saved": f"{line['wgrad_saved']:.1%}",
+        "FLOPs saved": f"{line['flops_saved']:.1%}",
+        "published MFLOPs": f"{line['published_mflops']:.1f}",
+        **{f"{phase} s": f"{line[f'{phase}_s']:.1f}" for phase in TIMES},
+        "all s": f"{line['total_s']:.1f}",
+        f"s to {'-' if aim is None else f'{aim:.1%}'}": "-"
+        if reached is None
+        else f"{reached:.1f}",
+    }
+
+
+def _percent(value: float | None, deviation: float | None, sign: str = "") -> str:
+    if value is None:
+        return "-"
+    return f"{value:{sign}.2%}" + ("" if deviation is None else f" ± {deviation:.2%}")
 
 
 def plot(runs: Runs, title: str, file: Path) -> None:
