@@ -278,12 +278,12 @@ def main(arguments: list[str] | None = None) -> None:
     if given.compile is None:
         given.compile = "default" if on_gpu else "none"
 
-    given.output.mkdir(parents=True, exist_ok=True)
     facts = environment(given.device)
     show_environment(facts)
     try:
+        given.output.mkdir(parents=True, exist_ok=True)
         results = compare(given)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         parser.error(str(error))
     text = json.dumps({"environment": facts, **results}, indent=1)
     (given.output / "results.json").write_text(text + "\n")

@@ -162,13 +162,15 @@ ERRORS = [
     ("--policy random-equal-flops", r"equilibrium-0\.jsonl is not there: run --policy equilibrium"),
     ("--batch 100", r"--batch 100 and --probe 10 need 110 training images, made-up .* gives 50"),
     ("--data nowhere", r"nowhere: there is neither data_batch_1, as in cifar-10-batches-py, nor"),
+    ("--output setup.py", r"File exists: .*setup\.py"),
     ("--epochs 0", r"--epochs: must be a whole number above 0, got '0'"),
     ("--policy best", r"invalid choice: 'best'"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "message"), ERRORS)
-def test_errors(run, capsys, arguments, message):
+def test_errors(run, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit):
         run(*arguments.split())
     assert re.search(message, capsys.readouterr().err)
