@@ -257,6 +257,10 @@ def main(arguments: list[str] | None = None) -> None:
         help="that trains, for budget, random, lowest-velocity and fixed",
     )  # fmt: skip
     parser.add_argument(
+        "--stop-at", type=float, default=0.95, metavar="SHARE",
+        help="of the neurons at rest, where stopping early stops (default: 0.95)",
+    )  # fmt: skip
+    parser.add_argument(
         "--history", type=Path, metavar="FILE",
         help="the run to match, for random-equal-flops and short (default: equilibrium's with the "
         "same seed in --output)",
@@ -309,12 +313,12 @@ def compare(given: argparse.Namespace) -> dict[str, Any]:
             if name not in DENSE:
                 records = history.read(given.output / f"{name}-{seed}.jsonl")
                 report.write(records, given.output / f"{name}-{seed}.png")
-    everything = cifar_report.with_stopped(runs)
+    everything = cifar_report.with_stopped(runs, given.stop_at)
     lines = cifar_report.summary(everything, given.epochs)
     Console(width=WIDTH, highlight=False).print(cifar_report.table(lines))
     print(NOTES)
     if "equilibrium" in runs and len(everything.get(cifar_report.STOPPED, {})) < len(given.seeds):
-        print(f"not every run had {cifar_report.NEARLY:.0%} of its neurons rest at once")
+        print(f"not every run had {given.stop_at:.0%} of its neurons rest at once")
     cifar_report.plot(everything, f"ResNet-32, {sizes}", given.output / "accuracy.png")
     return {
         "command": ["python", *sys.argv],

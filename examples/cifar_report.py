@@ -11,19 +11,18 @@ from rich.table import Table
 Row = dict[str, Any]  # one epoch of one run
 Runs = Mapping[str, Mapping[int, Sequence[Row]]]  # by policy and seed
 
-NEARLY = 0.8  # of the neurons: nearly everything
 STOPPED = "equilibrium, stopped"
 TIMES = ("forward", "backward", "optimizer", "probe")
 
 
-def with_stopped(runs: Runs) -> Runs:
+def with_stopped(runs: Runs, share: float) -> Runs:
     """The runs, and the control that is none: those at equilibrium, up to the epoch after which
-    nearly everything would have rested. Up to there the two are the same run.
+    this share of the neurons would have rested. Up to there the two are the same run.
     """
     stopped = {
-        seed: rows[: 1 + next(i for i, row in enumerate(rows) if row["frozen"] >= NEARLY)]
+        seed: rows[: 1 + next(i for i, row in enumerate(rows) if row["frozen"] >= share)]
         for seed, rows in runs.get("equilibrium", {}).items()
-        if any(row["frozen"] >= NEARLY for row in rows)
+        if any(row["frozen"] >= share for row in rows)
     }
     return {**runs, STOPPED: stopped} if stopped else runs
 
