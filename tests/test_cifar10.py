@@ -63,7 +63,7 @@ def test_as_a_user_runs_it(tmp_path):
 
 
 def test_the_comparison(run, tmp_path):
-    results = run("--compare", "--eps", "0.3", "--epochs", "4")
+    results = run("--compare", *"--eps 0.3 --epochs 4 --stop-at 0.01".split())
     rows = {result["policy"]: result["epochs"] for result in results["results"]}
     records, random = (
         history.read(tmp_path / f"out/{name}-0.jsonl")
@@ -84,6 +84,9 @@ def test_the_comparison(run, tmp_path):
     # the schedule is shortened too: its learning rate falls at 40 % of its own epochs
     assert rows["short"][-1]["lr"] < 0.1
     summary = {line["policy"]: line for line in results["summary"]}
+    stopped = summary["equilibrium, stopped"]
+    assert stopped["accuracy"] == rows["equilibrium"][stopped["epochs"] - 1]["accuracy"]
+    assert rows["equilibrium"][stopped["epochs"] - 1]["frozen"] >= 0.01
     assert summary["short"]["wgrad_saved"] == pytest.approx(1 - len(rows["short"]) / 4)
     assert summary["equilibrium"]["wgrad_saved"] == pytest.approx(1 - spent / 4)
 
@@ -228,7 +231,7 @@ def test_the_summary_by_hand():
     assert equilibrium["flops_saved"] == pytest.approx((1 - 5.5 / 8) / 3)
     assert equilibrium["published_mflops"] == pytest.approx(100 * 5.5 / 8)
     assert equilibrium["to_aim_s"] is None  # not in every run
-    # of seed 1 there are never so many at rest; of seed 0 after its third epoch, which is its last then
+    # so many never rest with seed 1; with seed 0 after the third epoch, which is its last then
     assert stopped["seeds"] == [0]
     assert (stopped["epochs"], stopped["accuracy"]) == (3, 0.8)
     assert stopped["wgrad_saved"] == pytest.approx(1 - 2.5 / 4)
