@@ -99,11 +99,11 @@ class Controller:
             self.probe is None or self.probe.keeps_precision,
         )
         self._guards = []
-        for optimizer in self.optimizers:
-            if not isinstance(optimizer, RowOptimizer):
-                self._guards.append(Guard(optimizer, self.model, on_thaw=on_thaw))
-            elif not optimizer.follows:  # it leaves frozen rows alone by itself
-                optimizer.follow(self.model, on_thaw)
+        for one in self.optimizers:
+            if not isinstance(one, RowOptimizer):
+                self._guards.append(Guard(one, self.model, on_thaw=on_thaw))
+            elif not one.follows:  # it leaves frozen rows alone by itself
+                one.follow(self.model, on_thaw)
         self._inputs: Inputs | None = None
         if example_inputs is not None:
             self._inputs = as_inputs(self.model, example_inputs)
