@@ -42,6 +42,7 @@ class Controller:
     policy: who trains; by default ``Equilibrium()``.
     optimizer: one or several; frozen neurons are guarded against what they do beside the gradient
         (momentum, weight decay). ``()`` for none.
+        ``neq.optim``'s are told which neurons rest, unless they were given ``layers`` before.
     on_thaw: what becomes of their state when a neuron trains again: see ``neq.optim.Guard``.
     warmup: this many epochs train everything. With 0, the policy is asked before the first.
     leave_alone: layers that neither are measured nor change: names (of layers, or of modules that
@@ -97,11 +98,12 @@ class Controller:
             self.policy.per_sample,
             self.probe is None or self.probe.keeps_precision,
         )
-        self._guards = [
-            Guard(optimizer, self.model, on_thaw=on_thaw)
-            for optimizer in self.optimizers
-            if not isinstance(optimizer, RowOptimizer)  # they leave frozen rows alone themselves
-        ]
+        self._guards = []
+        for one in self.optimizers:
+            if not isinstance(one, RowOptimizer):
+                self._guards.append(Guard(one, self.model, on_thaw=on_thaw))
+            elif not one.follows:  # it leaves frozen rows alone by itself
+                one.follow(self.model, on_thaw)
         self._inputs: Inputs | None = None
         if example_inputs is not None:
             self._inputs = as_inputs(self.model, example_inputs)

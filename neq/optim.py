@@ -82,6 +82,13 @@ def _frozen(modules: Iterable[nn.Module]) -> dict[Tensor, _Frozen]:
             rows = layer.rows.on(p.device)
             if rows.count == rows.neurons:
                 continue
+            if hasattr(p, "device_mesh"):  # a DTensor, without importing what that takes
+                raise ValueError(
+                    f"layer {layer.layer_name!r}: its {name} is split between processes "
+                    "(fully_shard), where frozen neurons can't be guarded; without a guard (give "
+                    "the Controller optimizer=()) their gradients are zero, but momentum and "
+                    "weight decay move them"
+                )
             bias = name.startswith("bias")
             dim = (0 if p.dim() == 1 else None) if bias else layer.neuron_dim
             if dim is not None and (p.dim() <= dim or p.shape[dim] != rows.neurons):
@@ -122,7 +129,8 @@ class Guard:
     of the step. Nothing waits for a GPU. A CUDA graph of the step has to be captured again after
     ``set_active``.
 
-    LBFGS keeps no state by neuron: it starts anew whenever other neurons train.
+    LBFGS keeps no state by neuron: it starts anew whenever other neurons train. Its state_dict says
+    which did, so that a resumed run does so too.
     """
 
     def __init__(
@@ -140,7 +148,7 @@ class Guard:
             raise ValueError(f"on_thaw must be 'keep' or 'reset', got {on_thaw!r}")
         self._modules = _modules(layers)
         self._optimizer, self._on_thaw = optimizer, on_thaw
-        self.frozen: dict[Tensor, _Frozen] | None = None  # as of the latest step
+        self.frozen: dict[Tensor, _Frozen] = {}  # as of the latest step
         self._hidden: list[tuple[Tensor, Tensor]] = []  # parameters and their gradients
         self._copies: list[tuple[Tensor, dict[str, Any], Tensor, dict[str, Tensor]]] = []
         self._reset: dict[Tensor, tuple[Tensor, dict[str, Any]]] = {}
@@ -156,11 +164,11 @@ class Guard:
 
     @torch.no_grad()
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        previous, self.frozen = self.frozen, _frozen(self._modules)
+        self.frozen = _frozen(self._modules)
         self._hidden.clear()
         self._copies.clear()
-        if isinstance(optimizer, LBFGS) and previous is not None and self._changed(previous):
-            optimizer.state.clear()
+        if isinstance(optimizer, LBFGS):
+            self._restart_if_others_train(optimizer)
         if not self.frozen:
             return
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
@@ -188,7 +196,7 @@ class Guard:
         for p, grad in self._hidden:
             p.grad = grad
         for p, group, copy, kept in self._copies:
-            frozen = self.frozen[p]  # type: ignore[index]
+            frozen = self.frozen[p]
             frozen.put_back(p, copy)
             for key, t in self._state(p, frozen).items():
                 if key in kept:
@@ -209,13 +217,19 @@ class Guard:
         """Might the optimizer move frozen elements of ``p``?"""
         return True
 
-    def _changed(self, previous: dict[Tensor, _Frozen]) -> bool:
-        """Do other neurons rest than did in the previous step?"""
-        now = self.frozen or {}
-        return now.keys() != previous.keys() or any(
-            f.active is not previous[p].active and not torch.equal(f.active, previous[p].active)
-            for p, f in now.items()
-        )
+    def _restart_if_others_train(self, optimizer: LBFGS) -> None:
+        params = optimizer.param_groups[0][
+            "params"
+        ]  # it has one group, and its state is the first's
+        everyone = params[0].new_ones(1)
+        now = [everyone] * len(params)
+        for i, p in enumerate(params):
+            if p in self.frozen:
+                now[i] = self.frozen[p].active.to(everyone)
+        active, state = torch.cat(now), optimizer.state[params[0]]
+        if not torch.equal(state.get("active_neurons", everyone.expand(len(params))), active):
+            state.clear()
+        state["active_neurons"] = active
 
     def _state(self, p: Tensor, frozen: _Frozen) -> dict[str, Tensor]:
         """What the optimizer's state holds for each neuron of ``p``."""
@@ -258,8 +272,8 @@ class RowOptimizer(Optimizer):
     They take the arguments of the torch optimizer of the same name and, by keyword:
 
     layers: the model, or an iterable of its layers. They say which neurons train; they may be
-        converted later, and reverted.
-    on_thaw: as for ``Guard``
+        converted later, and reverted. A ``Controller`` that is given the optimizer brings them.
+    on_thaw: as for ``Guard``; the Controller's where that brings the layers
 
     A parameter with frozen neurons is stepped row by row: its active rows as torch would step them,
     its frozen ones and their state not at all. All other parameters are left to torch, stepped as
@@ -272,8 +286,8 @@ class RowOptimizer(Optimizer):
         self,
         params: ParamsT,
         *args: Any,
-        layers: nn.Module | Iterable[nn.Module],
-        on_thaw: OnThaw = "keep",
+        layers: nn.Module | Iterable[nn.Module] | None = None,
+        on_thaw: OnThaw | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(params, *args, **kwargs)
@@ -284,22 +298,54 @@ class RowOptimizer(Optimizer):
             )
         # a GradScaler then unscales gradients itself, and calls no step that it means to skip
         self._step_supports_amp_scaling = False
-        self._guard = _RestGuard(self, layers, on_thaw)
+        self._guard: _RestGuard | None = None
+        if layers is not None:
+            self.follow(layers, on_thaw or "keep")
+        elif on_thaw is not None:
+            raise ValueError(
+                f"neq.optim.{type(self).__name__}: on_thaw={on_thaw!r} is about the neurons of "
+                "some layers: give layers too, or on_thaw to the Controller that brings them"
+            )
+
+    @property
+    def follows(self) -> bool:
+        """Has it been told whose neurons may rest?"""
+        return self._guard is not None
+
+    def follow(self, layers: nn.Module | Iterable[nn.Module], on_thaw: OnThaw = "keep") -> None:
+        """Step the active neurons of these layers only, instead of those of any others before."""
+        guard = _RestGuard(self, layers, on_thaw)
+        if self._guard is not None:
+            self._guard.remove()
+        self._guard = guard
 
     def step(self, closure: Any = None) -> Any:
+        if self._guard is None:
+            raise ValueError(
+                f"neq.optim.{type(self).__name__} does not know whose neurons rest: give it "
+                "layers=model, or give it to a neq.Controller"
+            )
         return _eager_step(self._plain)(self, closure)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_guarded": (self._guard._modules, self._guard._on_thaw)}
+        guard = self._guard
+        follows = None if guard is None else (guard._modules, guard._on_thaw)
+        return {**super().__getstate__(), "_follows": follows}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "_guarded" in state:  # from a copy or a pickle, not from a state_dict
-            self._guard = _RestGuard(self, *self.__dict__.pop("_guarded"))
+        if "_follows" in state:  # from a copy or a pickle, not from a state_dict
+            follows, self._guard = self.__dict__.pop("_follows"), None
+            if follows is not None:
+                self.follow(*follows)
+
+    @property
+    def _frozen(self) -> dict[Tensor, _Frozen]:
+        return {} if self._guard is None else self._guard.frozen
 
     def _divide(self, group: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The group with the parameters that torch steps, and with those stepped by rows."""
-        frozen = self._guard.frozen or {}
+        frozen = self._frozen
         dense: list[Tensor] = []
         by_rows: list[Tensor] = []
         for p in group["params"]:
@@ -313,7 +359,7 @@ class RowOptimizer(Optimizer):
         """Lists with a tensor for each of ``params``, or empty, as views whose dimension 0 counts
         the neurons; then the rows and the counts that go with them.
         """
-        frozen = [self._guard.frozen[p] for p in params]  # type: ignore[index]
+        frozen = [self._frozen[p] for p in params]
         views = [
             [t.movedim(f.dim, 0) if f.dim else t for t, f in zip(tensors, frozen, strict=True)]
             if tensors

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LABELS = 100  # layers named beside the heat map, at most
+_FEW_LABELS = 21  # where it has to be low
 _NO_MATPLOTLIB = "drawing a report needs matplotlib, which is not installed: pip install matplotlib"
 
 
@@ -32,31 +33,36 @@ def add_command(commands: "_SubParsersAction[argparse.ArgumentParser]") -> None:
         type=Path,
         help="a .png, or an .html that needs no other file (default: the history's name and .html)",
     )
+    parser.add_argument(
+        "--shares-only",
+        action="store_true",
+        help="the frozen share alone, in a picture of page size",
+    )
     parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> None:
     output = args.output or args.history.with_suffix(".html")
     try:
-        write(read(args.history), output)
+        write(read(args.history), output, shares_only=args.shares_only)
     except (OSError, ValueError, ImportError) as error:
         sys.exit(f"neq report: {error}")
     print(output)
 
 
-def write(records: Sequence[EpochRecord], output: Path) -> None:
+def write(records: Sequence[EpochRecord], output: Path, *, shares_only: bool = False) -> None:
     """Draw records into a .png or .html file."""
     if output.suffix not in (".png", ".html"):
         raise ValueError(f"the output must end in .png or .html, got {output.name!r}")
     picture = io.BytesIO()
-    draw(records).savefig(picture, format="png", dpi=120)
+    draw(records, shares_only=shares_only).savefig(picture, format="png", dpi=120)
     if output.suffix == ".png":
         output.write_bytes(picture.getvalue())
     else:
         output.write_text(_page(records, picture.getvalue()), encoding="utf-8")
 
 
-def draw(records: Sequence[EpochRecord]) -> "Figure":
+def draw(records: Sequence[EpochRecord], *, shares_only: bool = False) -> "Figure":
     """The frozen share per layer, the speeds, and the saving, over the epochs."""
     if not records:
         raise ValueError("the history holds no epoch yet")
@@ -64,15 +70,22 @@ def draw(records: Sequence[EpochRecord]) -> "Figure":
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ImportError(_NO_MATPLOTLIB) from error
+    figure: Figure
+    if shares_only:
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        shares = figure.subplots()
+        _draw_shares(shares, records, _FEW_LABELS)
+        shares.set_xlabel("epoch")
+        return figure
     layers = min(len(records[-1].layers), _LABELS)
-    shares, speeds, saving = Figure(figsize=(11, 6 + 0.16 * layers), layout="constrained").subplots(
+    figure = Figure(figsize=(11, 6 + 0.16 * layers), layout="constrained")
+    shares, speeds, saving = figure.subplots(
         3, 1, sharex=True, height_ratios=[1 + 0.16 * layers, 2.5, 2.5]
     )
-    _draw_shares(shares, records)
+    _draw_shares(shares, records, _LABELS)
     _draw_speeds(speeds, records)
     _draw_saving(saving, records)
     saving.set_xlabel("epoch")
-    figure: Figure = shares.figure
     return figure
 
 
@@ -92,7 +105,7 @@ def _extent(records: Sequence[EpochRecord], height: int) -> tuple[float, float, 
     return records[0].epoch - 0.5, records[-1].epoch + 0.5, height - 0.5, -0.5
 
 
-def _draw_shares(axes: "Axes", records: Sequence[EpochRecord]) -> None:
+def _draw_shares(axes: "Axes", records: Sequence[EpochRecord], labels: int) -> None:
     names = [layer.name for layer in records[-1].layers]
     shares = [[1 - layer.active / layer.neurons for layer in r.layers] for r in records]
     image = axes.imshow(
@@ -104,7 +117,7 @@ def _draw_shares(axes: "Axes", records: Sequence[EpochRecord]) -> None:
         vmax=1,
         cmap="Blues",
     )
-    every = -(-len(names) // _LABELS)
+    every = -(-len(names) // labels)
     axes.set_yticks(range(0, len(names), every), names[::every], fontsize=7)
     axes.set_title(f"frozen share per layer (at the end: {records[-1].frozen_share:.1%} of all)")
     axes.figure.colorbar(image, ax=axes)

@@ -14,6 +14,7 @@ from math import inf
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 from models import Tiny, active_elements, layers_of
@@ -131,6 +132,10 @@ def shard(rank: int) -> None:
                 mine, theirs = layer.bias.grad, plain.get_submodule(name).bias.grad
                 mine = torch.zeros_like(theirs) if mine is None else mine.full_tensor()
                 torch.testing.assert_close(mine, theirs * layer.active_mask)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    neq.optim.Guard(optimizer, model)
+    with pytest.raises(ValueError, match=r"its weight is split between processes \(fully_shard\)"):
+        optimizer.step()
 
 
 SCENARIOS = {

@@ -4,60 +4,18 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import neq
+from examples.resnet import resnet18, resnet32
 from neq import account
 from neq.accounting import Work
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-class Block(nn.Module):
-    """A basic block of ResNet; ``shortcut`` A pads with zeros, B projects."""
-
-    def __init__(self, inputs, outputs, stride, shortcut):
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.stride, self.pad = stride, (outputs - inputs) // 2
-        self.project = nn.Identity()
-        if shortcut == "B" and stride > 1:
-            conv = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-            self.project, self.stride, self.pad = nn.Sequential(conv, nn.BatchNorm2d(outputs)), 1, 0
-
-    def forward(self, x):
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        x = self.project(x)[:, :, :: self.stride, :: self.stride]
-        return F.relu(y + F.pad(x, (0, 0, 0, 0, self.pad, self.pad)))
-
-
-def resnet(stem, widths, blocks, shortcut, classes):
-    layers, inputs = [*stem], widths[0]
-    for width in widths:
-        for i in range(blocks):
-            stride = 2 if i == 0 and width != widths[0] else 1
-            layers.append(Block(inputs, width, stride, shortcut))
-            inputs = width
-    tail = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes)]
-    return neq.convert(nn.Sequential(*layers, *tail))
-
-
-def resnet32():
-    stem = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
-    return resnet(stem, (16, 32, 64), 5, "A", 10)
-
-
-def resnet18():
-    stem = nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU()
-    return resnet((*stem, nn.MaxPool2d(3, 2, 1)), (64, 128, 256, 512), 2, "B", 1000)
-
-
 def test_the_papers_figure_for_resnet32():
-    model = resnet32()
+    model = neq.convert(resnet32())
     dense = account(model, torch.randn(1, 3, 32, 32)).dense.published_backprop_flops
     assert dense == 2 * (68_861_952 + 606_208)  # convolutions, norms
     assert f"{dense / 1e6:.2f}" == "138.94"
@@ -65,12 +23,14 @@ def test_the_papers_figure_for_resnet32():
 
 
 def test_the_papers_figure_for_resnet18():
-    figure = account(resnet18(), torch.randn(1, 3, 224, 224)).dense.published_backprop_flops
+    figure = account(
+        neq.convert(resnet18()), torch.randn(1, 3, 224, 224)
+    ).dense.published_backprop_flops
     assert f"{figure / 1e9:.2f}" == "3.64"
 
 
 def test_the_papers_figure_under_masks():
-    model = resnet32()
+    model = neq.convert(resnet32())
     model[0].set_active([0, 1, 2, 3])  # a quarter of 27 * 16 * 1024 multiply-adds
     model[1].set_active([])  # of 2 * 16 * 1024
     model[-1].set_active([])  # a linear layer is not in it

@@ -133,17 +133,25 @@ def test_frozen_neurons_do_not_move_and_active_ones_do():
                 assert (old[mask] != new[mask]).flatten(1 if old.dim() > 1 else 0).any(-1).all()
 
 
-def test_row_optimizers_need_no_guard_beside_their_own():
+@pytest.mark.parametrize("layers", ["the Controller's", "their own"])
+def test_row_optimizers_need_no_guard_beside_their_own(layers):
     model = Net()
-    optimizer = neq.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, layers=model)
-    hooks = len(optimizer._optimizer_step_pre_hooks)
-    control = neq.Controller(model, optimizer=optimizer, policy=neq.Random(0.5))
-    assert len(optimizer._optimizer_step_pre_hooks) == hooks
-    train(model, optimizer, 1, control)
+    options = {"layers": model, "on_thaw": "keep"} if layers == "their own" else {}
+    optimizer = neq.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, **options)
+    control = neq.Controller(
+        model, optimizer=optimizer, policy=neq.Random(0.5), on_thaw="reset", warmup=2
+    )
+    assert len(optimizer._optimizer_step_pre_hooks) == 1
+    train(model, optimizer, 2, control)
     before = model.conv.weight.detach().clone()
+    momentum = optimizer.state[model.conv.weight]["momentum_buffer"].clone()
     train(model, optimizer)
     frozen = ~model.conv.active_mask
     assert torch.equal(before[frozen], model.conv.weight[frozen])
+    # what becomes of their momentum is said by whoever said which layers
+    after = optimizer.state[model.conv.weight]["momentum_buffer"][frozen]
+    assert momentum[frozen].abs().sum() > 0
+    assert torch.equal(after, momentum[frozen] if layers == "their own" else 0 * after)
 
 
 def test_a_neuron_thaws_and_never_loses_its_momentum():

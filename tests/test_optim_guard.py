@@ -371,23 +371,49 @@ def test_state_that_begins_while_rows_are_frozen(on_thaw):
     assert torch.all(momentum[1] != 0)
 
 
-def test_lbfgs_starts_anew_when_other_neurons_train():
-    layer = neq.NEqLinear(3, 4)
+def lbfgs(layer, loss=torch.square):
+    """The guarded optimizer's step, as a function."""
     optimizer = torch.optim.LBFGS(layer.parameters(), lr=0.1, max_iter=2)
     Guard(optimizer, [layer])
 
     def closure():
         optimizer.zero_grad()
-        loss = layer(torch.ones(1, 3)).square().sum()
-        loss.backward()
-        return loss
+        total = loss(layer(torch.ones(1, 3))).sum()
+        total.backward()
+        return total
 
+    return optimizer, lambda: optimizer.step(closure)
+
+
+def test_lbfgs_starts_anew_when_other_neurons_train():
+    layer = neq.NEqLinear(3, 4)
+    optimizer, step = lbfgs(layer)
     iterations = []
     for rows in (None, [0, 1], [1, 0], [0, 1, 2], None):
         layer.set_active(rows)
-        optimizer.step(closure)
+        step()
         iterations.append(optimizer.state[layer.weight]["n_iter"])
     assert iterations == [1, 1, 2, 1, 1]
+
+
+@pytest.mark.parametrize("masks", [(None, [0, 1]), ([0, 1], [0, 1]), ([0, 1], None)], ids=str)
+def test_lbfgs_resumes_where_other_neurons_begin_to_train(masks):
+    """What is saved lies between the change of the mask and the step that starts anew."""
+    layer, resumed = neq.NEqLinear(3, 4), neq.NEqLinear(3, 4)
+    (optimizer, step), (other, resumed_step) = lbfgs(layer, torch.exp), lbfgs(resumed, torch.exp)
+    layer.set_active(masks[0])
+    step()
+    layer.set_active(masks[1])
+    resumed.load_state_dict(layer.state_dict())
+    resumed.set_active(masks[1])
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for _ in range(2):
+        step()
+        resumed_step()
+    assert torch.equal(layer.weight, resumed.weight)
+    iterations = optimizer.state[layer.weight]["n_iter"]
+    assert iterations == other.state[resumed.weight]["n_iter"]
+    assert iterations == (3 if masks[0] == masks[1] else 2)
 
 
 class Operations(TorchDispatchMode):

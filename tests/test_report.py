@@ -2,6 +2,7 @@
 
 import base64
 import re
+import struct
 import subprocess
 import sys
 from dataclasses import replace
@@ -102,6 +103,20 @@ def test_files(tmp_path):
     assert re.search("at most .*</td><td>33.3%", page)
 
 
+def test_shares_only():
+    figure = draw(records(layers=62), shares_only=True)
+    (shares,) = (axes for axes in figure.axes if axes.get_title())
+    assert np.asarray(shares.images[0].get_array())[:3, -1].tolist() == [1, 0.75, 0.5]
+    assert len(shares.get_yticklabels()) == 21  # every third
+    assert shares.get_xlabel() == "epoch"
+    width, height = figure.get_size_inches()
+    assert width > height
+
+
+def image_size(png):
+    return struct.unpack(">II", png.read_bytes()[16:24])
+
+
 def run(*args, **options):
     command = [sys.executable, "-m", "neq", "report", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, **options)
@@ -122,6 +137,8 @@ def test_command(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.strip() == str(tmp_path / "run.html")
     assert (tmp_path / "run.html").stat().st_size > 10_000
+    assert run(tmp_path / "run.jsonl", "--shares-only", "-o", tmp_path / "a.png").returncode == 0
+    assert image_size(tmp_path / "a.png") == (960, 540)
 
 
 def test_command_refuses(tmp_path):

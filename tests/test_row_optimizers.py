@@ -551,10 +551,34 @@ def test_bad_arguments():
     layer = neq.NEqLinear(2, 3)
     with pytest.raises(ValueError, match=r"neq.optim.AdamW: differentiable must be False"):
         neq.optim.AdamW(layer.parameters(), differentiable=True, layers=layer)
-    with pytest.raises(TypeError, match="layers"):
-        neq.optim.SGD(layer.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"neq.optim.SGD: on_thaw='reset' is about .* give layers"):
+        neq.optim.SGD(layer.parameters(), lr=0.1, on_thaw="reset")
     with pytest.raises(ValueError, match="Invalid learning rate"):
         neq.optim.SGD(layer.parameters(), lr=-1.0, layers=layer)
+
+
+def test_layers_that_come_later():
+    layer = neq.NEqLinear(2, 3)
+    layer.set_active([1])
+    optimizer = neq.optim.SGD(layer.parameters(), lr=0.1, weight_decay=0.1)
+    for p in layer.parameters():
+        p.grad = torch.ones_like(p)
+    unknowing = copy.deepcopy(optimizer)
+    message = "neq.optim.SGD does not know whose neurons rest: give it layers=model, or"
+    for one in (optimizer, unknowing):
+        assert not one.follows
+        with pytest.raises(ValueError, match=message):
+            one.step()
+    optimizer.follow(layer)
+    assert optimizer.follows
+    assert changed_rows(layer, optimizer.step) == [False, True, False]
+    # of other layers instead: of these it now knows nothing
+    optimizer.follow([neq.NEqLinear(2, 3)])
+    assert len(optimizer._optimizer_step_pre_hooks) == 1
+    assert changed_rows(layer, optimizer.step) == [True] * 3
+    with pytest.raises(TypeError, match="layers must be a module or an iterable of modules"):
+        optimizer.follow([1])
+    assert len(optimizer._optimizer_step_pre_hooks) == 1
 
 
 @pytest.mark.gpu

@@ -1,0 +1,347 @@
+"""Train ResNet-32 on CIFAR-10 while neurons at equilibrium rest, beside what a sceptic would try.
+
+    python examples/cifar10.py --epochs 20                        # made-up images, no download
+    python examples/cifar10.py --data cifar-10-batches-py         # as published, 250 epochs
+    python examples/cifar10.py --data FOLDER --policy equilibrium budget --seeds 0 1 2
+    python examples/cifar10.py --data FOLDER --compare --seeds 0 1 2
+
+The last is the whole comparison: dense; equilibrium; as many neurons as that, but random ones; a
+dense run short enough to need no more weight gradients; and equilibrium stopped where nearly
+everything rests. Results, histories and plots go to --output.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import neq
+from bench import options
+from bench.report import WIDTH, show_environment
+from bench.timing import environment
+from examples import cifar_report
+from examples.cifar_controls import COMPARISON, DENSE, POLICIES, schedule
+from examples.cifar_data import Data, Images, augment, load
+from examples.resnet import resnet32
+from neq import history, report
+
+LR, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 5e-4
+DROPS = 0.4, 0.6  # of the epochs: the learning rate falls to a tenth
+PHASES = ("data", "forward", "backward", "optimizer", "probe")
+
+NOTES = """\
+Saved: of what the whole schedule computes when everything trains, by neq.account. Published MFLOPs:
+what the paper calls backprop FLOPs, for an image and step, on average over the whole schedule.
+Seconds are the processor's on a CPU, the device's on a GPU. Images decoded from JPEG are not the
+original ones: compare accuracies on them with each other only."""
+
+MAKE_ANOTHER_RUN = ("limit", "test_limit", "batch", "probe", "eps", "mu", "fraction", "amp")
+
+Row = dict[str, Any]  # one epoch of one run
+
+
+class Clock:
+    """Seconds by phase: of a GPU by its own clock; else of the processor, for all threads, so that
+    whatever else the machine does is not in them.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._spans: list[tuple[str, Any, Any]] = []
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = self._now()
+        yield
+        self._spans.append((phase, start, self._now()))
+
+    def take(self) -> dict[str, float]:
+        """What was spent since the last time."""
+        seconds = dict.fromkeys(PHASES, 0.0)
+        if self._cuda:
+            torch.cuda.synchronize()
+        for phase, start, end in self._spans:
+            seconds[phase] += start.elapsed_time(end) / 1e3 if self._cuda else end - start
+        self._spans.clear()
+        return seconds
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.process_time()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+class Run:
+    """A model, its optimizer and its Controller, stopped and resumed between any two epochs."""
+
+    def __init__(self, name: str, seed: int, given: argparse.Namespace, data: Data) -> None:
+        device = given.device
+        self.name, self.seed, self.given = name, seed, given
+        self.epochs = schedule(name, given, seed)
+        self.rows: list[Row] = []
+        # the first images, one class after the other, are held out: nothing trains on them
+        held_out, self.train = (
+            Images(*(t[part].to(device) for t in data.train))
+            for part in (slice(given.probe), slice(given.probe, None))
+        )
+        self.test = Images(*(t.to(device) for t in data.test))
+        self.normal = Normal(self.train.pixels)
+        self.steps = len(self.train.labels) // given.batch  # what is left over waits for a turn
+        self.clock = Clock(device)
+
+        torch.manual_seed(seed)
+        model = resnet32(len(data.classes)).to(device, memory_format=torch.channels_last)
+        neq.convert(model)
+        self.optimizer = neq.optim.SGD(
+            model.parameters(), LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY
+        )
+        policy = POLICIES[name](given, seed)
+        probe = self.normal(held_out.pixels)
+        self.control = neq.Controller(
+            model,
+            probe=probe if policy.measures else None,
+            example_inputs=probe[:1],
+            policy=policy,
+            optimizer=self.optimizer,
+            history=given.output / f"{name}-{seed}.jsonl",
+        )
+        self.model, self.example = model, probe[:1]
+        self.call = model if given.compile == "none" else torch.compile(model, mode=given.compile)
+        self.amp = torch.autocast(device.type, torch.bfloat16, enabled=given.amp)
+
+        self.file = given.output / f"{name}-{seed}.pt"
+        # what makes it this run: a checkpoint of another one is refused
+        self.what = {"data": data.source, "epochs": self.epochs}
+        self.what |= {key: getattr(given, key) for key in MAKE_ANOTHER_RUN}
+        if given.resume and self.file.is_file():
+            self.load()
+
+    def go(self) -> list[Row]:
+        """All epochs that are still to come; then what happened in each."""
+        title, total = f"{self.name}, seed {self.seed}", self.epochs * self.steps
+        done = len(self.rows)
+        with tqdm(total=total, initial=done * self.steps, desc=title, disable=None) as bar:
+            for epoch in range(done, self.epochs):
+                row = self.epoch(epoch, bar)
+                record = self.control.history.records[-1]
+                accuracy = f"test {row['accuracy']:.2%}"
+                tqdm.write(f"{title}: {record}, loss {row['loss']:.3f}, {accuracy}")
+                self.rows.append(row)
+                self.save()
+        return self.rows
+
+    def epoch(self, epoch: int, bar: "tqdm[Any]") -> Row:
+        lr = LR * 0.1 ** sum(epoch >= drop * self.epochs for drop in DROPS)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        costs = neq.account(self.model, self.example)
+        # order and augmentation depend on seed and epoch alone, so there is no state to save
+        generator = torch.Generator(self.given.device)
+        generator.manual_seed(1_000_000 * self.seed + epoch)
+        order = torch.randperm(
+            len(self.train.labels), device=self.given.device, generator=generator
+        )
+        loss_sum = torch.zeros((), device=self.given.device)
+        self.model.train()
+        for chosen in order[: self.steps * self.given.batch].split(self.given.batch):
+            with self.clock("data"):
+                x = self.normal(augment(self.train.pixels[chosen], generator))
+                y = self.train.labels[chosen]
+            with self.clock("forward"), self.amp:
+                loss = F.cross_entropy(self.call(x), y)
+            self.optimizer.zero_grad()
+            with self.clock("backward"):
+                loss.backward()
+            with self.clock("optimizer"):
+                self.optimizer.step()
+            loss_sum += loss.detach()
+            bar.update()
+        with self.clock("probe"):
+            record = self.control.step()
+        return {
+            "epoch": record.epoch,
+            "lr": lr,
+            "loss": float(loss_sum) / self.steps,
+            "accuracy": self.accuracy(),
+            "frozen": record.frozen_share,  # in the next epoch; what follows is of this one
+            "wgrad": costs.now.wgrad.flops / costs.dense.wgrad.flops,
+            "flops": costs.now.total.flops / costs.dense.total.flops,
+            "published_mflops": costs.now.published_backprop_flops / 1e6,
+            "seconds": self.clock.take(),
+        }
+
+    @torch.no_grad()
+    def accuracy(self) -> float:
+        """The share of the test images that the model gets right."""
+        self.model.eval()
+        right = torch.zeros((), dtype=torch.int64, device=self.given.device)
+        for pixels, labels in zip(*(t.split(500) for t in self.test), strict=True):
+            with self.amp:
+                right += (self.model(self.normal(pixels)).argmax(1) == labels).sum()
+        return int(right) / len(self.test.labels)
+
+    def save(self) -> None:
+        state = {
+            "what": self.what,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "control": self.control.state_dict(),
+            "rows": self.rows,
+        }
+        part = self.file.with_suffix(".part")
+        torch.save(state, part)
+        part.replace(self.file)  # whoever stops it meanwhile finds the one before
+
+    def load(self) -> None:
+        state = torch.load(self.file, map_location=self.given.device, weights_only=True)
+        if state["what"] != self.what:
+            raise ValueError(f"{self.file} is of another run: {state['what']}, not {self.what}")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.control.load_state_dict(state["control"])
+        self.rows = state["rows"]
+
+
+class Normal:
+    """uint8 images -> float32, with mean 0 and deviation 1 in each channel of the training set."""
+
+    def __init__(self, pixels: Tensor) -> None:
+        some = pixels[:5000].float()
+        self.mean = some.mean((0, 2, 3))[:, None, None]
+        self.deviation = some.std((0, 2, 3))[:, None, None]
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        normal = (pixels.float() - self.mean) / self.deviation
+        return normal.contiguous(memory_format=torch.channels_last)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    gpu = torch.cuda.is_available()
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--policy", nargs="+", choices=POLICIES, default=["equilibrium"], metavar="NAME",
+        help=f"one after the other: {', '.join(POLICIES)} (default: equilibrium)",
+    )  # fmt: skip
+    which.add_argument(
+        "--compare", action="store_const", dest="policy", const=COMPARISON,
+        help=f"the same as --policy {' '.join(COMPARISON)}",
+    )  # fmt: skip
+    parser.add_argument("--epochs", type=whole, default=250)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="see examples/cifar_data.py")
+    parser.add_argument("--limit", type=whole, metavar="N", help="training images, of all classes")
+    parser.add_argument("--test-limit", type=whole, metavar="N", help="test images, likewise")
+    parser.add_argument("--batch", type=whole, default=100)
+    parser.add_argument("--probe", type=whole, default=50, metavar="N", help="images held out")
+    parser.add_argument("--eps", type=float, default=1e-3)
+    parser.add_argument("--mu", type=float, default=0.5)
+    parser.add_argument(
+        "--fraction", type=float, default=0.5,
+        help="that trains, for budget, random, lowest-velocity and fixed",
+    )  # fmt: skip
+    parser.add_argument(
+        "--stop-at", type=float, default=0.95, metavar="SHARE",
+        help="of the neurons at rest, where stopping early stops (default: 0.95)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--history", type=Path, metavar="FILE",
+        help="the run to match, for random-equal-flops and short (default: equilibrium's with the "
+        "same seed in --output)",
+    )  # fmt: skip
+    parser.add_argument("--output", type=Path, default=Path("runs/cifar10"), metavar="FOLDER")
+    parser.add_argument("--resume", action="store_true", help="go on from what is in --output")
+    parser.add_argument("--device", type=options.usable_device, default="cuda" if gpu else "cpu")
+    parser.add_argument(
+        "--amp", action=argparse.BooleanOptionalAction, help="bfloat16 (default: on a GPU)"
+    )
+    parser.add_argument(
+        "--compile", nargs="?", const="default", metavar="MODE",
+        help="of torch.compile, or none (default: default on a GPU, none on a CPU)",
+    )  # fmt: skip
+    given = parser.parse_args(arguments)
+    on_gpu = given.device.type == "cuda"
+    if given.amp is None:
+        given.amp = on_gpu
+    if given.compile is None:
+        given.compile = "default" if on_gpu else "none"
+
+    facts = environment(given.device)
+    show_environment(facts)
+    try:
+        given.output.mkdir(parents=True, exist_ok=True)
+        results = compare(given)
+    except (ValueError, ImportError, OSError) as error:
+        parser.error(str(error))
+    text = json.dumps({"environment": facts, **results}, indent=1)
+    (given.output / "results.json").write_text(text + "\n")
+
+
+def compare(given: argparse.Namespace) -> dict[str, Any]:
+    """Make all the runs, show what they come to and draw it."""
+    wanted = None if given.limit is None else given.limit + given.probe
+    data = load(given.data, wanted, given.test_limit)
+    if given.probe + given.batch > len(data.train.labels):
+        raise ValueError(
+            f"--batch {given.batch} and --probe {given.probe} need {given.probe + given.batch} "
+            f"training images, {data.source} gives {len(data.train.labels)}"
+        )
+    sizes = f"{len(data.train.labels) - given.probe} to train on, {len(data.test.labels)} to test"
+    print(f"{data.source}: {sizes}")
+    if given.device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+    runs: dict[str, dict[int, list[Row]]] = {name: {} for name in given.policy}
+    for seed in given.seeds:
+        for name in given.policy:
+            runs[name][seed] = Run(name, seed, given, data).go()
+            if name not in DENSE:
+                records = history.read(given.output / f"{name}-{seed}.jsonl")
+                report.write(records, given.output / f"{name}-{seed}.png")
+    everything = cifar_report.with_stopped(runs, given.stop_at)
+    lines = cifar_report.summary(everything, given.epochs)
+    Console(width=WIDTH, highlight=False).print(cifar_report.table(lines))
+    print(NOTES)
+    if "equilibrium" in runs and len(everything.get(cifar_report.STOPPED, {})) < len(given.seeds):
+        print(f"not every run had {given.stop_at:.0%} of its neurons rest at once")
+    cifar_report.plot(everything, f"ResNet-32, {sizes}", given.output / "accuracy.png")
+    return {
+        "command": ["python", *sys.argv],
+        "options": {key: str(value) for key, value in vars(given).items()},
+        "data": f"{data.source}: {sizes}",
+        "summary": lines,
+        "results": [
+            {"policy": name, "seed": seed, "epochs": rows}
+            for name, seeds in runs.items()
+            for seed, rows in seeds.items()
+        ],
+    }
+
+
+def whole(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
+    return value
+
+
+if __name__ == "__main__":
+    main()
