@@ -21,6 +21,7 @@ SOURCES = [
     "csrc/cpu/conv_wgrad.cpp",
     "csrc/cpu/conv_wgrad_avx2.cpp",
     "csrc/cpu/conv_wgrad_avx512.cpp",
+    "csrc/cpu/conv_wgrad_plan.cpp",
     "csrc/cpu/conv_wgrad_portable.cpp",
     "csrc/cpu/pack.cpp",
     "csrc/cpu/step.cpp",

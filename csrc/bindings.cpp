@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/conv_wgrad.h"
+#include "cpu/memory.h"
 #include "cpu/pack.h"
 #include "cpu/step.h"
 #ifdef NEQ_CUDA
@@ -83,6 +84,10 @@ void cpu_adamw_rows(neq::DType dtype, const std::vector<Addresses>& all,
   const auto params = stepped(all, counts);
   py::gil_scoped_release release;
   neq::cpu::adamw_rows(dtype, params, {lr, beta1, beta2, eps, weight_decay, maximize}, threads);
+}
+
+void cpu_prefer_large_pages(uintptr_t begin, size_t bytes) {
+  neq::cpu::prefer_large_pages(pointer<void>(begin), bytes);
 }
 
 using Ints = std::vector<int64_t>;
@@ -190,6 +195,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_pack_columns", &cpu_pack_columns, py::arg("dtype"), py::arg("dy"), py::arg("samples"),
         py::arg("neurons"), py::arg("stride"), py::arg("rows"), py::arg("k"), py::arg("packed"),
         py::arg("sums"), py::arg("threads"));
+  m.def("cpu_prefer_large_pages", &cpu_prefer_large_pages, py::arg("begin"), py::arg("bytes"));
   m.def("cpu_sgd_rows", &cpu_sgd_rows, py::arg("dtype"), py::arg("all"), py::arg("lr"),
         py::arg("momentum"), py::arg("dampening"), py::arg("weight_decay"), py::arg("nesterov"),
         py::arg("maximize"), py::arg("begin"), py::arg("threads"));

@@ -37,6 +37,18 @@ def why_not(device: str) -> str | None:
     return None if device in _devices else _reason
 
 
+# the C library returns what is larger to the system, which hands it out anew page by page
+LARGEST_KEPT = 32 << 20
+
+
+def fresh_like(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """``torch.empty_like``; on a CPU, what comes fresh from the system comes in large pages."""
+    out = torch.empty_like(t, dtype=dtype)
+    if out.is_cpu and "cpu" in _devices and out.nbytes > LARGEST_KEPT:
+        _C.cpu_prefer_large_pages(out.data_ptr(), out.nbytes)
+    return out
+
+
 def pack_columns(dy: Tensor, rows: Tensor, want_sums: bool) -> tuple[Tensor, Tensor | None]:
     """``dy[:, rows]`` [T, k], contiguous, and if wanted its column sums [k] from the same pass.
 
@@ -101,7 +113,7 @@ def conv_wgrad(
     """
     threads = torch.get_num_threads()
     split_for = 8 if torch.are_deterministic_algorithms_enabled() else threads
-    dw = torch.empty_like(weight, dtype=_sum_dtype(dy))
+    dw = fresh_like(weight, _sum_dtype(dy))
     db = dw.new_empty(len(weight) if bias else 0)
     rows = rows.contiguous()
     _C.cpu_conv_wgrad(

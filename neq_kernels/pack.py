@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from neq_kernels.compiled import pack_columns
+from neq_kernels.compiled import fresh_like, pack_columns
 from neq_kernels.dense import channel_sum, vendor_conv_wgrad
 from neq_kernels.geometry import Conv
 from neq_kernels.problem import Problem
@@ -79,7 +79,7 @@ def _scatter(
     """dW and db from those of the packed rows, of which the first ``k`` are active."""
     active = rows[:k]
     dw_active = dw_packed.narrow(neurons, 0, k).to(weight.dtype)
-    dw = torch.zeros_like(weight).index_copy_(neurons, active, dw_active)
+    dw = fresh_like(weight, weight.dtype).zero_().index_copy_(neurons, active, dw_active)
     if db_packed is None:
         return dw, weight.new_empty(0)
     db = weight.new_zeros(len(rows)).index_copy_(0, active, db_packed[:k].to(weight.dtype))

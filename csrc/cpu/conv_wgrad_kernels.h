@@ -22,6 +22,7 @@ struct Strip {
   int64_t dy_step, dy_line;  // from one pixel, and from one line, to the next
   const T* x;
   int64_t x_step, x_line;
+  const char* next;  // memory to bring into the second-level cache, a line with each pixel; or null
 };
 
 // out[out_rows[j] + i] (+)= sum over the strip's pixels of dy[dy_rows[j]] * x[i] for R rows j and the
