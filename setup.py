@@ -24,6 +24,7 @@ SOURCES = [
     "csrc/cpu/conv_wgrad_plan.cpp",
     "csrc/cpu/conv_wgrad_portable.cpp",
     "csrc/cpu/pack.cpp",
+    "csrc/cpu/similarity.cpp",
     "csrc/cpu/step.cpp",
 ]
 CUDA_SOURCES = ["csrc/cuda/pack.cu"]

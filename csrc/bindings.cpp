@@ -10,6 +10,7 @@
 #include "cpu/conv_wgrad.h"
 #include "cpu/memory.h"
 #include "cpu/pack.h"
+#include "cpu/similarity.h"
 #include "cpu/step.h"
 #ifdef NEQ_CUDA
 #include "cuda/pack.h"
@@ -164,6 +165,23 @@ void cpu_conv_wgrad(neq::DType dtype, uintptr_t dy, const Ints& dy_size, const I
   neq::cpu::conv_wgrad(problem, isa, threads, split_for);
 }
 
+void cpu_row_similarity(neq::DType dtype, uintptr_t y, const std::array<int64_t, 4>& strides,
+                        neq::DType dtype_, uintptr_t y_, const std::array<int64_t, 4>& strides_,
+                        const std::array<int64_t, 4>& sizes, uintptr_t out, neq::cpu::Isa isa,
+                        int threads) {
+  for (const int64_t size : sizes) require(size >= 0, "a size", size, "at least 0");
+  const int inner = sizes[3] > 1 ? 3 : 2;
+  const bool any_stride = sizes[inner] < 2 || std::ranges::count(sizes, 0);
+  for (const auto* s : {&strides, &strides_})
+    require(any_stride || (*s)[inner] == 1, "innermost stride", (*s)[inner], "1");
+  require(neq::cpu::has_isa(isa), "isa", int64_t(isa), "one that this processor has");
+  require(threads >= 1, "threads", threads, "at least 1");
+  py::gil_scoped_release release;
+  neq::cpu::row_similarity({dtype, pointer<const void>(y), strides},
+                           {dtype_, pointer<const void>(y_), strides_}, sizes,
+                           pointer<double>(out), isa, threads);
+}
+
 #ifdef NEQ_CUDA
 int64_t cuda_pack_scratch_bytes(neq::DType dtype, int64_t samples, int64_t k) {
   require(samples >= 0, "samples", samples, "at least 0");
@@ -207,6 +225,9 @@ PYBIND11_MODULE(_C, m) {
       .value("avx512", neq::cpu::Isa::avx512)
       .value("avx2", neq::cpu::Isa::avx2)
       .value("portable", neq::cpu::Isa::portable);
+  m.def("cpu_row_similarity", &cpu_row_similarity, py::arg("dtype"), py::arg("y"),
+        py::arg("strides"), py::arg("dtype_"), py::arg("y_"), py::arg("strides_"),
+        py::arg("sizes"), py::arg("out"), py::arg("isa"), py::arg("threads"));
   m.def("cpu_has_isa", &neq::cpu::has_isa, py::arg("isa"));
   m.def("cpu_conv_wgrad", &cpu_conv_wgrad, py::arg("dtype"), py::arg("dy"), py::arg("dy_size"),
         py::arg("dy_strides"), py::arg("x"), py::arg("x_size"), py::arg("x_strides"),

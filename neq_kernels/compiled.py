@@ -141,6 +141,28 @@ def conv_wgrad(
     return dw, db
 
 
+def row_similarity(y: Tensor, y_: Tensor, isa: str = "best") -> Tensor:
+    """[3, samples, neurons] from two of [samples, positions, neurons, positions], on the CPU.
+
+    float64, the same bits for any number of threads. The last dimension longer than 1 of both must
+    be adjacent in memory.
+    """
+    out = y.new_empty((3, y.shape[0], y.shape[2]), dtype=torch.float64)
+    _C.cpu_row_similarity(
+        DTYPES[y.dtype],
+        y.data_ptr(),
+        y.stride(),
+        DTYPES[y_.dtype],
+        y_.data_ptr(),
+        y_.stride(),
+        y.shape,
+        out.data_ptr(),
+        getattr(_C.Isa, isa),
+        torch.get_num_threads(),
+    )
+    return out
+
+
 def _pack_columns_in_torch(
     dy: Tensor, rows: Tensor, want_sums: bool
 ) -> tuple[Tensor, Tensor | None]:

@@ -6,7 +6,6 @@
 #include "conv_wgrad_kernels.h"
 #include "conv_wgrad_plan.h"
 #include "memory.h"
-#include "processor.h"
 
 namespace neq::cpu {
 namespace {
@@ -353,9 +352,6 @@ class Gradient : Plan {
 
 template <class T>
 const Kernels<T>& kernels_of(Isa isa) {
-  static const Processor processor;
-  if (isa == Isa::best)
-    isa = processor.avx512 ? Isa::avx512 : processor.avx2 ? Isa::avx2 : Isa::portable;
 #ifdef NEQ_X86
   if (isa == Isa::avx512) return avx512::kernels<T>();
   if (isa == Isa::avx2) return avx2::kernels<T>();
@@ -365,21 +361,11 @@ const Kernels<T>& kernels_of(Isa isa) {
 
 }  // namespace
 
-bool has_isa(Isa isa) {
-#ifdef NEQ_X86
-  if (isa == Isa::avx512)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (isa == Isa::avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#endif
-  return isa == Isa::best || isa == Isa::portable;
-}
-
 void conv_wgrad(const ConvWgrad& problem, Isa isa, int threads, int split_for) {
   if (problem.dtype == DType::float64)
-    Gradient<double>(problem, kernels_of<double>(isa), split_for).run(threads);
+    Gradient<double>(problem, kernels_of<double>(chosen(isa)), split_for).run(threads);
   else
-    Gradient<float>(problem, kernels_of<float>(isa), split_for).run(threads);
+    Gradient<float>(problem, kernels_of<float>(chosen(isa)), split_for).run(threads);
 }
 
 }  // namespace neq::cpu

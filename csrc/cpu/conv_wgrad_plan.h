@@ -26,10 +26,6 @@ struct Range {
 // The i-th of n even parts of [0, size).
 inline Range part(int64_t size, int64_t i, int64_t n) { return {size * i / n, size * (i + 1) / n}; }
 
-inline int64_t bytes_of(DType dtype) {
-  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
-}
-
 // What tiles there are: `lanes` of a vector, most vectors wide, and most rows of one so wide.
 struct Tiles {
   int64_t lanes, sum_bytes, most_vectors;
