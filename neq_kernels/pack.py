@@ -20,12 +20,19 @@ class Machine(NamedTuple):
     """What a kind of device can do, roughly: enough to tell whether packing pays."""
 
     granule: int  # rows that the vendor's kernels compute in one piece
-    flops_per_byte: float  # arithmetic done in the time that packing or scattering moves a byte
+    of_rows: float  # how much longer it takes for these rows, compared with as many of all
+    # arithmetic done in the time in which a byte is moved
+    dy_flops: float  # of dY, packed
+    x_flops: float  # of X, read for fewer rows
+    dw_flops: float  # of dW, scattered
     call_flops: float  # arithmetic done in the time of the extra calls
 
 
 # "cpu" fits what was measured (docs/measured-facts.md); "cuda" is an estimate
-MACHINES = {"cpu": Machine(16, 15, 3e6), "cuda": Machine(64, 175, 1e10)}
+MACHINES = {
+    "cpu": Machine(16, 1.1, 4, 8, 15, 20e6),
+    "cuda": Machine(64, 1, 175, 0, 175, 1e10),
+}
 
 
 def cost(problem: Problem) -> float:
@@ -36,8 +43,11 @@ def cost(problem: Problem) -> float:
         return inf  # an empty batch: nothing to save
     machine = MACHINES[problem.device]
     share = _granules(problem.active, problem.neurons, problem.device) / problem.neurons
-    moved = (1 + share) * (prod(problem.dy) + prod(problem.weight)) * problem.dtype.itemsize
-    return share + (machine.flops_per_byte * moved + machine.call_flops) / problem.flops
+    moving = machine.x_flops * prod(problem.x) + (1 + share) * (
+        machine.dy_flops * prod(problem.dy) + machine.dw_flops * prod(problem.weight)
+    )
+    moving *= problem.dtype.itemsize
+    return machine.of_rows * share + (moving + machine.call_flops) / problem.flops
 
 
 def _granules(k: int, neurons: int, device: str) -> int:
