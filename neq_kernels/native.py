@@ -22,6 +22,8 @@ BUSY = 8  # products that a core needs under way at once
 # How long the active rows take where the vendor would take 1. Its matrix products are better than
 # its convolutions.
 CONV, LINEAR, TRANSPOSED = 0.85, 1.1, 1.25
+# A large dW costs the vendor a trap for each page that it writes first.
+LARGE = 0.85
 # How much longer it takes where the vendor has matrix instructions for 16 bits.
 HALF_PRECISION = 4.5
 
@@ -36,7 +38,7 @@ def cost(problem: Problem) -> float:
     slower = HALF_PRECISION if problem.dtype.itemsize < 4 else 1
     share = problem.active / problem.neurons
     if conv.groups > 1:
-        return slower * _of_groups(problem, share)
+        return _of_groups(problem, share, slower)
     channels = problem.weight[1]
     one_tap = prod(problem.weight[2:]) == 1
     taps = 1 if one_tap or conv.dilation[-1] > 1 else problem.weight[-1]  # that share vectors
@@ -48,7 +50,8 @@ def cost(problem: Problem) -> float:
         share *= TRANSPOSED
         moving += TRANSPOSED_DW_FLOPS * prod(problem.weight)
     elif problem.conv is None:
-        share *= LINEAR
+        large = prod(problem.weight) * problem.dtype.itemsize > compiled.LARGEST_KEPT
+        share *= LARGE if large else LINEAR
         moving += DW_FLOPS * prod(problem.weight)
     else:
         share *= CONV
@@ -58,14 +61,14 @@ def cost(problem: Problem) -> float:
     return slower * (share * waste * idle + (moving + CALL_FLOPS) / problem.flops)
 
 
-def _of_groups(problem: Problem, share: float) -> float:
+def _of_groups(problem: Problem, share: float, slower: float) -> float:
     """Vendors are good at depthwise kernels of up to 3x3, and nowhere near their speed elsewhere."""
     _, channels, *kernel = problem.weight
     if channels > 1:
-        return 0.65 * share + 0.4
+        return slower * (0.65 * share + 0.4)
     if prod(kernel) > 9:
         return 0.9 * share + 0.1
-    return 7 * share + 1 if problem.channels_last else 3.2 * share + 0.3
+    return slower * (7 * share + 1 if problem.channels_last else 3.2 * share + 0.3)
 
 
 def linear_wgrad(
