@@ -44,7 +44,7 @@ def cost(problem: Problem) -> float:
     taps = 1 if one_tap or conv.dilation[-1] > 1 else problem.weight[-1]  # that share vectors
     vectors = min(-(-channels * taps // LANES), -(-channels // LANES) * taps)
     waste = vectors * LANES / (channels * taps)
-    idle = max(1.0, BUSY / (problem.active * min(vectors, 4)))
+    idle = max(1.0, BUSY / (max(1, problem.active) * min(vectors, 4)))
     moving = X_FLOPS * prod(problem.x) + DY_FLOPS * prod(problem.dy)
     if problem.transposed:
         share *= TRANSPOSED
