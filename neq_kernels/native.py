@@ -62,7 +62,7 @@ def cost(problem: Problem) -> float:
 
 
 def _of_groups(problem: Problem, share: float, slower: float) -> float:
-    """Vendors are good at depthwise kernels of up to 3x3, and nowhere near their speed elsewhere."""
+    """Vendors are good at depthwise kernels up to 3x3, and nowhere near their speed elsewhere."""
     _, channels, *kernel = problem.weight
     if channels > 1:
         return slower * (0.65 * share + 0.4)

@@ -28,7 +28,7 @@ def integers(shape, seed, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize(("shape", "channel_dim"), LAYOUTS)
 @pytest.mark.parametrize("piece", [1, 7, 50, 1 << 16])
-def test_row_similarity_in_torch_is_exact_on_integers(shape, channel_dim, dtype, piece, monkeypatch):
+def test_chunked_is_exact_on_integers(shape, channel_dim, dtype, piece, monkeypatch):
     monkeypatch.setitem(chunked.PIECE, "cpu", piece)
     monkeypatch.setattr(similarity, "backend", lambda device: chunked)
     current, previous = integers(shape, 0, dtype), integers(shape, 1, dtype)
