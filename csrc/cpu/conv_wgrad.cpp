@@ -115,9 +115,12 @@ class Gradient : Plan {
                   : plane / p.output[D] * x[0] + depth * x[2] + h * x_line + w * x_pixel;
       runs.push_back({dy_at(c, plane, lines.begin, pixels.begin), x_at, lines.size()});
     }
-    return {runs.data(), int64_t(runs.size()),  pixels.size(),
-            nullptr,     dy_pixel(),            dy_line(c),
-            nullptr,     p.stride[W] * x_pixel, p.stride[H] * x_line, nullptr};
+    const int64_t n_runs = runs.size(), size = n_runs * lines.size() * pixels.size();
+    return {runs.data(), n_runs,
+            pixels.size(), size,
+            nullptr, dy_pixel(), dy_line(c),
+            nullptr, p.stride[W] * x_pixel, p.stride[H] * x_line,
+            nullptr};
   }
 
   // Where dY [plane, line, pixel] is, in the tensor or in the panel of the chunk.
@@ -238,7 +241,7 @@ class Gradient : Plan {
           Strip<T> s = m.strips[tap];
           s.dy = dy;
           s.x = x;
-          s.next = m.next.take(s.pixels);
+          s.next = m.next.take(s.size);
           if (!s.next) m.next.fetch(ahead);
           tile(s, dy_rows, sums + (tap * vectors + block.begin) * lanes, sum_rows, fresh);
         }

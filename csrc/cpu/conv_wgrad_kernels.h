@@ -17,7 +17,7 @@ template <class T>
 struct Strip {
   const Run* runs;
   int64_t n_runs;
-  int64_t pixels;
+  int64_t pixels, size;  // of a line, of all
   const T* dy;
   int64_t dy_step, dy_line;  // from one pixel, and from one line, to the next
   const T* x;

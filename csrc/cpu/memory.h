@@ -50,8 +50,12 @@ class Prefetch {
     offset_ = lines = 0;
   }
   void add(const void* begin, int64_t bytes) {
-    pieces_.push_back({static_cast<const char*>(begin), bytes});
     lines += ceil_div(bytes, kLineBytes);
+    const char* at = static_cast<const char*>(begin);
+    if (!pieces_.empty() && pieces_.back().begin + pieces_.back().bytes == at)
+      pieces_.back().bytes += bytes;
+    else
+      pieces_.push_back({at, bytes});
   }
   // The next `lines` lines, for others to fetch; null unless they lie side by side.
   const char* take(int64_t lines) {
