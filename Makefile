@@ -20,14 +20,24 @@ gpu:
 	NEQ_CUDA=1 python3 setup.py -q build_ext --inplace
 	python3 bench/gpu_check.py $(ARGS)
 
-# The tests that reach compiled code, with every bad access and undefined operation an error.
-sanitize: $(VENV)/.deps
+# The tests that reach compiled code, with every bad access and undefined operation an error; then the
+# kernels' threads, with every race an error (tests/races.cpp).
+sanitize: $(VENV)/.deps build/sanitize/races
 	NEQ_CUDA=0 CXXFLAGS="-g -fsanitize=address,undefined -fno-sanitize-recover=all" \
 		$(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize/lib PYTHONSAFEPATH=1 \
 		$(BIN)/python -m pytest --capture=sys tests/test_pack_columns.py tests/test_native.py \
-		tests/test_row_optimizers.py $(ARGS)
+		tests/test_native_similarity.py tests/test_row_optimizers.py $(ARGS)
+	build/sanitize/races
+
+# Linked without libgomp: the file brings what of it the kernels need.
+build/sanitize/races: tests/races.cpp $(wildcard csrc/*.h csrc/cpu/*)
+	mkdir -p build/sanitize/threads
+	cd build/sanitize/threads && printf '%s\n' $(CURDIR)/csrc/cpu/*.cpp $(CURDIR)/tests/races.cpp | \
+		xargs -P 2 -I{} c++ -std=c++20 -O2 -g -fopenmp -fno-math-errno -fsanitize=thread \
+		-Wall -Wextra -c {}
+	c++ -fsanitize=thread build/sanitize/threads/*.o -o $@
 
 format: $(VENV)/.deps
 	$(BIN)/ruff check --fix

@@ -21,8 +21,10 @@ SOURCES = [
     "csrc/cpu/conv_wgrad.cpp",
     "csrc/cpu/conv_wgrad_avx2.cpp",
     "csrc/cpu/conv_wgrad_avx512.cpp",
+    "csrc/cpu/conv_wgrad_plan.cpp",
     "csrc/cpu/conv_wgrad_portable.cpp",
     "csrc/cpu/pack.cpp",
+    "csrc/cpu/similarity.cpp",
     "csrc/cpu/step.cpp",
 ]
 CUDA_SOURCES = ["csrc/cuda/pack.cu"]

@@ -8,7 +8,9 @@
 #include <vector>
 
 #include "cpu/conv_wgrad.h"
+#include "cpu/memory.h"
 #include "cpu/pack.h"
+#include "cpu/similarity.h"
 #include "cpu/step.h"
 #ifdef NEQ_CUDA
 #include "cuda/pack.h"
@@ -86,6 +88,10 @@ void cpu_adamw_rows(neq::DType dtype, const std::vector<Addresses>& all,
   neq::cpu::adamw_rows(dtype, params, {lr, beta1, beta2, eps, weight_decay, maximize}, threads);
 }
 
+void cpu_prefer_large_pages(uintptr_t begin, size_t bytes) {
+  neq::cpu::prefer_large_pages(pointer<void>(begin), bytes);
+}
+
 using Ints = std::vector<int64_t>;
 
 // The last of up to three dimensions, preceded by what a missing one has.
@@ -160,6 +166,23 @@ void cpu_conv_wgrad(neq::DType dtype, uintptr_t dy, const Ints& dy_size, const I
   neq::cpu::conv_wgrad(problem, isa, threads, split_for);
 }
 
+void cpu_row_similarity(neq::DType dtype, uintptr_t y, const std::array<int64_t, 4>& strides,
+                        neq::DType dtype_, uintptr_t y_, const std::array<int64_t, 4>& strides_,
+                        const std::array<int64_t, 4>& sizes, uintptr_t out, neq::cpu::Isa isa,
+                        int threads) {
+  for (const int64_t size : sizes) require(size >= 0, "a size", size, "at least 0");
+  const int inner = sizes[3] > 1 ? 3 : 2;
+  const bool any_stride = sizes[inner] < 2 || std::ranges::count(sizes, 0);
+  for (const auto* s : {&strides, &strides_})
+    require(any_stride || (*s)[inner] == 1, "innermost stride", (*s)[inner], "1");
+  require(neq::cpu::has_isa(isa), "isa", int64_t(isa), "one that this processor has");
+  require(threads >= 1, "threads", threads, "at least 1");
+  py::gil_scoped_release release;
+  neq::cpu::row_similarity({dtype, pointer<const void>(y), strides},
+                           {dtype_, pointer<const void>(y_), strides_}, sizes,
+                           pointer<double>(out), isa, threads);
+}
+
 #ifdef NEQ_CUDA
 int64_t cuda_pack_scratch_bytes(neq::DType dtype, int64_t samples, int64_t k) {
   require(samples >= 0, "samples", samples, "at least 0");
@@ -191,6 +214,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_pack_columns", &cpu_pack_columns, py::arg("dtype"), py::arg("dy"), py::arg("samples"),
         py::arg("neurons"), py::arg("stride"), py::arg("rows"), py::arg("k"), py::arg("packed"),
         py::arg("sums"), py::arg("threads"));
+  m.def("cpu_prefer_large_pages", &cpu_prefer_large_pages, py::arg("begin"), py::arg("bytes"));
   m.def("cpu_sgd_rows", &cpu_sgd_rows, py::arg("dtype"), py::arg("all"), py::arg("lr"),
         py::arg("momentum"), py::arg("dampening"), py::arg("weight_decay"), py::arg("nesterov"),
         py::arg("maximize"), py::arg("begin"), py::arg("threads"));
@@ -202,6 +226,9 @@ PYBIND11_MODULE(_C, m) {
       .value("avx512", neq::cpu::Isa::avx512)
       .value("avx2", neq::cpu::Isa::avx2)
       .value("portable", neq::cpu::Isa::portable);
+  m.def("cpu_row_similarity", &cpu_row_similarity, py::arg("dtype"), py::arg("y"),
+        py::arg("strides"), py::arg("dtype_"), py::arg("y_"), py::arg("strides_"),
+        py::arg("sizes"), py::arg("out"), py::arg("isa"), py::arg("threads"));
   m.def("cpu_has_isa", &neq::cpu::has_isa, py::arg("isa"));
   m.def("cpu_conv_wgrad", &cpu_conv_wgrad, py::arg("dtype"), py::arg("dy"), py::arg("dy_size"),
         py::arg("dy_strides"), py::arg("x"), py::arg("x_size"), py::arg("x_strides"),

@@ -16,6 +16,19 @@ class Isa:
 
 has_cuda: bool
 
+def cpu_prefer_large_pages(begin: int, bytes: int) -> None: ...
+def cpu_row_similarity(
+    dtype: DType,
+    y: int,
+    strides: Sequence[int],
+    dtype_: DType,
+    y_: int,
+    strides_: Sequence[int],
+    sizes: Sequence[int],
+    out: int,
+    isa: Isa,
+    threads: int,
+) -> None: ...
 def cpu_has_isa(isa: Isa) -> bool: ...
 def cpu_conv_wgrad(
     dtype: DType,

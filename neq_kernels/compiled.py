@@ -37,6 +37,18 @@ def why_not(device: str) -> str | None:
     return None if device in _devices else _reason
 
 
+# the C library returns what is larger to the system, which hands it out anew page by page
+LARGEST_KEPT = 32 << 20
+
+
+def fresh_like(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """``torch.empty_like``; on a CPU, what comes fresh from the system comes in large pages."""
+    out = torch.empty_like(t, dtype=dtype)
+    if out.is_cpu and "cpu" in _devices and out.nbytes > LARGEST_KEPT:
+        _C.cpu_prefer_large_pages(out.data_ptr(), out.nbytes)
+    return out
+
+
 def pack_columns(dy: Tensor, rows: Tensor, want_sums: bool) -> tuple[Tensor, Tensor | None]:
     """``dy[:, rows]`` [T, k], contiguous, and if wanted its column sums [k] from the same pass.
 
@@ -101,7 +113,7 @@ def conv_wgrad(
     """
     threads = torch.get_num_threads()
     split_for = 8 if torch.are_deterministic_algorithms_enabled() else threads
-    dw = torch.empty_like(weight, dtype=_sum_dtype(dy))
+    dw = fresh_like(weight, _sum_dtype(dy))
     db = dw.new_empty(len(weight) if bias else 0)
     rows = rows.contiguous()
     _C.cpu_conv_wgrad(
@@ -127,6 +139,28 @@ def conv_wgrad(
         split_for,
     )
     return dw, db
+
+
+def row_similarity(y: Tensor, y_: Tensor, isa: str = "best") -> Tensor:
+    """[3, samples, neurons] from two of [samples, positions, neurons, positions], on the CPU.
+
+    float64, the same bits for any number of threads. The last dimension longer than 1 of both must
+    be adjacent in memory.
+    """
+    out = y.new_empty((3, y.shape[0], y.shape[2]), dtype=torch.float64)
+    _C.cpu_row_similarity(
+        DTYPES[y.dtype],
+        y.data_ptr(),
+        y.stride(),
+        DTYPES[y_.dtype],
+        y_.data_ptr(),
+        y_.stride(),
+        y.shape,
+        out.data_ptr(),
+        getattr(_C.Isa, isa),
+        torch.get_num_threads(),
+    )
+    return out
 
 
 def _pack_columns_in_torch(

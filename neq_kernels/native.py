@@ -12,44 +12,63 @@ from neq_kernels.dense import as_weight
 from neq_kernels.geometry import Conv
 from neq_kernels.problem import Problem
 
-# Arithmetic that the vendor's dense kernels do while a byte of X or dY arrives, and during a call.
-FLOPS_PER_BYTE = 6
-CALL_FLOPS = 3e6
+# All times are counted in arithmetic of the vendor's dense kernels (docs/measured-facts.md): what
+# they do while a byte of X or dY arrives, while one of dW is written where it lies row by row, and
+# while it is gathered into columns; and during a call.
+X_FLOPS, DY_FLOPS, DW_FLOPS, TRANSPOSED_DW_FLOPS = 9, 2.5, 20, 50
+CALL_FLOPS = 4e6
 LANES = 16  # of a vector, which channels fill or waste
-# How much longer tiles take that read every X just once: it comes from farther away.
-ONE_TAP = 1.2
 BUSY = 8  # products that a core needs under way at once
-# How much longer than the vendor's plain matrix product, which is better than its convolutions, and
-# what that does while a byte of dW is written, which is often larger than X and dY.
-LINEAR = 1.4
-LINEAR_FLOPS_PER_BYTE = 15
-# How much longer than the vendor it takes where that has matrix instructions for 16 bits.
+# How long the active rows take where the vendor would take 1. Its matrix products are better than
+# its convolutions.
+CONV, LINEAR, TRANSPOSED = 0.85, 1.1, 1.25
+# A large dW costs the vendor a trap for each page that it writes first.
+LARGE = 0.85
+# How much longer it takes where the vendor has matrix instructions for 16 bits.
 HALF_PRECISION = 4.5
 
 
 def cost(problem: Problem) -> float:
-    """The share of rows and what a tile wastes on them, and the time to read all of dY and X."""
+    """The share of rows and what a tile wastes on them, and the time to read X and dY, write dW."""
     conv = problem.conv or Conv((1,), (0,), (1,), False, (0,), 1)
     if problem.device != "cpu" or compiled.why_not("cpu") or conv.transposed or problem.flops == 0:
         return inf
     if problem.dtype not in compiled.DTYPES:
         return inf
+    slower = HALF_PRECISION if problem.dtype.itemsize < 4 else 1
+    share = problem.active / problem.neurons
+    if conv.groups > 1:
+        return _of_groups(problem, share, slower)
     channels = problem.weight[1]
     one_tap = prod(problem.weight[2:]) == 1
     taps = 1 if one_tap or conv.dilation[-1] > 1 else problem.weight[-1]  # that share vectors
     vectors = min(-(-channels * taps // LANES), -(-channels // LANES) * taps)
     waste = vectors * LANES / (channels * taps)
-    rows = max(1.0, problem.active / conv.groups)
-    idle = max(1.0, BUSY / (rows * min(vectors, 4)))
-    slower = HALF_PRECISION if problem.dtype.itemsize < 4 else 1
-    share = problem.active / problem.neurons * waste * idle
-    moving = FLOPS_PER_BYTE * (prod(problem.dy) + prod(problem.x)) * problem.dtype.itemsize
-    if problem.conv is None:
-        share *= LINEAR
-        moving += LINEAR_FLOPS_PER_BYTE * prod(problem.weight) * problem.dtype.itemsize
-    elif one_tap:
-        share *= ONE_TAP
-    return slower * (share + (moving + CALL_FLOPS) / problem.flops)
+    idle = max(1.0, BUSY / (max(1, problem.active) * min(vectors, 4)))
+    moving = X_FLOPS * prod(problem.x) + DY_FLOPS * prod(problem.dy)
+    if problem.transposed:
+        share *= TRANSPOSED
+        moving += TRANSPOSED_DW_FLOPS * prod(problem.weight)
+    elif problem.conv is None:
+        large = prod(problem.weight) * problem.dtype.itemsize > compiled.LARGEST_KEPT
+        share *= LARGE if large else LINEAR
+        moving += DW_FLOPS * prod(problem.weight)
+    else:
+        share *= CONV
+        if not problem.channels_last:
+            moving += DW_FLOPS * prod(problem.weight)
+    moving *= problem.dtype.itemsize
+    return slower * (share * waste * idle + (moving + CALL_FLOPS) / problem.flops)
+
+
+def _of_groups(problem: Problem, share: float, slower: float) -> float:
+    """Vendors are good at depthwise kernels up to 3x3, and nowhere near their speed elsewhere."""
+    _, channels, *kernel = problem.weight
+    if channels > 1:
+        return slower * (0.65 * share + 0.4)
+    if prod(kernel) > 9:
+        return 0.9 * share + 0.1
+    return slower * (7 * share + 1 if problem.channels_last else 3.2 * share + 0.3)
 
 
 def linear_wgrad(

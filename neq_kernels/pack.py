@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from neq_kernels.compiled import pack_columns
+from neq_kernels.compiled import fresh_like, pack_columns
 from neq_kernels.dense import channel_sum, vendor_conv_wgrad
 from neq_kernels.geometry import Conv
 from neq_kernels.problem import Problem
@@ -20,24 +20,43 @@ class Machine(NamedTuple):
     """What a kind of device can do, roughly: enough to tell whether packing pays."""
 
     granule: int  # rows that the vendor's kernels compute in one piece
-    flops_per_byte: float  # arithmetic done in the time that packing or scattering moves a byte
+    of_rows: float  # how much longer it takes for these rows, compared with as many of all
+    # arithmetic done in the time in which a byte is moved
+    dy_flops: float  # of dY, packed
+    x_flops: float  # of X, read for fewer rows
+    dw_flops: float  # of dW, scattered
     call_flops: float  # arithmetic done in the time of the extra calls
 
 
 # "cpu" fits what was measured (docs/measured-facts.md); "cuda" is an estimate
-MACHINES = {"cpu": Machine(16, 15, 3e6), "cuda": Machine(64, 175, 1e10)}
+MACHINES = {
+    "cpu": Machine(16, 1.1, 4, 8, 15, 20e6),
+    "cuda": Machine(64, 1, 175, 0, 175, 1e10),
+}
+
+# How much more arithmetic the matrix instructions of newer CPUs do meanwhile in 16 bits.
+HALF_PRECISION = 6
 
 
 def cost(problem: Problem) -> float:
     """The share of rows computed, and the time to pack dY (read all, write some) and scatter dW."""
-    if problem.groups > 1 or problem.device not in MACHINES:
-        return inf  # the active rows of a grouped convolution make uneven groups
-    if problem.flops == 0:
-        return inf  # an empty batch: nothing to save
+    if problem.device not in MACHINES or problem.flops == 0:
+        return inf  # of an empty batch there is nothing to save
     machine = MACHINES[problem.device]
     share = _granules(problem.active, problem.neurons, problem.device) / problem.neurons
-    moved = (1 + share) * (prod(problem.dy) + prod(problem.weight)) * problem.dtype.itemsize
-    return share + (machine.flops_per_byte * moved + machine.call_flops) / problem.flops
+    if problem.conv is not None and problem.groups > 1:
+        depthwise = problem.groups == problem.neurons == problem.x[1]
+        if not depthwise or problem.conv.transposed or problem.device != "cpu":
+            return inf  # the active rows of other groups make uneven ones
+        # X is packed too; all that the vendor does is to read both
+        return 1.2 * share + 0.8 if problem.channels_last else 1.4 * share + 0.3
+    moving = machine.x_flops * prod(problem.x) + (1 + share) * (
+        machine.dy_flops * prod(problem.dy) + machine.dw_flops * prod(problem.weight)
+    )
+    moving *= problem.dtype.itemsize
+    if problem.device == "cpu" and problem.dtype.itemsize < 4:
+        moving *= HALF_PRECISION
+    return machine.of_rows * share + (moving + machine.call_flops) / problem.flops
 
 
 def _granules(k: int, neurons: int, device: str) -> int:
@@ -60,17 +79,26 @@ def conv_wgrad(
     dy: Tensor, x: Tensor, weight: Tensor, rows: Tensor, k: int, bias: bool, conv: Conv
 ) -> tuple[Tensor, Tensor]:
     packed = _granules(k, len(rows), dy.device.type)
-    channels_last = dy.movedim(1, -1)
-    if channels_last.is_contiguous():
-        # the gathered axis is the contiguous one: [T, n] -> [T, packed]
-        columns, db = pack_columns(channels_last.flatten(0, -2), rows[:packed], bias)
-        dy_packed = columns.view(*channels_last.shape[:-1], packed).movedim(-1, 1)
-    else:
-        dy_packed = dy.index_select(1, rows[:packed])
-        db = channel_sum(dy_packed, weight.dtype) if bias else None
+    dy_packed, db = _pack_channels(dy, rows[:packed], bias, weight.dtype)
+    if conv.groups > 1:  # depthwise: a neuron reads the channel of X with its own number
+        x, _ = _pack_channels(x, rows[:packed], False, weight.dtype)
+        conv = conv._replace(groups=packed)
     neurons = 1 if conv.transposed else 0
     dw = vendor_conv_wgrad(dy_packed, x, weight.narrow(neurons, 0, packed), conv)
     return _scatter(weight, rows, k, neurons, dw, db)
+
+
+def _pack_channels(
+    t: Tensor, rows: Tensor, want_sums: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """``t[:, rows]`` in the layout of ``t`` [N, channels, *pixels], and if wanted its sums [k]."""
+    channels_last = t.movedim(1, -1)
+    if channels_last.is_contiguous():
+        # the gathered axis is the contiguous one: [T, n] -> [T, packed]
+        columns, sums = pack_columns(channels_last.flatten(0, -2), rows, want_sums)
+        return columns.view(*channels_last.shape[:-1], len(rows)).movedim(-1, 1), sums
+    packed = t.index_select(1, rows)
+    return packed, channel_sum(packed, dtype) if want_sums else None
 
 
 def _scatter(
@@ -79,7 +107,7 @@ def _scatter(
     """dW and db from those of the packed rows, of which the first ``k`` are active."""
     active = rows[:k]
     dw_active = dw_packed.narrow(neurons, 0, k).to(weight.dtype)
-    dw = torch.zeros_like(weight).index_copy_(neurons, active, dw_active)
+    dw = fresh_like(weight, weight.dtype).zero_().index_copy_(neurons, active, dw_active)
     if db_packed is None:
         return dw, weight.new_empty(0)
     db = weight.new_zeros(len(rows)).index_copy_(0, active, db_packed[:k].to(weight.dtype))

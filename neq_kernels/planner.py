@@ -24,7 +24,7 @@ from torch import Tensor
 
 from neq_kernels import dense, fused, machine, native, pack
 from neq_kernels.geometry import Conv
-from neq_kernels.problem import BUCKETS, Problem
+from neq_kernels.problem import BUCKETS, Problem, is_transposed
 
 BACKENDS: dict[str, ModuleType] = {"dense": dense, "pack": pack, "native": native, "fused": fused}
 MARGIN = 0.05
@@ -83,7 +83,8 @@ def planned(
         return "dense"
     bucket = -(-k * BUCKETS // neurons)
     channels_last = conv is not None and x.stride(1) == 1
-    key = (bucket, x.shape, weight.shape, conv, channels_last, x.dtype, x.device)
+    transposed = is_transposed(weight)
+    key = (bucket, x.shape, weight.shape, conv, channels_last, transposed, x.dtype, x.device)
     plan = _plans.get(key)
     if plan is None:
         problem = _problem(x, weight, neurons, k, conv)
@@ -103,7 +104,8 @@ def _problem(x: Tensor, weight: Tensor, neurons: int, k: int, conv: Conv | None)
     if conv is None:
         samples = x.shape[:-1].numel()
         sizes = (samples, neurons), (samples, *x.shape[-1:]), shape
-        return Problem("linear_wgrad", device, dtype, *sizes, False, None, bucket)
+        transposed = is_transposed(weight)
+        return Problem("linear_wgrad", device, dtype, *sizes, False, None, bucket, transposed)
     images = conv.output(x.shape, weight), tuple(x.shape), shape
     return Problem("conv_wgrad", device, dtype, *images, x.stride(1) == 1, conv, bucket)
 

@@ -5,6 +5,7 @@ from functools import cached_property
 from math import prod
 
 import torch
+from torch import Tensor
 
 from neq_kernels.geometry import Conv
 
@@ -24,6 +25,7 @@ class Problem:
     channels_last: bool
     conv: Conv | None  # None for a linear layer
     bucket: int  # the active share, rounded up to sixteenths
+    transposed: bool = False  # of a linear layer, whose weight is kept as [inputs, n]
 
     @property
     def neurons(self) -> int:
@@ -48,7 +50,13 @@ class Problem:
         """The name under which a measured choice is kept in a table."""
         sizes = ["x".join(map(str, shape)) for shape in (self.dy, self.x, self.weight)]
         layout = "channels_last" if self.channels_last else "contiguous"
+        layout = "transposed" if self.transposed else layout
         geometry = "" if self.conv is None else " ".join(map(str, self.conv))
         dtype = str(self.dtype).removeprefix("torch.")
         kind = self.op, self.device, dtype, layout
         return " ".join([*kind, *sizes, f"{self.bucket}/{BUCKETS}", geometry])
+
+
+def is_transposed(weight: Tensor) -> bool:
+    """Is a linear layer's weight [n, inputs] kept as [inputs, n], as GPT-2 keeps it?"""
+    return weight.dim() == 2 and weight.stride(0) == 1 < weight.stride(1)

@@ -1,11 +1,11 @@
-"""Who compares outputs: a Triton kernel on a GPU, else torch, a bounded piece at a time."""
+"""Who compares outputs: a kernel where there is one, else torch, a bounded piece at a time."""
 
 from math import prod
 from types import ModuleType
 
 from torch import Tensor
 
-from neq_kernels import chunked
+from neq_kernels import chunked, compiled, native_similarity
 from neq_kernels.gpu import triton_is_there
 
 
@@ -21,6 +21,8 @@ def backend(device: str) -> ModuleType:
         from neq_kernels import triton_similarity
 
         return triton_similarity
+    if device == "cpu" and not compiled.why_not("cpu"):
+        return native_similarity
     return chunked
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import neq_kernels
 from neq_kernels import planner, reference
 from neq_kernels.geometry import Conv
-from neq_kernels.problem import BUCKETS, Problem
+from neq_kernels.problem import BUCKETS, Problem, is_transposed
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -204,7 +204,8 @@ def problem_of(op, dy, x, weight, rows, count, bias, *geometry) -> Problem:
         dy, x = (t.reshape(t.shape[:-1].numel(), t.shape[-1]) for t in (dy, x))
     shapes = (tuple(t.shape) for t in (dy, x, weight))
     bucket = -(-int(count) * BUCKETS // len(rows))
-    return Problem(op, dy.device.type, dy.dtype, *shapes, False, conv, bucket)
+    transposed = conv is None and is_transposed(weight)
+    return Problem(op, dy.device.type, dy.dtype, *shapes, False, conv, bucket, transposed)
 
 
 def answers(op: str, args: tuple) -> Iterator[tuple[str, tuple]]:

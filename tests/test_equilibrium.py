@@ -7,7 +7,7 @@ import torch
 from torch.library import opcheck
 
 import neq
-from neq_kernels import chunked, reference, row_similarity
+from neq_kernels import chunked, reference, row_similarity, similarity
 
 LAYOUTS = [
     pytest.param((6, 5), 1, id="linear"),
@@ -28,8 +28,9 @@ def integers(shape, seed, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize(("shape", "channel_dim"), LAYOUTS)
 @pytest.mark.parametrize("piece", [1, 7, 50, 1 << 16])
-def test_row_similarity_is_exact_on_integers(shape, channel_dim, dtype, piece, monkeypatch):
+def test_chunked_is_exact_on_integers(shape, channel_dim, dtype, piece, monkeypatch):
     monkeypatch.setitem(chunked.PIECE, "cpu", piece)
+    monkeypatch.setattr(similarity, "backend", lambda device: chunked)
     current, previous = integers(shape, 0, dtype), integers(shape, 1, dtype)
     if len(shape) == 4:
         strides = [current, current.to(memory_format=torch.channels_last), current.transpose(2, 3)]

@@ -4,13 +4,14 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import strategies as st
-from strategies import LAYOUTS, conv_case, on_random, same, some_of
+from strategies import LAYOUTS, conv_case, linear_case, on_random, same, some_of
 
-from neq_kernels import compiled, reference
+from neq_kernels import compiled, linear_wgrad, planner, reference
 from neq_kernels.compiled import _C
 
 ISAS = [name for name in ("avx512", "avx2", "portable") if _C.cpu_has_isa(getattr(_C.Isa, name))]
@@ -156,6 +157,31 @@ def test_nothing_of_frozen_rows_is_used(isa, case, layout):
     expected = native(args, isa)
     args[0][:, case.frozen] = torch.nan
     same(native(args, isa), expected)
+
+
+@on_isas
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_more_sums_than_a_cache_holds(isa, layout):
+    rows = set(range(600)) - set(range(0, 600, 9))
+    case = conv_case((2, 2100, 15, 10), (1, 1), 600, rows, layouts=(layout,) * 3)
+    check(case, isa)
+
+
+@pytest.mark.parametrize("backend", ["native", "pack"])
+@pytest.mark.parametrize("active", [16, 2900])
+def test_a_gradient_fresh_from_the_system_comes_in_large_pages(backend, active):
+    args = linear_case((3,), 3000, 3000, range(7, 7 + active)).args()
+    with (
+        mock.patch.object(planner, "choose", return_value=backend),
+        mock.patch.object(
+            _C, "cpu_prefer_large_pages", wraps=_C.cpu_prefer_large_pages
+        ) as large_pages,
+    ):
+        same(linear_wgrad(*args), reference.linear_wgrad(*args))
+        large_pages.assert_called_once()
+        small = linear_case((3,), 30, 30, range(7)).args()
+        same(linear_wgrad(*small), reference.linear_wgrad(*small))
+        large_pages.assert_called_once()
 
 
 def test_has_the_instructions_that_torch_has():

@@ -108,15 +108,40 @@ def test_pack_is_predicted_for_few_rows_of_a_large_layer_only():
     assert choose(LINEAR) == "dense"
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("groups", [2, 32], ids=["groups", "depthwise"])
-def test_groups_never_go_to_pack(device, groups):
+@pytest.mark.parametrize(("device", "groups"), [("cpu", 2), ("cuda", 2), ("cuda", 32)])
+def test_uneven_groups_never_go_to_pack(device, groups):
     case = conv_case((4, 32, 10, 10), (3, 3), 32, [0], groups=groups)
     problem = problem_of("conv_wgrad", *case.args())
     assert planner.BACKENDS["pack"].cost(replace(problem, device=device)) == inf
+
+
+def test_tuning_tries_no_backend_that_is_unable():
+    case = conv_case((4, 32, 10, 10), (3, 3), 32, [0], groups=2)
     with planner.tuning(), mock.patch.object(planner.BACKENDS["pack"], "conv_wgrad") as pack:
         conv_wgrad(*case.args())
     pack.assert_not_called()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "active", "layout", "choice"),
+    [
+        (3, 16, "contiguous", "pack"),
+        (3, 32, "contiguous", "dense"),
+        (3, 4, "channels_last", "dense"),
+        (7, 4, "channels_last", "native"),
+        (7, 48, "contiguous", "native"),
+    ],
+)
+def test_depthwise_prediction(kernel, active, layout, choice):
+    shape, padding = (4, 64, 28, 28), kernel // 2
+    case = conv_case(shape, (kernel,) * 2, 64, range(active), padding=padding, groups=64)
+    assert choose(replace(case, layouts=(layout,) * 3)) == choice
+
+
+def test_transposed_weight_prediction():
+    case = linear_case((2048,), 2048, 1024, range(512))
+    assert choose(case) == "native"
+    assert choose(replace(case, layouts=("contiguous", "contiguous", "reversed"))) == "pack"
 
 
 def test_an_unknown_device_is_dense():

@@ -5,13 +5,26 @@ from unittest import mock
 import pytest
 import torch
 
-from neq_kernels import chunked, similarity
+from neq_kernels import chunked, native_similarity, similarity
 
 
-@pytest.mark.parametrize(("device", "triton"), [("cpu", True), ("cuda", False), ("mps", True)])
-def test_torch_does_it_where_there_is_no_kernel(device, triton):
-    with mock.patch.object(similarity, "triton_is_there", return_value=triton):
-        assert similarity.backend(device) is chunked
+@pytest.mark.parametrize(
+    ("device", "compiled", "backend"),
+    [
+        ("cpu", True, native_similarity),
+        ("cpu", False, chunked),
+        ("cuda", True, chunked),
+        ("mps", True, chunked),
+    ],
+)
+def test_torch_does_it_where_there_is_no_kernel(device, compiled, backend):
+    with (
+        mock.patch.object(similarity, "triton_is_there", return_value=False),
+        mock.patch.object(
+            similarity.compiled, "why_not", return_value=None if compiled else "no compiler"
+        ),
+    ):
+        assert similarity.backend(device) is backend
 
 
 def test_nothing_is_copied_of_what_is_dense():

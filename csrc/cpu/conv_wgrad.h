@@ -4,10 +4,9 @@
 #include <cstdint>
 
 #include "../dtype.h"
+#include "processor.h"
 
 namespace neq::cpu {
-
-enum class Isa { best, avx512, avx2, portable };
 
 using Size3 = std::array<int64_t, 3>;     // depth, height, width; 1 (or 0 of padding) where missing
 using Strides5 = std::array<int64_t, 5>;  // in elements, of a tensor [a, b, depth, height, width]
@@ -34,7 +33,5 @@ struct ConvWgrad {
 // The sum is the same for the same `split_for`, however many threads there are: it is the number of
 // threads that the work is split for.
 void conv_wgrad(const ConvWgrad& problem, Isa isa, int threads, int split_for);
-
-bool has_isa(Isa isa);
 
 }  // namespace neq::cpu

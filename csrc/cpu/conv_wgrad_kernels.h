@@ -17,11 +17,12 @@ template <class T>
 struct Strip {
   const Run* runs;
   int64_t n_runs;
-  int64_t pixels;
+  int64_t pixels, size;  // of a line, of all
   const T* dy;
   int64_t dy_step, dy_line;  // from one pixel, and from one line, to the next
   const T* x;
   int64_t x_step, x_line;
+  const char* next;  // memory to bring into the second-level cache, a line with each pixel; or null
 };
 
 // out[out_rows[j] + i] (+)= sum over the strip's pixels of dy[dy_rows[j]] * x[i] for R rows j and the

@@ -23,4 +23,23 @@ struct Processor {
   }
 };
 
+enum class Isa { best, avx512, avx2, portable };
+
+inline bool has_isa(Isa isa) {
+#ifdef NEQ_X86
+  if (isa == Isa::avx512)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (isa == Isa::avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+  return isa == Isa::best || isa == Isa::portable;
+}
+
+// The instructions meant by `isa`.
+inline Isa chosen(Isa isa) {
+  static const Processor processor;
+  if (isa != Isa::best) return isa;
+  return processor.avx512 ? Isa::avx512 : processor.avx2 ? Isa::avx2 : Isa::portable;
+}
+
 }  // namespace neq::cpu
