@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from neq.rows import Rows
-from neq_kernels import planner
+from neq_kernels import ops, planner
 from neq_kernels.dense import zero_frozen_
 from neq_kernels.geometry import Conv
-from neq_kernels.ops import conv_wgrad, linear_wgrad
 
 
 class RowGrad(torch.autograd.Function):
@@ -64,8 +63,10 @@ class RowGrad(torch.autograd.Function):
         elif not _wanted(ctx):
             dw, db = None, None
         elif ctx.conv is None:
+            linear_wgrad = ops.linear_wgrad_unseen if ops.unseen(dy, x) else ops.linear_wgrad
             dw, db = linear_wgrad(dy, x, ctx.weight, order, length, with_bias)
         else:
+            conv_wgrad = ops.conv_wgrad_unseen if ops.unseen(dy, x) else ops.conv_wgrad
             dw, db = conv_wgrad(dy, x, ctx.weight, order, length, with_bias, *ctx.conv)
         return dy, None, dw, db if with_bias else None, None, None, None
 

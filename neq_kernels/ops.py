@@ -292,3 +292,21 @@ conv_wgrad = torch.ops.neq.conv_wgrad.default
 row_similarity = torch.ops.neq.row_similarity.default
 sgd_rows_ = torch.ops.neq.sgd_rows_.default
 adamw_rows_ = torch.ops.neq.adamw_rows_.default
+
+
+def unseen(*tensors: Tensor) -> bool:
+    """Whether nobody looks at operators: no compiler, profiler, mode, transform or subclass.
+
+    Then what implements the operators may be called instead, ``linear_wgrad_unseen`` and
+    ``conv_wgrad_unseen``: without a dispatch of 7 to 20 microseconds.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._autograd._profiler_enabled()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or any(type(t) is not Tensor for t in tensors)
+    )
+
+
+linear_wgrad_unseen, conv_wgrad_unseen = _linear_wgrad, _conv_wgrad

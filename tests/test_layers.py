@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 import neq
 from neq.convert import convertible
-from neq_kernels import dense, planner
+from neq_kernels import dense, ops, planner
 
 each = pytest.mark.parametrize
 pytestmark = [
@@ -187,6 +187,28 @@ def test_all_rows_active_is_the_plain_path(case, rows):
     assert torch.equal(my_dx, dx)
     for (name, p), q in zip(plain.named_parameters(), layer.parameters(), strict=True):
         assert torch.equal(p.grad, q.grad), name
+
+
+@each("case", first_of_each(MATRIX), ids=repr)
+def test_the_operator_is_called_where_somebody_looks(case, monkeypatch):
+    monkeypatch.setattr(planner, "planned", lambda *sizes: "pack")
+    _, layer = case.twins()
+    layer.set_active([0])
+    x = case.input()
+    y = layer(x, **case.forward)
+    with torch.profiler.profile() as profile:
+        y.sum().backward(retain_graph=True)
+    assert sum(event.key.startswith("neq::") for event in profile.key_averages()) == 1
+    seen = {name: p.grad for name, p in layer.named_parameters()}
+    layer.zero_grad()
+
+    def dispatched(*args):
+        raise AssertionError("nobody looks")
+
+    monkeypatch.setattr(ops, "linear_wgrad", dispatched)
+    monkeypatch.setattr(ops, "conv_wgrad", dispatched)
+    y.sum().backward()
+    assert all(torch.equal(p.grad, seen[name]) for name, p in layer.named_parameters())
 
 
 @each("plan", ["dense", "pack", None])
