@@ -1,4 +1,4 @@
-"""Models to train whole steps of: the transformers library's, with random weights, and a ResNet-32.
+"""Models to train whole steps of: the transformers library's, with random weights, and ResNet-32.
 
 Each takes its batch as keywords and returns something with a "loss". Nothing in them is random, so
 that two steps on one batch compute the same: no dropout, no dropped paths.
@@ -6,13 +6,14 @@ that two steps on one batch compute the same: no dropout, no dropped paths.
 
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+
+from examples.resnet import resnet32
 
 Batch = dict[str, Tensor]
 
@@ -28,35 +29,15 @@ class Network(NamedTuple):
     layouts: tuple[str, ...] = ("contiguous",)  # of its images, worth trying
 
 
-class ResNet32(nn.Module):
-    """The CIFAR network of He et al. 2015, whose shortcuts have no parameters."""
+class Classifier(nn.Module):
+    """Of a model that maps images to logits."""
 
-    def __init__(self, classes: int = 10, blocks: int = 5) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
-        widths = [16, *(width for width in (16, 32, 64) for _ in range(blocks))]
-        self.blocks = nn.Sequential(*(BasicBlock(*pair) for pair in pairwise(widths)))
-        self.fc = nn.Linear(64, classes)
+        self.model = model
 
     def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        x = self.blocks(F.relu(self.bn1(self.conv1(pixel_values))))
-        return {"loss": F.cross_entropy(self.fc(x.mean((2, 3))), labels)}
-
-
-class BasicBlock(nn.Module):
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.stride, self.more = outputs // inputs, outputs - inputs
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, self.stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if self.more:  # every other pixel, and channels of zeros
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.more))
-        return F.relu(y + x)
+        return {"loss": F.cross_entropy(self.model(pixel_values), labels)}
 
 
 CONFIGS: dict[str, Callable[[], Any]] = {
@@ -88,6 +69,10 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 def _gpt2(**sizes: int) -> Any:
     no_dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     return transformers.GPT2Config(**sizes, **no_dropout)
+
+
+def cifar_classifier() -> nn.Module:
+    return Classifier(resnet32())
 
 
 def classifier(name: str) -> nn.Module:
@@ -125,7 +110,7 @@ def _language(name: str, tokens: int, vocabulary: int, cpu: int, gpu: int) -> Ne
 
 LAYOUTS = ("contiguous", "channels_last")
 NETWORKS = {
-    "resnet32": Network(ResNet32, partial(images, 32, 10), 100, 1024, "SGD", LAYOUTS),
+    "resnet32": Network(cifar_classifier, partial(images, 32, 10), 100, 1024, "SGD", LAYOUTS),
     "resnet18": _vision("resnet18", 8, 256, "SGD", LAYOUTS),
     "resnet50": _vision("resnet50", 4, 256, "SGD", LAYOUTS),
     "swin-t": _vision("swin-t", 3, 128, "AdamW"),

@@ -20,12 +20,14 @@ class Block(nn.Module):
         self.project: nn.Module = nn.Identity()
         if shortcut == "B" and stride > 1:
             conv = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-            self.project, self.stride, self.pad = nn.Sequential(conv, nn.BatchNorm2d(outputs)), 1, 0
+            self.project, self.pad = nn.Sequential(conv, nn.BatchNorm2d(outputs)), 0
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        x = self.project(x)[:, :, :: self.stride, :: self.stride]
-        return F.relu(y + F.pad(x, (0, 0, 0, 0, self.pad, self.pad)))
+        x = self.project(x)
+        if self.pad:
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.pad, self.pad))
+        return F.relu(y + x)
 
 
 def resnet(

@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import neq.autograd
+import neq
 from bench import end_to_end, memory, networks, step_report, steps
 from bench.end_to_end import Entry, Shares, compare, in_best_layout, time_parts
 from bench.networks import LAYOUTS, NETWORKS, Network, images, text
@@ -301,7 +301,7 @@ def thawed(dw):
     ],
 )
 def test_a_wrong_gradient_is_not_timed(bench, monkeypatch, fault, message):
-    right = neq.autograd.conv_wgrad
+    right = ops.conv_wgrad_unseen
 
     def wrong(*args):
         dw, db = right(*args)
@@ -310,7 +310,7 @@ def test_a_wrong_gradient_is_not_timed(bench, monkeypatch, fault, message):
 
     gate = Gate("images", bench, step(bench, "dense", 1))
     gate.admit(step(bench, "gather", 0.5))
-    monkeypatch.setattr(neq.autograd, "conv_wgrad", wrong)
+    monkeypatch.setattr(ops, "conv_wgrad_unseen", wrong)
     with pytest.raises(steps.WrongResultError, match=message) as error:
         gate.admit(step(bench, "gather", 0.5))
     where = r"gather is wrong for images (contiguous) with 0.5 of the neurons active: "
@@ -473,12 +473,9 @@ def test_suites():
     assert NETWORKS.keys() <= MODELS.keys()
 
 
-def test_resnet32_has_the_layers_of_the_paper():
-    model = networks.ResNet32()
-    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    assert len(convs) == 31
-    assert sum(p.numel() for p in model.parameters()) == 464_154
-    account = neq.account(neq.convert(model), images(32, 10, 1))
+def test_resnet32_is_the_papers():
+    model = neq.convert(NETWORKS["resnet32"].build())
+    account = neq.account(model, images(32, 10, 1))
     assert f"{account.dense.published_backprop_flops / 1e6:.2f}" == "138.94"
 
 
