@@ -100,10 +100,12 @@ class Controller:
         )
         self._guards = []
         for one in self.optimizers:
-            if not isinstance(one, RowOptimizer):
-                self._guards.append(Guard(one, self.model, on_thaw=on_thaw))
-            elif not one.follows:  # it leaves frozen rows alone by itself
-                one.follow(self.model, on_thaw)
+            if isinstance(one, RowOptimizer):  # it leaves frozen rows alone by itself
+                if not one.follows:
+                    one.follow(self.model, on_thaw)
+                if one.covers(layer for layers in self.layers.values() for layer in layers):
+                    continue
+            self._guards.append(Guard(one, self.model, on_thaw=on_thaw))
         self._inputs: Inputs | None = None
         if example_inputs is not None:
             self._inputs = as_inputs(self.model, example_inputs)

@@ -101,12 +101,13 @@ def _frozen(modules: Iterable[nn.Module]) -> dict[Tensor, _Frozen]:
 
 
 def unwrapped(optimizer: Any) -> Any:
-    """torch's optimizer inside of those that libraries put around it: accelerate, Lightning."""
-    for name in ("optimizer", "_optimizer"):
-        inner = getattr(optimizer, name, None)
-        if isinstance(inner, Optimizer):
-            return unwrapped(inner)
-    return optimizer
+    """torch's optimizer inside of what accelerate or Lightning put around it.
+
+    No others are opened: one that moves weights after its inner optimizer has to be guarded itself.
+    """
+    library = type(optimizer).__module__.partition(".")[0]
+    name = {"accelerate": "optimizer", "lightning": "_optimizer", "pytorch_lightning": "_optimizer"}
+    return getattr(optimizer, name[library]) if library in name else optimizer
 
 
 class Guard:
@@ -311,6 +312,10 @@ class RowOptimizer(Optimizer):
     def follows(self) -> bool:
         """Has it been told whose neurons may rest?"""
         return self._guard is not None
+
+    def covers(self, layers: Iterable[nn.Module]) -> bool:
+        """Has it been told of all of these?"""
+        return self._guard is not None and set(layers) <= set(self._guard._modules)
 
     def follow(self, layers: nn.Module | Iterable[nn.Module], on_thaw: OnThaw = "keep") -> None:
         """Step the active neurons of these layers only, instead of those of any others before."""

@@ -1,6 +1,7 @@
 """What a device is called: what was measured on one holds for no other."""
 
 import platform
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ def name(device: torch.device) -> str:
     return device.type
 
 
+@cache
 def cpu() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

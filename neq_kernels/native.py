@@ -37,10 +37,10 @@ def cost(problem: Problem) -> float:
         return inf
     slower = HALF_PRECISION if problem.dtype.itemsize < 4 else 1
     share = problem.active / problem.neurons
-    if conv.groups > 1:
-        return _of_groups(problem, share, slower)
     channels = problem.weight[1]
     one_tap = prod(problem.weight[2:]) == 1
+    if conv.groups > 1 and (one_tap or channels < LANES):
+        return _of_groups(problem, share, slower)
     taps = 1 if one_tap or conv.dilation[-1] > 1 else problem.weight[-1]  # that share vectors
     vectors = min(-(-channels * taps // LANES), -(-channels // LANES) * taps)
     waste = vectors * LANES / (channels * taps)
@@ -62,10 +62,15 @@ def cost(problem: Problem) -> float:
 
 
 def _of_groups(problem: Problem, share: float, slower: float) -> float:
-    """Vendors are good at depthwise kernels up to 3x3, and nowhere near their speed elsewhere."""
+    """Vendors are good at depthwise kernels up to 3x3, and nowhere near their speed elsewhere.
+
+    What a small group takes depends on more than this tells; these are the worst that were seen.
+    """
     _, channels, *kernel = problem.weight
+    if channels > 1 and prod(kernel) == 1:
+        return inf
     if channels > 1:
-        return slower * (0.65 * share + 0.4)
+        return slower * (1.2 * share + 0.66 if problem.channels_last else 0.65 * share + 0.4)
     if prod(kernel) > 9:
         return 0.9 * share + 0.1
     return slower * (7 * share + 1 if problem.channels_last else 3.2 * share + 0.3)

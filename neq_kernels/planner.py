@@ -84,7 +84,9 @@ def planned(
     bucket = -(-k * BUCKETS // neurons)
     channels_last = conv is not None and x.stride(1) == 1
     transposed = is_transposed(weight)
-    key = (bucket, x.shape, weight.shape, conv, channels_last, transposed, x.dtype, x.device)
+    layout = channels_last, transposed
+    where = x.device, torch.get_num_threads()
+    key = (bucket, x.shape, weight.shape, conv, layout, x.dtype, where)
     plan = _plans.get(key)
     if plan is None:
         problem = _problem(x, weight, neurons, k, conv)

@@ -211,6 +211,26 @@ def test_the_operator_is_called_where_somebody_looks(case, monkeypatch):
     assert all(torch.equal(p.grad, seen[name]) for name, p in layer.named_parameters())
 
 
+@each("plan", ["pack", "native"])
+def test_gradients_whose_values_are_not_those_in_memory(plan, monkeypatch):
+    monkeypatch.setattr(planner, "planned", lambda *sizes: plan)
+    monkeypatch.setattr(planner, "choose", lambda *args: plan)
+    layer = neq.NEqLinear(6, 8)
+    layer.set_active([1, 4])
+    x = torch.randn(5, 6)
+    y = layer(x)
+    negated = torch.randn(5, 8, dtype=torch.complex64).conj().imag
+    assert negated.is_neg()
+    (dw,) = torch.autograd.grad(y, layer.weight, negated, retain_graph=True)
+    right = negated.resolve_neg().t() @ x
+    torch.testing.assert_close(dw[[1, 4]], right[[1, 4]])
+
+    several = torch.randn(3, 5, 8)
+    (dws,) = torch.autograd.grad(y, layer.weight, several, is_grads_batched=True)
+    torch.testing.assert_close(dws[:, [1, 4]], (several.mT @ x)[:, [1, 4]])
+    assert not dws[:, [0, 2, 3, 5, 6, 7]].any()
+
+
 @each("plan", ["dense", "pack", None])
 @each("case", first_of_each(MATRIX), ids=repr)
 def test_some_rows_active_runs_one_operator_unless_dense_is_planned(case, plan, monkeypatch):

@@ -562,3 +562,29 @@ def test_a_parameter_shared_by_layers_that_decide_apart():
     a.set_active([0])
     with pytest.raises(ValueError, match="'encoder' and 'decoder' share a weight but not"):
         optimizer.step()
+
+
+class Lookahead(torch.optim.Optimizer):
+    """Of those that move the weights themselves after another optimizer."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        super().__init__(optimizer.param_groups, {})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.optimizer.step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.mul_(0.5)
+
+
+def test_an_optimizer_around_an_optimizer():
+    layer = neq.NEqLinear(3, 4)
+    layer.set_active([1])
+    optimizer = Lookahead(torch.optim.SGD(layer.parameters(), lr=0.1))
+    Guard(optimizer, layer)
+    before = layer.weight.detach().clone()
+    layer(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    assert (before != layer.weight).any(1).tolist() == [False, True, False, False]

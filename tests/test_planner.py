@@ -231,6 +231,15 @@ def test_measured_choices_hold_on_no_other_device(backends, clock, tmp_path, mon
     assert choose(LINEAR) == "dense"
 
 
+def test_measured_choices_hold_for_their_number_of_threads(monkeypatch):
+    measure(LINEAR, "pack")
+    assert choose(LINEAR) == "pack"
+    torch.set_num_threads(2)
+    assert choose(LINEAR) == "dense"
+    torch.set_num_threads(1)
+    assert choose(LINEAR) == "pack"
+
+
 def test_plans_of_ever_new_sizes_do_not_pile_up(backends, monkeypatch):
     backends(dense=(1.0, 5), other=(0.5, 4))
     monkeypatch.setattr(planner, "MOST_PLANS", 3)

@@ -132,6 +132,32 @@ def test_adamw_of_transposed_matrices(options, backend):
         check_adamw(options, 0.5, dtype, "cpu", "transposed")
 
 
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.9, 0.99999), (1 - 1e-6, 1 - 1e-7)], ids=str)
+def test_adamw_is_as_exact_as_torchs_for_betas_close_to_1(betas, backend):
+    rows, counts = [torch.arange(64)], [torch.tensor(64)]
+    start, grads = torch.randn(64, 9), [torch.randn(64, 9) for _ in range(3)]
+    results = {}
+    for name, dtype in (("ours", torch.float32), ("exact", torch.float64)):
+        p, m, v = start.to(dtype, copy=True), *(torch.zeros(64, 9, dtype=dtype) for _ in "mv")
+        step = torch.tensor(0.0)
+        for g in grads:
+            lists = [p], [g.to(dtype)], [m], [v], [], [step], rows, counts
+            ops.adamw_rows_(*lists, lr(1e-3), *betas, 1e-8, 0.0, False, False)
+        results[name] = v, p - start
+    theirs = torch.nn.Parameter(start.clone())
+    optimizer = torch.optim.AdamW([theirs], betas=betas, weight_decay=0.0, fused=True)
+    for theirs.grad in grads:
+        optimizer.step()
+    results["theirs"] = optimizer.state[theirs]["exp_avg_sq"], theirs.detach() - start
+
+    def error(name, i):
+        exact = results["exact"][i]
+        return ((results[name][i].double() - exact) / exact).abs().median()
+
+    for i in range(2):
+        assert error("ours", i) <= 2 * error("theirs", i)
+
+
 def check_adamw(options, share, dtype, device, layout):
     amsgrad, maximize, decay = options
     (p, g, m, v, v_max), rows, counts = problem(3, share, dtype, device, layout)
@@ -555,6 +581,17 @@ def test_bad_arguments():
         neq.optim.SGD(layer.parameters(), lr=0.1, on_thaw="reset")
     with pytest.raises(ValueError, match="Invalid learning rate"):
         neq.optim.SGD(layer.parameters(), lr=-1.0, layers=layer)
+
+
+def test_a_controller_guards_what_follows_other_layers():
+    model = torch.nn.Sequential(neq.NEqLinear(2, 3), neq.NEqLinear(3, 4))
+    optimizer = neq.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1, layers=model[0])
+    policy = neq.Fixed({"1": [2]})
+    given = {"optimizer": optimizer, "policy": policy, "warmup": 0, "leave_alone": ()}
+    neq.Controller(model, **given)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    assert changed_rows(model[1], optimizer.step) == [False, False, True, False]
 
 
 def test_layers_that_come_later():

@@ -71,12 +71,14 @@ struct SGDLine {
 template <class Number>
 struct AdamWLine {
   using T = Number;
-  T beta1, beta2, eps, keep, rate, scale;
+  T beta1, beta2, rest1, rest2, eps, keep, rate, scale;  // rest: 1 - beta, rounded once
   bool maximize;
 
   AdamWLine(const AdamW& o, const Stepped& s)
       : beta1(T(o.beta1)),
         beta2(T(o.beta2)),
+        rest1(T(1 - o.beta1)),
+        rest2(T(1 - o.beta2)),
         eps(T(o.eps)),
         keep(T(1 - o.lr * o.weight_decay)),
         rate(T(o.lr / (1 - std::pow(o.beta1, s.count)))),
@@ -90,7 +92,7 @@ struct AdamWLine {
     T* __restrict m = (T*)s.first + at;
     T* __restrict v = (T*)s.second + at;
     T* __restrict largest = s.largest ? (T*)s.largest + at : nullptr;
-    const T old1 = beta1, old2 = beta2, new1 = 1 - old1, new2 = 1 - old2;
+    const T old1 = beta1, old2 = beta2, new1 = rest1, new2 = rest2;
     const T decayed = keep, step = rate, root = scale, floor = eps;
     const T sign = maximize ? T(-1) : T(1);
     if (!largest) {
@@ -106,7 +108,7 @@ struct AdamWLine {
 #pragma omp simd
     for (int64_t i = 0; i < length; ++i) {
       T g = sign * grad[i], first = old1 * m[i] + new1 * g, second = old2 * v[i] + new2 * g * g;
-      T most = largest[i] > second ? largest[i] : second;
+      T most = largest[i] > second || largest[i] != largest[i] ? largest[i] : second;
       m[i] = pick(i, first, m[i]);
       v[i] = pick(i, second, v[i]);
       largest[i] = pick(i, most, largest[i]);
