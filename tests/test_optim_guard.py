@@ -564,6 +564,53 @@ def test_a_parameter_shared_by_layers_that_decide_apart():
         optimizer.step()
 
 
+class Shrinking(torch.optim.SGD):
+    """Of those that change the weights around the step of torch's class, which calls hooks too."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            p.mul_(0.5)
+        super().step(closure)
+        for p in self.param_groups[0]["params"]:
+            p.mul_(0.5)
+
+
+@pytest.mark.parametrize("rows", [[1], []], ids=str)
+def test_an_optimizer_derived_from_an_optimizer(rows):
+    layer = neq.NEqLinear(3, 4)
+    torch.optim.SGD(layer.parameters(), lr=0.1)  # from here on torch's own step calls hooks
+    optimizer = Shrinking([layer.weight], lr=0.1, momentum=0.9)
+    guard = Guard(optimizer, layer)
+    layer.set_active(rows)
+    for _ in range(3):
+        layer.weight.grad = gradient = torch.ones(4, 3)
+        before = bits(layer.weight)
+        optimizer.step()
+        changed = (bits(layer.weight) != before).any(1)
+        assert changed.nonzero().flatten().tolist() == rows
+        assert layer.weight.grad is gradient
+    assert not guard._under_way
+
+
+def test_steps_that_fail_leave_no_heap_behind():
+    layer = neq.NEqLinear(3, 4)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, weight_decay=0.1)
+    guard = Guard(optimizer, layer)
+    layer.set_active([1])
+
+    def fail():
+        raise ArithmeticError
+
+    for _ in range(50):
+        with pytest.raises(ArithmeticError):
+            optimizer.step(fail)
+    assert len(guard._under_way) < 10
+    before = bits(layer.weight)
+    push(layer, optimizer, 2)
+    assert (bits(layer.weight) != before).any(1).tolist() == [False, True, False, False]
+
+
 class Lookahead(torch.optim.Optimizer):
     """Of those that move the weights themselves after another optimizer."""
 
