@@ -139,8 +139,8 @@ class Guard:
 
     A step costs a copy of the frozen rows, there and back; of their state too with "keep". A layer
     that is frozen entirely costs nothing: its gradient is hidden from the optimizer for the length
-    of the step (unless the optimizer is of somebody else's class). Nothing waits for a GPU. A CUDA graph of the step has to be captured again after
-    ``set_active``.
+    of the step (from torch's own: a class derived from them may move what has no gradient). Nothing
+    waits for a GPU. A CUDA graph of the step has to be captured again after ``set_active``.
 
     LBFGS keeps no state by neuron: it starts anew whenever other neurons train. Its state_dict says
     which did, so that a resumed run does so too.
