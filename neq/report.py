@@ -158,7 +158,7 @@ def _draw_saving(axes: "Axes", records: Sequence[EpochRecord]) -> None:
     if measured:
         _draw_measured(axes, epochs, measured)
     if ceiling or measured:
-        axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+        axes.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.22))
     else:
         axes.text(
             0.5,
@@ -177,7 +177,7 @@ def _draw_measured(axes: "Axes", epochs: Sequence[int], measured: Sequence[float
     (dots,) = axes.plot(epochs, shown, ".", label="measured by the clock")
     beyond = [epoch for epoch, value in zip(epochs, measured, strict=True) if value < -_SLOWEST]
     if beyond:
-        label = f"more than {_SLOWEST:.0%} slower\nthan a dense step"
+        label = f"more than {_SLOWEST:.0%} slower than a dense step"
         edge = [-_SLOWEST] * len(beyond)
         axes.plot(beyond, edge, "v", color=dots.get_color(), label=label, clip_on=False)
 
