@@ -48,6 +48,7 @@ Seconds are the processor's on a CPU, the device's on a GPU. Images decoded from
 original ones: compare accuracies on them with each other only."""
 
 MAKE_ANOTHER_RUN = ("limit", "test_limit", "batch", "probe", "eps", "mu", "fraction", "amp")
+# no compiling, and the modes of torch.compile
 COMPILE = "none", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
 
 Row = dict[str, Any]  # one epoch of one run
