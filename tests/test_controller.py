@@ -414,10 +414,12 @@ def test_state_without_outputs_is_small():
     assert size(outputs=False) < size() / 2
 
 
-def test_outputs_of_other_samples_are_not_taken_but_measured_anew():
-    model, optimizer, control = build(probe=data()[0][:6])
+@pytest.mark.parametrize("change", [{"probe": data()[0][6:12]}, {"memory": "sketch"}], ids=list)
+def test_outputs_kept_otherwise_are_not_taken_but_measured_anew(change, monkeypatch):
+    monkeypatch.setattr(memory, "POSITIONS", 12)
+    model, optimizer, control = build()
     train(model, optimizer, 2, control)
-    _, _, other = build(probe=data()[0][6:12])
+    _, _, other = build(**change)
     other.model.load_state_dict(model.state_dict())
     other.load_state_dict(control.state_dict())
     other.step()  # nothing was trained since
