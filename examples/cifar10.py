@@ -48,6 +48,8 @@ Seconds are the processor's on a CPU, the device's on a GPU. Images decoded from
 original ones: compare accuracies on them with each other only."""
 
 MAKE_ANOTHER_RUN = ("limit", "test_limit", "batch", "probe", "eps", "mu", "fraction", "amp")
+# no compiling, and the modes of torch.compile
+COMPILE = "none", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
 
 Row = dict[str, Any]  # one epoch of one run
 
@@ -209,7 +211,9 @@ class Run:
     def load(self) -> None:
         state = torch.load(self.file, map_location=self.given.device, weights_only=True)
         if state["what"] != self.what:
-            raise ValueError(f"{self.file} is of another run: {state['what']}, not {self.what}")
+            other = {key: value for key, value in state["what"].items() if value != self.what[key]}
+            given = {key: self.what[key] for key in other}
+            raise ValueError(f"{self.file} is of another run, with {other} instead of {given}")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.control.load_state_dict(state["control"])
@@ -253,11 +257,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--eps", type=float, default=1e-3)
     parser.add_argument("--mu", type=float, default=0.5)
     parser.add_argument(
-        "--fraction", type=float, default=0.5,
+        "--fraction", type=share, default=0.5,
         help="that trains, for budget, random, lowest-velocity and fixed",
     )  # fmt: skip
     parser.add_argument(
-        "--stop-at", type=float, default=0.95, metavar="SHARE",
+        "--stop-at", type=share, default=0.95, metavar="SHARE",
         help="of the neurons at rest, where stopping early stops (default: 0.95)",
     )  # fmt: skip
     parser.add_argument(
@@ -272,8 +276,8 @@ def main(arguments: list[str] | None = None) -> None:
         "--amp", action=argparse.BooleanOptionalAction, help="bfloat16 (default: on a GPU)"
     )
     parser.add_argument(
-        "--compile", nargs="?", const="default", metavar="MODE",
-        help="of torch.compile, or none (default: default on a GPU, none on a CPU)",
+        "--compile", nargs="?", const="default", metavar="MODE", choices=COMPILE,
+        help=f"one of {', '.join(COMPILE)} (default: default on a GPU, none on a CPU)",
     )  # fmt: skip
     given = parser.parse_args(arguments)
     on_gpu = given.device.type == "cuda"
@@ -340,6 +344,16 @@ def whole(text: str) -> int:
         value = 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
+    return value
+
+
+def share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be a share from 0 to 1, got {text!r}")
     return value
 
 

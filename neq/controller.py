@@ -189,8 +189,8 @@ class Controller:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state_dict`` was taken. Load model and optimizers before.
 
-        Previous outputs of other samples than this probe's (another rank's, say) are not taken, but
-        measured anew.
+        Previous outputs of other samples than this probe's (another rank's, say), or sketched where
+        this one's are not, are not taken, but measured anew.
         """
         if list(state["masks"]) != list(self.layers):
             missing = sorted(self.layers.keys() - state["masks"].keys())
@@ -211,8 +211,10 @@ class Controller:
         self._phi = state["phi"].cpu().clone()
         self._velocity.load_state_dict(state["velocity"])
         self.policy.load_state_dict(state["policy"])
-        if state["memory"] is not None and torch.equal(state["samples"].cpu(), self._samples):
-            self._memory.load_state_dict(state["memory"])
+        memory = state["memory"]
+        same_samples = torch.equal(state["samples"].cpu(), self._samples)
+        if memory is not None and same_samples and memory["sketched"] == self._memory.sketches:
+            self._memory.load_state_dict(memory)
         else:
             self._observe()
         self._since = time.perf_counter()

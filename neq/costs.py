@@ -18,8 +18,7 @@ Layers = Mapping[str, list[NeuronLayer]]  # by name: those that share a weight t
 
 def parameters(layers: Layers) -> dict[str, float]:
     return {
-        name: float(sum(p.numel() for p in _parameters(first)))
-        for name, (first, *_) in layers.items()
+        name: float(sum(p.numel() for p in _trained(first))) for name, (first, *_) in layers.items()
     }
 
 
@@ -45,13 +44,13 @@ def wgrad_ms(model: nn.Module, layers: Layers, inputs: Inputs) -> dict[str, floa
     return totals
 
 
-def _parameters(layer: NeuronLayer) -> list[Tensor]:
-    return [p for p in (layer.weight, layer.bias) if p is not None]
+def _trained(layer: NeuronLayer) -> list[Tensor]:
+    return [p for p in (layer.weight, layer.bias) if p is not None and p.requires_grad]
 
 
 def _wgrad_ms(layer: NeuronLayer, args: Any, kwargs: Any) -> float:
     """Of one call with these arguments, which need no gradient: only wgrad is left of backward."""
-    owned = [p for p in _parameters(layer) if p.requires_grad]
+    owned = _trained(layer)
     if not owned:
         return 0.0
     with torch.enable_grad():

@@ -84,7 +84,7 @@ class History:
         if writer is not None and not (hasattr(writer, "add_scalar") or hasattr(writer, "log")):
             raise TypeError(
                 "writer must have add_scalar(tag, value, step), like TensorBoard's SummaryWriter, "
-                f"or log(dict, step=...), like a W&B run; got {type(writer).__name__}"
+                f"or log(dict), like a W&B run; got {type(writer).__name__}"
             )
         self.path = None if path is None else Path(path)
         self.writer = writer
@@ -118,7 +118,8 @@ class History:
             for tag, value in figures.items():
                 self.writer.add_scalar(tag, value, record.epoch)
         else:
-            self.writer.log(figures, step=record.epoch)
+            # a run has one count of steps, most likely batches, and drops what is logged for less
+            self.writer.log({"neq/epoch": record.epoch, **figures})
 
 
 def layer_record(

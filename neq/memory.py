@@ -39,6 +39,10 @@ class Memory:
         self._chosen: dict[tuple[torch.device, int, int], Tensor] = {}
         self.start()
 
+    @property
+    def sketches(self) -> bool:
+        return self.where == "sketch"
+
     def start(self) -> None:
         """Begin a pass."""
         self._before, self.outputs = self.outputs, {}
@@ -96,7 +100,7 @@ class Memory:
         Never ``y`` itself: an activation that works in place may be about to overwrite it.
         """
         kept = y
-        if self.where == "sketch":
+        if self.sketches:
             kept, channel_dim = self._sketch(y, channel_dim)
         if not self.keeps_precision and kept.dtype.itemsize > 2:
             kept = kept.to(torch.bfloat16)
@@ -121,7 +125,8 @@ class Memory:
         return flat.gather(2, chosen.unsqueeze(1).expand(-1, flat.shape[1], -1)), 1
 
     def state_dict(self) -> dict[str, Any]:
-        return {"outputs": {str(group): list(kept) for group, kept in self.outputs.items()}}
+        outputs = {str(group): list(kept) for group, kept in self.outputs.items()}
+        return {"sketched": self.sketches, "outputs": outputs}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.outputs = {

@@ -7,7 +7,7 @@ without the time for frozen rows, and need no Guard.
 
 import inspect
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -19,6 +19,7 @@ from neq.modules import NeuronLayer
 from neq_kernels.ops import adamw_rows_, sgd_rows_
 
 OnThaw = Literal["keep", "reset"]
+_OWN = "torch.optim.", "neq.optim"  # the modules of torch's optimizers and of ours
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,17 @@ def _frozen(modules: Iterable[nn.Module]) -> dict[Tensor, _Frozen]:
     return found
 
 
+@dataclass
+class _Kept:
+    """What is put back after a step."""
+
+    gradients: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # with their parameters
+    # parameters, their groups, their frozen elements, and those of their state
+    copies: list[tuple[Tensor, dict[str, Any], Tensor, dict[str, Tensor]]] = field(
+        default_factory=list
+    )
+
+
 def unwrapped(optimizer: Any) -> Any:
     """torch's optimizer inside of what accelerate or Lightning put around it.
 
@@ -127,8 +139,8 @@ class Guard:
 
     A step costs a copy of the frozen rows, there and back; of their state too with "keep". A layer
     that is frozen entirely costs nothing: its gradient is hidden from the optimizer for the length
-    of the step. Nothing waits for a GPU. A CUDA graph of the step has to be captured again after
-    ``set_active``.
+    of the step (from torch's own: a class derived from them may move what has no gradient). Nothing
+    waits for a GPU. A CUDA graph of the step has to be captured again after ``set_active``.
 
     LBFGS keeps no state by neuron: it starts anew whenever other neurons train. Its state_dict says
     which did, so that a resumed run does so too.
@@ -150,8 +162,8 @@ class Guard:
         self._modules = _modules(layers)
         self._optimizer, self._on_thaw = optimizer, on_thaw
         self.frozen: dict[Tensor, _Frozen] = {}  # as of the latest step
-        self._hidden: list[tuple[Tensor, Tensor]] = []  # parameters and their gradients
-        self._copies: list[tuple[Tensor, dict[str, Any], Tensor, dict[str, Tensor]]] = []
+        # several where the step of a class of the user's calls that of torch's: both call hooks
+        self._under_way: list[_Kept] = []
         self._reset: dict[Tensor, tuple[Tensor, dict[str, Any]]] = {}
         self._handles = (
             optimizer.register_step_pre_hook(self._before),
@@ -166,13 +178,16 @@ class Guard:
     @torch.no_grad()
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.frozen = _frozen(self._modules)
-        self._hidden.clear()
-        self._copies.clear()
+        # what steps that failed left here goes: a step for each class at most is under way
+        del self._under_way[: -len(type(optimizer).__mro__)]
+        self._under_way.append(kept := _Kept())
         if isinstance(optimizer, LBFGS):
             self._restart_if_others_train(optimizer)
         if not self.frozen:
             return
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        # then what has no gradient is left alone: by torch's own, not by any that derives from them
+        by_gradient = closure is None and type(optimizer).__module__.startswith(_OWN)
         for group in optimizer.param_groups:
             for p in group["params"]:
                 frozen = self.frozen.get(p)
@@ -182,30 +197,29 @@ class Guard:
                     self._reset_once(p, group, frozen)
                 if frozen.count == 0:
                     self._begin(p, group)
-                if closure is None and p.grad is None:
+                if by_gradient and p.grad is None:
                     continue
-                if closure is None and frozen.count == 0:
-                    self._hidden.append((p, p.grad))
+                if by_gradient and frozen.count == 0:
+                    kept.gradients.append((p, p.grad))
                     p.grad = None
                 elif self._is_moved(p, frozen):
-                    kept = {} if self._on_thaw == "reset" else self._state(p, frozen)
-                    copies = {key: frozen.copy(t) for key, t in kept.items()}
-                    self._copies.append((p, group, frozen.copy(p), copies))
+                    state = {} if self._on_thaw == "reset" else self._state(p, frozen)
+                    copies = {key: frozen.copy(t) for key, t in state.items()}
+                    kept.copies.append((p, group, frozen.copy(p), copies))
 
     @torch.no_grad()
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for p, grad in self._hidden:
+        kept = self._under_way.pop()
+        for p, grad in kept.gradients:
             p.grad = grad
-        for p, group, copy, kept in self._copies:
+        for p, group, copy, state in kept.copies:
             frozen = self.frozen[p]
             frozen.put_back(p, copy)
             for key, t in self._state(p, frozen).items():
-                if key in kept:
-                    frozen.put_back(t, kept[key])
+                if key in state:
+                    frozen.put_back(t, state[key])
                 else:  # to be reset, or made in this very step
                     frozen.fill(t, _start(optimizer, group, key))
-        self._hidden.clear()
-        self._copies.clear()
 
     def _begin(self, p: Tensor, group: dict[str, Any]) -> None:
         """torch's fused SGD fails where some parameters step for the first time, and others not."""

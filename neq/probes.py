@@ -96,7 +96,8 @@ class Probe:
         """The model's arguments for the first batch; None where ``forward`` makes them up."""
         if self.forward is not None:
             return None
-        return as_inputs(model, next(iter(self.batches(model))))
+        with evaluating(model):  # a loader draws a seed for its workers, a shuffling one more
+            return as_inputs(model, next(iter(self.batches(model))))
 
 
 class NoiseProbe(Probe):

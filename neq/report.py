@@ -17,9 +17,11 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.ticker import Formatter
 
 _LABELS = 100  # layers named beside the heat map, at most
 _FEW_LABELS = 21  # where it has to be low
+_SLOWEST = 0.5  # what took longer than a dense step by more than this share of it is off the scale
 _NO_MATPLOTLIB = "drawing a report needs matplotlib, which is not installed: pip install matplotlib"
 
 
@@ -119,8 +121,9 @@ def _draw_shares(axes: "Axes", records: Sequence[EpochRecord], labels: int) -> N
     )
     every = -(-len(names) // labels)
     axes.set_yticks(range(0, len(names), every), names[::every], fontsize=7)
-    axes.set_title(f"frozen share per layer (at the end: {records[-1].frozen_share:.1%} of all)")
-    axes.figure.colorbar(image, ax=axes)
+    end = f"{records[-1].frozen_share:.1%} of all at the end"
+    axes.set_title(f"frozen share of each layer, input on top ({end})")
+    axes.figure.colorbar(image, ax=axes, format=_percent(), label="of the layer's neurons")
 
 
 def _draw_speeds(axes: "Axes", records: Sequence[EpochRecord]) -> None:
@@ -141,8 +144,8 @@ def _draw_speeds(axes: "Axes", records: Sequence[EpochRecord]) -> None:
     # the edge between two bins is half a row off their centres
     edges = [(bins - 1.5 - i, e) for i, e in enumerate(SPEED_EXPONENTS) if e == int(e)]
     axes.set_yticks([at for at, _ in edges], [f"$10^{{{e:.0f}}}$" for _, e in edges], fontsize=7)
-    axes.set_title("speed |v|: share of the neurons")
-    axes.figure.colorbar(image, ax=axes)
+    axes.set_title("how fast neurons move: their speed |v|, which falls towards equilibrium")
+    axes.figure.colorbar(image, ax=axes, format=_percent(), label="of all neurons")
 
 
 def _draw_saving(axes: "Axes", records: Sequence[EpochRecord]) -> None:
@@ -151,11 +154,11 @@ def _draw_saving(axes: "Axes", records: Sequence[EpochRecord]) -> None:
     ceiling = _ceiling(records)
     if ceiling:
         axes.plot(epochs, predicted, label="predicted from FLOPs")
-        axes.axhline(ceiling, linestyle=":", color="grey", label="with no weight gradient at all")
+        axes.axhline(ceiling, linestyle=":", color="grey", label="no weight gradient at all")
     if measured:
-        axes.plot(epochs, measured, ".", label="measured")
+        _draw_measured(axes, epochs, measured)
     if ceiling or measured:
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.22))
     else:
         axes.text(
             0.5,
@@ -164,7 +167,25 @@ def _draw_saving(axes: "Axes", records: Sequence[EpochRecord]) -> None:
             ha="center",
             transform=axes.transAxes,
         )
-    axes.set_title("saved of a dense step")
+    axes.yaxis.set_major_formatter(_percent())
+    axes.set_title("what it saves of a dense step")
+
+
+def _draw_measured(axes: "Axes", epochs: Sequence[int], measured: Sequence[float]) -> None:
+    """Epochs in which the machine was busy otherwise lie on the edge: the rest is to be seen."""
+    shown = [max(value, -_SLOWEST) for value in measured]
+    (dots,) = axes.plot(epochs, shown, ".", label="measured by the clock")
+    beyond = [epoch for epoch, value in zip(epochs, measured, strict=True) if value < -_SLOWEST]
+    if beyond:
+        label = f"more than {_SLOWEST:.0%} slower than a dense step"
+        edge = [-_SLOWEST] * len(beyond)
+        axes.plot(beyond, edge, "v", color=dots.get_color(), label=label, clip_on=False)
+
+
+def _percent() -> "Formatter":
+    from matplotlib.ticker import PercentFormatter
+
+    return PercentFormatter(1)
 
 
 def _ceiling(records: Sequence[EpochRecord]) -> float:
@@ -183,7 +204,7 @@ def _page(records: Sequence[EpochRecord], png: bytes) -> str:
         "saved of a dense step, predicted from FLOPs": f"{mean(predicted):.1%}"
         if last.step_flops
         else "not counted",
-        "measured": "no dense epoch to compare with"
+        "measured, with all that the machine did besides": "no dense epoch to compare with"
         if measured is None
         else f"{mean(measured):.1%}",
         "at most (no weight gradient at all)": f"{_ceiling(records):.1%}",
@@ -198,7 +219,8 @@ def _page(records: Sequence[EpochRecord], png: bytes) -> str:
 <html lang="en">
 <meta charset="utf-8">
 <title>Neurons at equilibrium</title>
-<style>body {{ font: 14px sans-serif; margin: 2em }} td {{ padding-right: 2em }}</style>
+<style>body {{ font: 14px sans-serif; margin: 2em }} td {{ padding-right: 2em }}
+img {{ max-width: 100% }}</style>
 <h1>Neurons at equilibrium</h1>
 {_table(list(facts.items()))}
 <img alt="frozen share, speed and saving over the epochs" src="data:image/png;base64,{image}">

@@ -168,6 +168,9 @@ ERRORS = [
     ("--output setup.py", r"File exists: .*setup\.py"),
     ("--epochs 0", r"--epochs: must be a whole number above 0, got '0'"),
     ("--policy best", r"invalid choice: 'best'"),
+    ("--compile best", r"--compile: invalid choice: 'best' \(choose from '?none"),
+    ("--stop-at 95", r"--stop-at: must be a share from 0 to 1, got '95'"),
+    ("--fraction half", r"--fraction: must be a share from 0 to 1, got 'half'"),
 ]
 
 
@@ -183,7 +186,8 @@ def test_a_checkpoint_of_another_run(run, capsys):
     run("--policy", "dense", "--epochs", "1")
     with pytest.raises(SystemExit):
         run("--policy", "dense", "--epochs", "2", "--resume")
-    assert "dense-0.pt is of another run" in capsys.readouterr().err
+    message = "dense-0.pt is of another run, with {'epochs': 1} instead of {'epochs': 2}"
+    assert message in capsys.readouterr().err
 
 
 def test_a_record_of_another_schedule(run, capsys):

@@ -417,7 +417,7 @@ def test_lbfgs_resumes_where_other_neurons_begin_to_train(masks):
 
 
 class Operations(TorchDispatchMode):
-    """Counts the elements of all results."""
+    """Counts the elements that operations write."""
 
     def __init__(self):
         super().__init__()
@@ -425,26 +425,29 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor) and func is not torch.ops.aten.slice.Tensor:
-            self.elements += out.numel()
+        written = args[3] if func is torch.ops.aten.index_copy_.default else out
+        if isinstance(written, torch.Tensor) and func is not torch.ops.aten.slice.Tensor:
+            self.elements += written.numel()
         return out
 
 
 def test_the_cost_is_that_of_the_frozen_rows():
     layer = neq.NEqLinear(100, 64, bias=False)
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
     guard = Guard(optimizer, [layer])
-    layer.weight.grad = torch.ones(64, 100)
+    push(layer, optimizer, 1)
 
     def cost():
         with Operations() as seen:
             guard._before(optimizer, (optimizer,), {})
+            guard._after(optimizer, (optimizer,), {})
         return seen.elements
 
     assert cost() == 0
-    for frozen in (1, 10, 40):
+    for frozen in (1, 10, 40, 64):
         layer.set_active(torch.arange(frozen, 64))
-        assert cost() == frozen * 100
+        # weights and momentum, there and back; where all is frozen, nothing
+        assert cost() == (4 * frozen * 100 if frozen < 64 else 0)
 
 
 def test_values_written_by_others_are_kept():
@@ -562,6 +565,53 @@ def test_a_parameter_shared_by_layers_that_decide_apart():
     a.set_active([0])
     with pytest.raises(ValueError, match="'encoder' and 'decoder' share a weight but not"):
         optimizer.step()
+
+
+class Shrinking(torch.optim.SGD):
+    """Of those that change the weights around the step of torch's class, which calls hooks too."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            p.mul_(0.5)
+        super().step(closure)
+        for p in self.param_groups[0]["params"]:
+            p.mul_(0.5)
+
+
+@pytest.mark.parametrize("rows", [[1], []], ids=str)
+def test_an_optimizer_derived_from_an_optimizer(rows):
+    layer = neq.NEqLinear(3, 4)
+    torch.optim.SGD(layer.parameters(), lr=0.1)  # from here on torch's own step calls hooks
+    optimizer = Shrinking([layer.weight], lr=0.1, momentum=0.9)
+    guard = Guard(optimizer, layer)
+    layer.set_active(rows)
+    for _ in range(3):
+        layer.weight.grad = gradient = torch.ones(4, 3)
+        before = bits(layer.weight)
+        optimizer.step()
+        changed = (bits(layer.weight) != before).any(1)
+        assert changed.nonzero().flatten().tolist() == rows
+        assert layer.weight.grad is gradient
+    assert not guard._under_way
+
+
+def test_steps_that_fail_leave_no_heap_behind():
+    layer = neq.NEqLinear(3, 4)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, weight_decay=0.1)
+    guard = Guard(optimizer, layer)
+    layer.set_active([1])
+
+    def fail():
+        raise ArithmeticError
+
+    for _ in range(50):
+        with pytest.raises(ArithmeticError):
+            optimizer.step(fail)
+    assert len(guard._under_way) < 10
+    before = bits(layer.weight)
+    push(layer, optimizer, 2)
+    assert (bits(layer.weight) != before).any(1).tolist() == [False, True, False, False]
 
 
 class Lookahead(torch.optim.Optimizer):

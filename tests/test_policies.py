@@ -103,6 +103,17 @@ def test_budget_trains_what_was_not_measured_first():
     assert choose(control.policy, *motions) == [[1], [], []]
 
 
+def test_budget_is_not_spent_on_what_the_user_does_not_train():
+    for unit in ("parameters", "flops", "ms"):
+        model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+        model[0].requires_grad_(False)
+        policy = neq.Budget(share=0.5, unit=unit)
+        controller(policy, model)
+        assert policy.costs["0"] == 0 < policy.costs["1"]
+        motions = [motion([9, 9, 0], name="0"), motion([1, 2], name="1")]
+        assert choose(policy, *motions)[1] == [1]
+
+
 def test_budget_in_flops():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1), nn.Flatten(), nn.Linear(8, 2))
     policy = neq.Budget(share=1, unit="flops")

@@ -68,6 +68,16 @@ def test_heat_map_shows_the_frozen_share_of_each_layer():
     assert measured.get_ydata()[-1] == pytest.approx(0.2)
 
 
+def test_an_epoch_that_something_else_delayed_does_not_hide_the_others():
+    delayed = [replace(r, seconds=70.0) if r.epoch == 4 else r for r in records()]
+    saving = draw(delayed).axes[2]
+    *_, measured, beyond = saving.get_lines()
+    assert measured.get_ydata() == pytest.approx([0, 0, 0.2, -0.5, 0.2, 0.2])
+    assert list(beyond.get_xdata()) == [4]
+    assert saving.get_ylim()[0] > -0.6
+    assert len(draw(records()).axes[2].get_lines()) == 3
+
+
 def test_speed_ticks_lie_between_the_bins_they_part():
     speeds = draw(records()).axes[1]
     names = [label.get_text() for label in speeds.get_yticklabels()]
@@ -99,7 +109,7 @@ def test_files(tmp_path):
     embedded = base64.b64decode(re.search(r"data:image/png;base64,([^\"]+)", page)[1])
     assert embedded.startswith(b"\x89PNG")
     assert re.search("predicted from FLOPs</td><td>16.7%", page)
-    assert re.search("<td>measured</td><td>13.3%", page)
+    assert re.search("<td>measured, .*</td><td>13.3%", page)
     assert re.search("at most .*</td><td>33.3%", page)
 
 

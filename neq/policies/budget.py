@@ -19,7 +19,8 @@ class Budget(Policy):
     """Rank all neurons by |v| per unit of cost, and train from the top while the budget lasts.
 
     After Quélennec et al. (2024), who count parameters. What is spent never exceeds the budget, and
-    falls short of it by less than the next neuron's cost.
+    falls short of it by less than the next neuron's cost. A neuron's cost is its share of its
+    layer's, also in a norm, whose weight gradient is computed for all neurons or none.
 
     share: of what training everything would cost; or
     amount: in units.

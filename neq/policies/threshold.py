@@ -66,7 +66,8 @@ class AdaptiveEps(Equilibrium):
     An update w ← w - u is made where |v| exceeds eps. Taking the step function there as identity in
     the backward pass, dL/deps at a step is Σ g · u: this step's gradient times the update made by
     the last step, over the neurons that train. While successive updates agree, eps falls and more
-    neurons train; when they undo each other, it rises. Costs a copy of the layers' parameters.
+    neurons train; when they undo each other, it rises. Who trains is decided after each epoch, from
+    eps as all of its steps have left it. Costs a copy of the layers' parameters.
 
     eps: where it starts. rate: its learning rate. Other options are those of ``Equilibrium``.
     """
