@@ -214,7 +214,7 @@ class _NEqConv(NeuronLayer, nn.modules.conv._ConvNd):
     def _prepare(self, x: Tensor, output_size: list[int] | None) -> tuple[Tensor, Conv]:
         """The input as the kernel will see it, and the geometry that joins it to the output."""
         x, padding = self._pad(x)
-        return x, self._geometry(padding, (0,) * len(padding))
+        return x, self._geometry(padding, self.output_padding)  # zeros
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv) -> Tensor:
         stride, padding, dilation, _, _, groups = conv
