@@ -128,6 +128,8 @@ def escape(path: Path) -> str:
 
 
 if cxx() is None:
+    if os.environ.get("NEQ_CUDA") == "1":
+        raise FileNotFoundError("NEQ_CUDA=1, but there is no C++ compiler: put c++ on the PATH")
     print(
         "neq: no C++ compiler found, so the compiled kernels are left out. Everything works without"
         " them, but slower; `python -m neq doctor` says what is missing.",

@@ -7,8 +7,13 @@ Where no backend beats the dense gradient, nothing beats the vendor's joint back
 
 W, b = mask_grad(W, b, rows)               # the same values; their gradients lose the frozen rows
 y = F.linear(x, W, b)                      # its backward gives dX, dW and db
+
+and where that is one node of the graph, which knows its weight's gradient, more cheaply:
+
+y = mask_node(F.conv2d(x, W, b), rows)     # the same y; the node's dW and db lose the frozen rows
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,11 +54,8 @@ class RowGrad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "a second derivative (create_graph=True) through a layer with frozen neurons is "
-                "not supported by backward(): use torch.func.grad, or set_active(None) for a step"
-            )
+        if not torch.compiler.is_compiling():
+            _refuse_second_derivative()
         (x,) = ctx.saved_tensors
         order, length = ctx.order, ctx.length
         with_bias = ctx.bias is not None
@@ -69,6 +71,14 @@ class RowGrad(torch.autograd.Function):
             conv_wgrad = ops.conv_wgrad_unseen if ops.unseen(dy, x) else ops.conv_wgrad
             dw, db = conv_wgrad(dy, x, ctx.weight, order, length, with_bias, *ctx.conv)
         return dy, None, dw, db if with_bias else None, None, None, None
+
+
+def _refuse_second_derivative() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "a second derivative (create_graph=True) through a layer with frozen neurons is "
+            "not supported by backward(): use torch.func.grad, or set_active(None) for a step"
+        )
 
 
 def _wanted(node: Any) -> bool:
@@ -100,13 +110,22 @@ class MaskGrad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dw: Tensor | None, db: Tensor | None) -> tuple[Tensor | None, ...]:
-        if dw is not None:
-            # in place: the vendor's backward has just made it for this one use of the weight
-            dw = dw.clone() if torch.is_grad_enabled() else dw
-            zero_frozen_(dw, ctx.frozen, ctx.dim, ctx.conv)
-        if db is not None:  # of one sample it can be dY itself, which others read
-            db = db.index_fill(0, ctx.frozen, 0)
-        return dw, db, None, None, None
+        return *_masked(dw, db, ctx.frozen, ctx.dim, ctx.conv), None, None, None
+
+
+Gradient = Tensor | None
+
+
+def _masked(
+    dw: Gradient, db: Gradient, frozen: Tensor, dim: int, conv: Conv | None
+) -> tuple[Gradient, Gradient]:
+    if dw is not None:
+        # in place: the vendor's backward has just made it for this one use of the weight
+        dw = dw.clone() if torch.is_grad_enabled() else dw
+        zero_frozen_(dw, frozen, dim, conv)
+    if db is not None:  # of one sample it can be dY itself, which others read
+        db = db.index_fill(0, frozen, 0)
+    return dw, db
 
 
 # ``Function.apply`` spends 2 µs on function transforms, which never come here
@@ -132,6 +151,25 @@ def mask_grad(
         masked: tuple[Tensor, Tensor | None] = _apply_mask(weight, bias, rows.frozen, dim, conv)
         return masked
     return mask_grad(weight, None, rows, dim, conv)[0], bias
+
+
+def mask_node(y: Tensor, rows: Rows, dim: int = 0, conv: Conv | None = None) -> Tensor:
+    """``y``, which one node made from (x, weight, bias), and of these only ``rows`` train."""
+    node: Any = y.grad_fn
+    node.register_hook(partial(_mask_node, rows.frozen, dim, conv))
+    return y
+
+
+def _mask_node(
+    frozen: Tensor,
+    dim: int,
+    conv: Conv | None,
+    gradients: tuple[Gradient, Gradient, Gradient],
+    of_outputs: object,
+) -> tuple[Gradient, ...]:
+    _refuse_second_derivative()  # dX's node would hand W a gradient that comes by no hook
+    dx, dw, db = gradients
+    return dx, *_masked(dw, db, frozen, dim, conv)
 
 
 def is_joint(x: Tensor, weight: Tensor, rows: Rows, conv: Conv | None = None) -> bool:

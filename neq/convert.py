@@ -79,7 +79,7 @@ def convert(
         if filter_fn is not None and not filter_fn(module, name):
             continue
         twin = decided.get(id(module.weight))
-        if twin is not None and twin.plain is not type(module):
+        if twin is not None and not same_neurons(twin, module):
             continue
         module.__class__ = known[type(module)]
         module.layer_name = name
@@ -104,6 +104,13 @@ def revert(model: Model) -> Model:
         elif isinstance(module, NeuronLayer):
             module.set_active(None)
     return model
+
+
+def same_neurons(layer: NeuronLayer, module: nn.Module) -> bool:
+    """Do both, which share a weight, mean the same by its neurons?"""
+    # each group of a transposed convolution has neurons of its own in the same column
+    groups = getattr(layer, "groups", 1), getattr(module, "groups", 1)
+    return layer.plain is type(module) and groups[0] == groups[1]
 
 
 def check_module(function: str, model: object) -> None:

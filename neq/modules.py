@@ -5,7 +5,7 @@ state_dict are the torch module's own, and with all neurons active so is the for
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 
-from neq.autograd import is_joint, mask_grad, row_grad
+from neq.autograd import is_joint, mask_grad, mask_node, row_grad
 from neq.rows import Rows, parse
 from neq_kernels.geometry import Conv
 
@@ -168,6 +168,8 @@ class NEqLinear(NeuronLayer, nn.Linear):
 class _NEqConv(NeuronLayer, nn.modules.conv._ConvNd):
     """Convolutions and their transposes, of any dimension."""
 
+    vendor: ClassVar[Callable[..., Tensor]]
+
     @property
     def n_neurons(self) -> int:
         return self.out_channels
@@ -193,9 +195,8 @@ class _NEqConv(NeuronLayer, nn.modules.conv._ConvNd):
             return self._element_wise(weight, bias, input)  # to torch's own error
         x, conv = self._prepare(batch, output_size)
         if is_joint(x, weight, self.rows, conv):
-            y = self._convolve(
-                x, *mask_grad(weight, bias, self.rows, int(conv.transposed), conv), conv
-            )
+            y = self._convolve(x, weight, bias, conv)
+            y = mask_node(y, self.rows, int(conv.transposed), conv)
         else:
             y = self._convolve(x, weight.detach(), _detach(bias), conv)
             y = row_grad(y, x, weight, bias, self.rows, conv)
@@ -213,27 +214,28 @@ class _NEqConv(NeuronLayer, nn.modules.conv._ConvNd):
     def _prepare(self, x: Tensor, output_size: list[int] | None) -> tuple[Tensor, Conv]:
         """The input as the kernel will see it, and the geometry that joins it to the output."""
         x, padding = self._pad(x)
-        return x, self._geometry(padding, (0,) * len(padding))
+        return x, self._geometry(padding, self.output_padding)  # zeros
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv) -> Tensor:
-        run = (F.conv1d, F.conv2d, F.conv3d)[len(conv.stride) - 1]
-        return run(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+        stride, padding, dilation, _, _, groups = conv
+        return self.vendor(x, weight, bias, stride, padding, dilation, groups)
 
     def _pad(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Apply the padding that no kernel can, and return what is left for the kernel."""
+        padding, mode = self.padding, self.padding_mode
+        if mode == "zeros" and not isinstance(padding, str):
+            return x, padding
         sides = self._reversed_padding_repeated_twice  # (left, right) per dimension, the last first
         none = (0,) * len(self.stride)
-        if self.padding_mode != "zeros":
-            return F.pad(x, sides, mode=self.padding_mode), none
-        if self.padding == "valid":
+        if mode != "zeros":
+            return F.pad(x, sides, mode=mode), none
+        if padding == "valid":
             return x, none
-        if self.padding == "same":
-            left, right = sides[0::2], sides[1::2]
-            if left != right:  # an even kernel: one more on the right
-                extra = [side for a, b in zip(left, right, strict=True) for side in (0, b - a)]
-                x = F.pad(x, extra)
-            return x, tuple(reversed(left))
-        return x, cast(tuple[int, ...], self.padding)
+        left, right = sides[0::2], sides[1::2]
+        if left != right:  # "same" for an even kernel: one more on the right
+            extra = [side for a, b in zip(left, right, strict=True) for side in (0, b - a)]
+            x = F.pad(x, extra)
+        return x, tuple(reversed(left))
 
 
 class _NEqConvTranspose(_NEqConv, nn.modules.conv._ConvTransposeNd):
@@ -248,33 +250,32 @@ class _NEqConvTranspose(_NEqConv, nn.modules.conv._ConvTransposeNd):
         return x, self._geometry(padding, output_padding)
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv) -> Tensor:
-        run = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[len(conv.stride) - 1]
         stride, padding, dilation, _, output_padding, groups = conv
-        return run(x, weight, bias, stride, padding, output_padding, groups, dilation)
+        return self.vendor(x, weight, bias, stride, padding, output_padding, groups, dilation)
 
 
 class NEqConv1d(_NEqConv, nn.Conv1d):
-    plain = nn.Conv1d
+    plain, vendor = nn.Conv1d, staticmethod(F.conv1d)
 
 
 class NEqConv2d(_NEqConv, nn.Conv2d):
-    plain = nn.Conv2d
+    plain, vendor = nn.Conv2d, staticmethod(F.conv2d)
 
 
 class NEqConv3d(_NEqConv, nn.Conv3d):
-    plain = nn.Conv3d
+    plain, vendor = nn.Conv3d, staticmethod(F.conv3d)
 
 
 class NEqConvTranspose1d(_NEqConvTranspose, nn.ConvTranspose1d):
-    plain = nn.ConvTranspose1d
+    plain, vendor = nn.ConvTranspose1d, staticmethod(F.conv_transpose1d)
 
 
 class NEqConvTranspose2d(_NEqConvTranspose, nn.ConvTranspose2d):
-    plain = nn.ConvTranspose2d
+    plain, vendor = nn.ConvTranspose2d, staticmethod(F.conv_transpose2d)
 
 
 class NEqConvTranspose3d(_NEqConvTranspose, nn.ConvTranspose3d):
-    plain = nn.ConvTranspose3d
+    plain, vendor = nn.ConvTranspose3d, staticmethod(F.conv_transpose3d)
 
 
 class _NEqNorm(NeuronLayer):
@@ -294,15 +295,26 @@ class _NEqNorm(NeuronLayer):
         return _shaped(mask, self.weight)
 
 
-class NEqBatchNorm1d(_NEqNorm, nn.BatchNorm1d):
+class _NEqNodeNorm(_NEqNorm):
+    """Norms that are one node of autograd's graph, at which frozen elements lose their gradient."""
+
+    def _row_wise(self, weight: Tensor, bias: Tensor | None, input: Tensor) -> Tensor:
+        # an empty batch makes a batch norm two nodes
+        if torch.compiler.is_compiling() or self.neuron_dim is None or input.numel() == 0:
+            return self._element_wise(weight, bias, input)
+        y: Tensor = self.plain.forward(self, input)
+        return mask_node(y, self.rows)
+
+
+class NEqBatchNorm1d(_NEqNodeNorm, nn.BatchNorm1d):
     plain = nn.BatchNorm1d
 
 
-class NEqBatchNorm2d(_NEqNorm, nn.BatchNorm2d):
+class NEqBatchNorm2d(_NEqNodeNorm, nn.BatchNorm2d):
     plain = nn.BatchNorm2d
 
 
-class NEqBatchNorm3d(_NEqNorm, nn.BatchNorm3d):
+class NEqBatchNorm3d(_NEqNodeNorm, nn.BatchNorm3d):
     plain = nn.BatchNorm3d
 
 
@@ -310,11 +322,11 @@ class NEqSyncBatchNorm(_NEqNorm, nn.SyncBatchNorm):
     plain = nn.SyncBatchNorm
 
 
-class NEqGroupNorm(_NEqNorm, nn.GroupNorm):
+class NEqGroupNorm(_NEqNodeNorm, nn.GroupNorm):
     plain = nn.GroupNorm
 
 
-class NEqLayerNorm(_NEqNorm, nn.LayerNorm):
+class NEqLayerNorm(_NEqNodeNorm, nn.LayerNorm):
     plain = nn.LayerNorm
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from neq.convert import check_module, convertible, obstacle
+from neq.convert import check_module, convertible, obstacle, same_neurons
 from neq.modules import NeuronLayer
 
 
@@ -56,15 +56,16 @@ def summary(model: nn.Module) -> Summary:
     layers = []
     known = tuple(convertible())
     converted = [(name, m) for name, m in model.named_modules() if isinstance(m, NeuronLayer)]
-    owners = {id(layer.weight): (name, layer.plain) for name, layer in converted}
+    owners = {id(layer.weight): (name, layer) for name, layer in converted}
     for name, module in model.named_modules():
         if isinstance(module, NeuronLayer):
             counts, reason = (module.n_neurons, module.rows.count), ""
         elif isinstance(module, known) or _owns_parameters(module):
             counts, reason = (0, 0), obstacle(module) or "not asked for"
-            owner, kind = owners.get(id(module._parameters.get("weight")), ("", type(module)))
-            if reason == "not asked for" and kind is not type(module):
-                reason = f"it shares the weight of {owner}, a {kind.__name__}"
+            owner, layer = owners.get(id(module._parameters.get("weight")), ("", None))
+            if reason == "not asked for" and layer and not same_neurons(layer, module):
+                other = " of other groups" if layer.plain is type(module) else ""
+                reason = f"it shares the weight of {owner}, a {layer.plain.__name__}{other}"
         else:
             continue
         layers.append(LayerSummary(name, type(module).__name__, *counts, reason))

@@ -82,9 +82,7 @@ def planned(
     if k == neurons:
         return "dense"
     bucket = -(-k * BUCKETS // neurons)
-    channels_last = conv is not None and x.stride(1) == 1
-    transposed = is_transposed(weight)
-    layout = channels_last, transposed
+    layout = is_transposed(weight) if conv is None else x.stride(1) == 1
     where = x.device, torch.get_num_threads()
     key = (bucket, x.shape, weight.shape, conv, layout, x.dtype, where)
     plan = _plans.get(key)

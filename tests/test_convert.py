@@ -103,6 +103,21 @@ def test_a_weight_shared_with_a_layer_of_another_kind():
     assert reasons(model)["second"] == "it shares the weight of first, a LayerNorm"
 
 
+def test_a_weight_shared_with_a_transposed_convolution_of_other_groups():
+    """The first has three neurons, the second six."""
+    model = nn.ModuleDict(
+        {name: nn.ConvTranspose2d(4, 3 * groups, 2, groups=groups) for name, groups in GROUPS}
+    )
+    model.second.weight = model.third.weight = model.first.weight
+    neq.convert(model)
+    assert [m.n_neurons for m in layers_of(model)] == [3]
+    other = "it shares the weight of first, a ConvTranspose2d of other groups"
+    assert reasons(model)["second"] == reasons(model)["third"] == other
+
+
+GROUPS = [("first", 1), ("second", 2), ("third", 2)]
+
+
 @each("unknown", [nn.ReLU, neq.NEqLinear, nn.Module, "Linear"], ids=str)
 def test_classes_that_neq_has_no_layer_for(unknown):
     name = getattr(unknown, "__name__", "'Linear'")

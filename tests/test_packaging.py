@@ -118,6 +118,11 @@ def test_cuda_insisted_on_without_nvcc(tmp_path):
     assert said.endswith("NEQ_CUDA=1, but nvcc is neither on the PATH nor in CUDA_HOME/bin")
 
 
+def test_cuda_insisted_on_without_a_compiler(tmp_path):
+    said = refusal(tmp_path, "", NEQ_CUDA="1", CXX="")
+    assert said.endswith("NEQ_CUDA=1, but there is no C++ compiler: put c++ on the PATH")
+
+
 def test_an_nvcc_too_old_or_too_new(tmp_path):
     nvcc = tmp_path / "nvcc"
     nvcc.write_text("#!/bin/sh\necho sm_50\n")
