@@ -171,6 +171,8 @@ def conv_cases(draw) -> Case:
     assume(case.terms <= 256)  # bfloat16 counts to 256
     # oneDNN 3.12 forgets taps in depth that meet the input in few steps (bfloat16, channels_last)
     assume(not (spatial == 3 and groups == inputs == neurons and padding[0] > 0))
+    # torch 2.13 itself refuses one image for one neuron whose weight has strides of several formats
+    assume(not (case.x[0] == case.neurons == 1 and case.layouts[2] == "reversed"))
     return case
 
 
