@@ -4,7 +4,9 @@ csrc/cpu/conv_wgrad.cpp: a value of dY enters as a broadcast scalar, wherever it
 """
 
 from math import inf, prod
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from neq_kernels import compiled
@@ -14,14 +16,24 @@ from neq_kernels.problem import Problem
 
 # All times are counted in arithmetic of the vendor's dense kernels (docs/measured-facts.md): what
 # they do while a byte of X or dY arrives, while one of dW is written where it lies row by row, and
-# while it is gathered into columns; and during a call.
+# while it is gathered into columns; and during a call, and since dX comes from another one.
 X_FLOPS, DY_FLOPS, DW_FLOPS, TRANSPOSED_DW_FLOPS = 9, 2.5, 20, 50
-CALL_FLOPS = 4e6
+CALL_FLOPS = 12e6
 LANES = 16  # of a vector, which channels fill or waste
 BUSY = 8  # products that a core needs under way at once
-# How long the active rows take where the vendor would take 1. Its matrix products are better than
-# its convolutions.
-CONV, LINEAR, TRANSPOSED = 0.85, 1.1, 1.25
+
+
+class Speed(NamedTuple):
+    """How long the active rows take where the vendor would take 1."""
+
+    taps: float  # of a convolution with several: not what vendors are best at
+    one_tap: float
+    linear: float
+    transposed: float  # linear layers
+
+
+SPEEDS = {"AVX512": Speed(0.85, 0.85, 1.1, 1.25)}  # by torch's name for the vector instructions
+OTHER_SPEED = Speed(0.65, 1.3, 1.2, 1.25)  # as with AVX2
 # A large dW costs the vendor a trap for each page that it writes first.
 LARGE = 0.85
 # How much longer it takes where the vendor has matrix instructions for 16 bits.
@@ -36,6 +48,7 @@ def cost(problem: Problem) -> float:
     if problem.dtype not in compiled.DTYPES:
         return inf
     slower = HALF_PRECISION if problem.dtype.itemsize < 4 else 1
+    speed = SPEEDS.get(torch.backends.cpu.get_cpu_capability(), OTHER_SPEED)
     share = problem.active / problem.neurons
     channels = problem.weight[1]
     one_tap = prod(problem.weight[2:]) == 1
@@ -47,14 +60,14 @@ def cost(problem: Problem) -> float:
     idle = max(1.0, BUSY / (max(1, problem.active) * min(vectors, 4)))
     moving = X_FLOPS * prod(problem.x) + DY_FLOPS * prod(problem.dy)
     if problem.transposed:
-        share *= TRANSPOSED
+        share *= speed.transposed
         moving += TRANSPOSED_DW_FLOPS * prod(problem.weight)
     elif problem.conv is None:
         large = prod(problem.weight) * problem.dtype.itemsize > compiled.LARGEST_KEPT
-        share *= LARGE if large else LINEAR
+        share *= LARGE if large else speed.linear
         moving += DW_FLOPS * prod(problem.weight)
     else:
-        share *= CONV
+        share *= speed.one_tap if one_tap else speed.taps
         if not problem.channels_last:
             moving += DW_FLOPS * prod(problem.weight)
     moving *= problem.dtype.itemsize

@@ -138,10 +138,18 @@ def test_depthwise_prediction(kernel, active, layout, choice):
     assert choose(replace(case, layouts=(layout,) * 3)) == choice
 
 
-def test_transposed_weight_prediction():
+@mock.patch("torch.backends.cpu.get_cpu_capability", return_value="AVX512")
+def test_transposed_weight_prediction(capability):
     case = linear_case((2048,), 2048, 1024, range(512))
     assert choose(case) == "native"
     assert choose(replace(case, layouts=("contiguous", "contiguous", "reversed"))) == "pack"
+
+
+@pytest.mark.parametrize(("capability", "choice"), [("AVX512", "native"), ("AVX2", "dense")])
+def test_prediction_knows_the_vector_instructions(capability, choice):
+    case = conv_case((4, 256, 28, 28), (1, 1), 256, range(192))
+    with mock.patch("torch.backends.cpu.get_cpu_capability", return_value=capability):
+        assert choose(replace(case, layouts=("channels_last",) * 3)) == choice
 
 
 def test_an_unknown_device_is_dense():
