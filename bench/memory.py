@@ -1,4 +1,4 @@
-"""How much memory a call takes at its worst."""
+"""How much memory a call takes at its worst, and whether what it frees stays with the process."""
 
 import ctypes
 from collections.abc import Callable
@@ -7,7 +7,20 @@ from pathlib import Path
 import torch
 
 PROCESS = Path("/proc/self")
-MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # of glibc's mallopt
+MMAP_MAX, MMAP_THRESHOLD, TRIM_THRESHOLD = -4, -3, -1  # of glibc's mallopt
+
+
+def keep_freed() -> None:
+    """From here on, what is freed stays with the process, as with the allocators made for training.
+
+    glibc gives gradients back to the system at each zero_grad, and whoever comes next gets other
+    pages, one by one, each with a trap: up to a third of a weight gradient, and in whose turn it is
+    spent depends on who was timed before.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(MMAP_MAX, 0)
+        libc.mallopt(TRIM_THRESHOLD, -1)  # never
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
@@ -26,6 +39,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
         return None
+    libc.mallopt(MMAP_MAX, 1 << 16)  # as to begin with
     libc.mallopt(MMAP_THRESHOLD, 64 << 10)  # what is freed leaves the process, and no holes in it
     try:
         return min(_peak(call, libc) for _ in range(2))

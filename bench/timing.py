@@ -14,6 +14,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 import neq
+from bench.memory import keep_freed
 from neq_kernels import machine
 
 Key = TypeVar("Key")
@@ -64,6 +65,7 @@ def rounds(
     if device.type == "cuda":
         one_round = partial(_round_on_gpu, device, backlog)
     else:
+        keep_freed()
         one_round = partial(_round_on_cpu, clock)
     order = list(calls.values())
     one_round(order, 0)  # warm-up

@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 from functools import partial
 
 import pytest
@@ -17,7 +18,7 @@ from bench.end_to_end import Entry, Shares, compare, in_best_layout, time_parts
 from bench.networks import LAYOUTS, NETWORKS, Network, images, text
 from bench.problems import MODELS
 from bench.steps import Bench, Gate, Step
-from bench.timing import Times
+from bench.timing import Times, rounds
 from neq_kernels import ops, planner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -435,6 +436,18 @@ def test_peak_of_the_process():
 
     assert memory.peak_bytes(call, CPU) / 2**20 == pytest.approx(24, abs=1)
     assert memory.peak_bytes(lambda: None, CPU) < 2**20
+
+
+def test_what_is_freed_stays_while_steps_are_timed():
+    def pages():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(24 << 20, dtype=torch.uint8)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    rounds({"call": lambda turn: pages()}, CPU, 0.001)
+    assert pages() < 100
+    memory.peak_bytes(lambda: None, CPU)
+    assert pages() > 1000  # as everywhere else, each time anew
 
 
 def test_where_nobody_tells_the_peak(monkeypatch, tmp_path):
