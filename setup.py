@@ -27,7 +27,7 @@ SOURCES = [
     "csrc/cpu/similarity.cpp",
     "csrc/cpu/step.cpp",
 ]
-CUDA_SOURCES = ["csrc/cuda/pack.cu"]
+CUDA_SOURCES = ["csrc/bindings_cuda.cpp", "csrc/cuda/conv_wgrad.cu", "csrc/cuda/pack.cu"]
 CUDA_TARGETS = [80, 90, 100]
 
 # without errno, loops with a square root become vectors
@@ -93,7 +93,7 @@ class Ninja(build_ext):
         if cuda:
             flags.append("-DNEQ_CUDA")
             nvcc_flags = [*NVCC_FLAGS, *cuda_targets(cuda)]
-            objects += [(source, "nvcc") for source in CUDA_SOURCES]
+            objects += [(s, "nvcc" if s.endswith(".cu") else "cxx") for s in CUDA_SOURCES]
             # nvcc knows where its static runtime lies; the host compiler does the work
             link = [cuda, f"-ccbin={compiler}"] + [f"-Xcompiler={f}" for f in link[1:]]
 

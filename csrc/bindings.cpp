@@ -1,47 +1,26 @@
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include "bindings.h"
 
 #include <algorithm>
 #include <array>
-#include <stdexcept>
-#include <string>
-#include <vector>
 
 #include "cpu/conv_wgrad.h"
 #include "cpu/memory.h"
 #include "cpu/pack.h"
 #include "cpu/similarity.h"
 #include "cpu/step.h"
-#ifdef NEQ_CUDA
-#include "cuda/pack.h"
-#endif
 
 namespace py = pybind11;
 
 namespace {
 
-void require(bool ok, const char* argument, int64_t given, const std::string& allowed) {
-  if (!ok)
-    throw std::invalid_argument(std::string(argument) + " must be " + allowed + ", got " +
-                                std::to_string(given));
-}
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-void check_pack(int64_t samples, int64_t neurons, int64_t stride, int64_t k) {
-  require(samples >= 0, "samples", samples, "at least 0");
-  require(neurons >= 0, "neurons", neurons, "at least 0");
-  require(stride >= 0, "stride", stride, "at least 0");
-  require(k >= 0 && k <= neurons, "k", k, "between 0 and neurons = " + std::to_string(neurons));
-}
+using neq::Ints;
+using neq::pointer;
+using neq::require;
 
 void cpu_pack_columns(neq::DType dtype, uintptr_t dy, int64_t samples, int64_t neurons,
                       int64_t stride, uintptr_t rows, int64_t k, uintptr_t packed, uintptr_t sums,
                       int threads) {
-  check_pack(samples, neurons, stride, k);
+  neq::check_pack(samples, neurons, stride, k);
   require(threads >= 1, "threads", threads, "at least 1");
   py::gil_scoped_release release;
   neq::cpu::pack_columns(dtype, pointer<const void>(dy), samples, neurons, stride,
@@ -92,8 +71,6 @@ void cpu_prefer_large_pages(uintptr_t begin, size_t bytes) {
   neq::cpu::prefer_large_pages(pointer<void>(begin), bytes);
 }
 
-using Ints = std::vector<int64_t>;
-
 // The last of up to three dimensions, preceded by what a missing one has.
 neq::cpu::Size3 size3(const Ints& given, int64_t missing) {
   neq::cpu::Size3 size{missing, missing, missing};
@@ -114,25 +91,9 @@ void cpu_conv_wgrad(neq::DType dtype, uintptr_t dy, const Ints& dy_size, const I
                     int64_t k, const Ints& stride, const Ints& padding, const Ints& dilation,
                     int64_t groups, neq::cpu::Isa isa, int threads, int split_for) {
   const auto spatial = [](const Ints& sizes) { return Ints(sizes.begin() + 2, sizes.end()); };
-  for (const Ints* sizes : {&dy_size, &dy_strides, &x_size, &x_strides, &dw_size, &dw_strides})
-    require(sizes->size() == stride.size() + 2, "dimensions", int64_t(sizes->size()),
-            std::to_string(stride.size() + 2));
-  for (const Ints* sizes : {&stride, &padding, &dilation})
-    require(sizes->size() >= 1 && sizes->size() <= 3 && sizes->size() == stride.size(),
-            "spatial dimensions", int64_t(sizes->size()), "1, 2 or 3, and equal");
-  for (const Ints* sizes : {&dy_size, &x_size, &dw_size, &stride, &dilation})
-    for (const int64_t size : *sizes) require(size >= 1, "a size or stride", size, "at least 1");
-  for (const int64_t size : padding) require(size >= 0, "padding", size, "at least 0");
+  neq::check_conv(dy_size, dy_strides, x_size, x_strides, dw_size, dw_strides, stride, padding,
+                  dilation, groups);
   const int64_t neurons = dy_size[1];
-  require(dw_size[0] == neurons, "neurons of dw", dw_size[0], std::to_string(neurons));
-  require(x_size[0] == dy_size[0], "samples of x", x_size[0], std::to_string(dy_size[0]));
-  require(groups >= 1 && neurons % groups == 0 && x_size[1] == groups * dw_size[1], "groups",
-          groups, "a divisor of neurons that makes x's channels groups times dw's");
-  for (size_t i = 0; i < stride.size(); ++i) {
-    const int64_t reach = (dy_size[i + 2] - 1) * stride[i] + (dw_size[i + 2] - 1) * dilation[i];
-    require(reach < x_size[i + 2] + 2 * padding[i], "reach of the kernel", reach,
-            "within the padded input");
-  }
   const auto* row = pointer<const int64_t>(rows);
   for (int64_t j = 0; j < k; ++j)
     require(row[j] > (j ? row[j - 1] : -1) && row[j] < neurons, "rows", row[j],
@@ -183,26 +144,6 @@ void cpu_row_similarity(neq::DType dtype, uintptr_t y, const std::array<int64_t,
                            pointer<double>(out), isa, threads);
 }
 
-#ifdef NEQ_CUDA
-int64_t cuda_pack_scratch_bytes(neq::DType dtype, int64_t samples, int64_t k) {
-  require(samples >= 0, "samples", samples, "at least 0");
-  require(k >= 0, "k", k, "at least 0");
-  return neq::cuda::pack_scratch_bytes(dtype, samples, k);
-}
-
-void cuda_pack_columns(neq::DType dtype, uintptr_t dy, int64_t samples, int64_t neurons,
-                       int64_t stride, uintptr_t rows, int64_t k, uintptr_t packed, uintptr_t sums,
-                       uintptr_t scratch, int device, uintptr_t stream) {
-  check_pack(samples, neurons, stride, k);
-  require(device >= 0, "device", device, "at least 0");
-  const char* error = neq::cuda::pack_columns(
-      dtype, pointer<const void>(dy), samples, stride, pointer<const int64_t>(rows), k,
-      pointer<void>(packed), pointer<void>(sums), pointer<void>(scratch), device,
-      pointer<void>(stream));
-  if (error) throw std::runtime_error(std::string("pack_columns on CUDA: ") + error);
-}
-#endif
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -237,12 +178,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("groups"), py::arg("isa"), py::arg("threads"), py::arg("split_for"));
 #ifdef NEQ_CUDA
   m.attr("has_cuda") = true;
-  m.def("cuda_pack_scratch_bytes", &cuda_pack_scratch_bytes, py::arg("dtype"), py::arg("samples"),
-        py::arg("k"));
-  m.def("cuda_pack_columns", &cuda_pack_columns, py::arg("dtype"), py::arg("dy"),
-        py::arg("samples"), py::arg("neurons"), py::arg("stride"), py::arg("rows"), py::arg("k"),
-        py::arg("packed"), py::arg("sums"), py::arg("scratch"), py::arg("device"),
-        py::arg("stream"));
+  neq::bind_cuda(m);
 #else
   m.attr("has_cuda") = false;
 #endif

@@ -88,6 +88,33 @@ def cpu_adamw_rows(
     maximize: bool,
     threads: int,
 ) -> None: ...
+def cuda_conv_wgrad(
+    dtype: DType,
+    dy: int,
+    dy_size: Sequence[int],
+    dy_strides: Sequence[int],
+    x: int,
+    x_size: Sequence[int],
+    x_strides: Sequence[int],
+    weight_dtype: DType,
+    dw: int,
+    dw_size: Sequence[int],
+    dw_strides: Sequence[int],
+    db: int,
+    rows: int,
+    k: int,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    tile: Sequence[int],
+    octets: int,
+    slices: int,
+    parts: int,
+    partial_dw: int,
+    partial_db: int,
+    device: int,
+    stream: int,
+) -> None: ...
 def cuda_pack_scratch_bytes(dtype: DType, samples: int, k: int) -> int: ...
 def cuda_pack_columns(
     dtype: DType,

@@ -88,9 +88,7 @@ def pack_columns(dy: Tensor, rows: Tensor, want_sums: bool) -> tuple[Tensor, Ten
     else:
         size = _C.cuda_pack_scratch_bytes(dtype, samples, k) if want_sums else 0
         scratch = dy.new_empty(size, dtype=torch.uint8)
-        # the public torch.cuda.current_stream takes microseconds
-        stream = torch._C._cuda_getCurrentRawStream(device)
-        _C.cuda_pack_columns(*problem, scratch.data_ptr(), device, stream)
+        _C.cuda_pack_columns(*problem, scratch.data_ptr(), device, _current_stream(device))
     return packed, sums
 
 
@@ -141,6 +139,62 @@ def conv_wgrad(
     return dw, db
 
 
+def cuda_conv_wgrad(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    k: int,
+    bias: bool,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    tile: tuple[int, int],
+    octets: int,
+    slices: int,
+    parts: int,
+) -> tuple[Tensor, Tensor]:
+    """dW like ``weight`` and db [n] (or [0]) of a 2-d convolution on a GPU, as ``narrow`` plans it.
+
+    Both are zero but for the first ``k`` of ``rows`` [n], and the same bits each time. dy and x lie
+    in channels_last, each pixel at a multiple of 16 bytes.
+    """
+    dw = torch.empty_like(weight)
+    db = weight.new_empty(len(weight) if bias else 0)
+    padded = -(-k // (8 * octets)) * 8 * octets
+    partial_dw = dy.new_empty((parts, padded, weight[0].numel()), dtype=torch.float32)
+    partial_db = dy.new_empty((parts, padded if bias else 0), dtype=torch.float32)
+    device = dy.get_device()
+    _C.cuda_conv_wgrad(
+        DTYPES[dy.dtype],
+        dy.data_ptr(),
+        dy.shape,
+        dy.stride(),
+        x.data_ptr(),
+        x.shape,
+        x.stride(),
+        DTYPES[dw.dtype],
+        dw.data_ptr(),
+        dw.shape,
+        dw.stride(),
+        db.data_ptr(),
+        rows.data_ptr(),
+        k,
+        stride,
+        padding,
+        dilation,
+        tile,
+        octets,
+        slices,
+        parts,
+        partial_dw.data_ptr(),
+        partial_db.data_ptr(),
+        device,
+        _current_stream(device),
+    )
+    return dw, db
+
+
 def row_similarity(y: Tensor, y_: Tensor, isa: str = "best") -> Tensor:
     """[3, samples, neurons] from two of [samples, positions, neurons, positions], on the CPU.
 
@@ -168,6 +222,12 @@ def _pack_columns_in_torch(
 ) -> tuple[Tensor, Tensor | None]:
     packed = dy.index_select(1, rows)
     return packed, packed.sum(0, dtype=_sum_dtype(dy)) if want_sums else None
+
+
+def _current_stream(device: int) -> int:
+    # the public torch.cuda.current_stream takes microseconds
+    stream: int = torch._C._cuda_getCurrentRawStream(device)
+    return stream
 
 
 def _sum_dtype(dy: Tensor) -> torch.dtype:

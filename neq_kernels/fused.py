@@ -85,9 +85,7 @@ def conv_wgrad(
     images = dy.movedim(1, -1), x.movedim(1, -1), dw
     if len(conv.stride) == 1:
         images = images[0][:, None], images[1][:, None], dw[:, :, None]  # of one row each
-        sizes = (1, *conv.stride), (0, *conv.padding), (1, *conv.dilation)
-        conv = Conv(*sizes, *conv[3:])
-    return dw, _wgrad(*images, rows, k, bias, conv, precision)
+    return dw, _wgrad(*images, rows, k, bias, conv.planar(), precision)
 
 
 def _wgrad(

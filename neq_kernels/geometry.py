@@ -30,6 +30,13 @@ class Conv(NamedTuple):
         sizes = tuple(stride), tuple(padding), tuple(dilation)
         return cls(*sizes, transposed, tuple(output_padding), groups)
 
+    def planar(self) -> "Conv":
+        """Of two dimensions, where it has one: the same, in images of one line."""
+        if len(self.stride) > 1:
+            return self
+        sizes = (1, *self.stride), (0, *self.padding), (1, *self.dilation)
+        return self._replace(stride=sizes[0], padding=sizes[1], dilation=sizes[2])
+
     def channels(self, weight: Tensor) -> tuple[int, int]:
         """(neurons, inputs): the channels that come out and go in."""
         # weight: [neurons, inputs/groups, *kernel]; transposed [inputs, neurons/groups, *kernel]

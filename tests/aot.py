@@ -17,6 +17,18 @@ from triton.runtime.jit import JITFunction
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
+class Code(Counter[str]):
+    """How often there is which instruction with its modifiers, like LDGSTS.E.BYPASS.128."""
+
+    def count(self, first: str, *rest: str) -> int:
+        """How many there are whose first piece, and then some others, are these."""
+        return sum(
+            times
+            for name, times in self.items()
+            if name.split(".")[0] == first and set(rest) <= set(name.split("."))
+        )
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One compiled kernel."""
@@ -25,16 +37,10 @@ class Kernel:
     shared: int
     registers: int
     local_bytes: int  # of the stack, which is where registers are spilled to
-    code: Counter[str]  # of instructions with their modifiers, like LDGSTS.E.BYPASS.128
+    code: Code
 
     def count(self, *pieces: str) -> int:
-        """How many instructions there are whose first piece, and then some others, are these."""
-        first, *rest = pieces
-        return sum(
-            times
-            for name, times in self.code.items()
-            if name.split(".")[0] == first and set(rest) <= set(name.split("."))
-        )
+        return self.code.count(*pieces)
 
 
 class _Driver:
@@ -74,12 +80,17 @@ def _read(kernel) -> Kernel:
         cubin = Path(directory) / "kernel.cubin"
         cubin.write_bytes(kernel.asm["cubin"])
         usage = _cuobjdump("-res-usage", cubin)
-        sass = _cuobjdump("-sass", cubin)
+        (code,) = functions(cubin).values()
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass)
-    return Kernel(
-        kernel.metadata.name, kernel.metadata.shared, int(registers), int(stack), Counter(names)
-    )
+    return Kernel(kernel.metadata.name, kernel.metadata.shared, int(registers), int(stack), code)
+
+
+def functions(cubin: Path) -> dict[str, Code]:
+    """The machine code of each, by its mangled name."""
+    _, *pieces = re.split(r"Function : (\S+)", _cuobjdump("-sass", cubin))
+    instruction = r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)"
+    pairs = zip(pieces[::2], pieces[1::2], strict=True)
+    return {name: Code(re.findall(instruction, text)) for name, text in pairs}
 
 
 def _cuobjdump(option: str, cubin: Path) -> str:

@@ -6,7 +6,8 @@ import torch
 
 collect_ignore = [] if shutil.which("nvcc") else ["test_cuda_compile.py"]
 if find_spec("triton") is None:
-    names = "fused", "interpreter", "triton_compile", "triton_similarity", "triton_step"
+    names = ["cuda_compile", "fused", "interpreter"]
+    names += ["triton_compile", "triton_similarity", "triton_step"]
     collect_ignore += [f"test_{name}.py" for name in names]
 elif torch.cuda.is_available():
     # the GPU itself runs the kernels; and Triton 3.6 does not interpret beside numpy 2.4
@@ -36,6 +37,14 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(scope="session")
+def cuda_on_host(tmp_path_factory):
+    """The CUDA kernels, compiled for the CPU."""
+    from cuda_on_host import build
+
+    return build(tmp_path_factory.mktemp("cuda_on_host"))
 
 
 @pytest.fixture

@@ -2,23 +2,55 @@
 
 import re
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import pytest
+from aot import functions
 
 SOURCES = sorted((Path(__file__).parent.parent / "csrc/cuda").glob("*.cu"))
 
+every_target = pytest.mark.parametrize("target", [80, 90, 100], ids="sm_{}".format)
 
-@pytest.mark.parametrize("target", [80, 90, 100])
+
+@pytest.fixture(scope="module")
+def compile_for(tmp_path_factory):
+    """(the machine code of a source for a target, what the compiler said)."""
+
+    @cache
+    def compile_for(source, target):
+        cubin = tmp_path_factory.mktemp(source.stem) / f"{target}.cubin"
+        command = ["nvcc", "-std=c++20", "-O3", "-Werror", "all-warnings", "-Xcompiler=-Wall"]
+        command += [f"-gencode=arch=compute_{target},code=sm_{target}", "-Xptxas=-v"]
+        command += ["-cubin", str(source), "-o", str(cubin)]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr
+        return cubin, run.stdout + run.stderr
+
+    return compile_for
+
+
+@every_target
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
-def test_compiles(source, target, tmp_path):
-    command = ["nvcc", "-std=c++20", "-O3", "-Werror", "all-warnings", "-Xcompiler=-Wall"]
-    command += [f"-gencode=arch=compute_{target},code=sm_{target}", "-Xptxas=-v"]
-    command += ["-c", str(source), "-o", str(tmp_path / "out.o")]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    spills = re.findall(
-        r"(\d+) bytes spill stores, (\d+) bytes spill loads", run.stdout + run.stderr
-    )
+def test_compiles(compile_for, source, target):
+    _, said = compile_for(source, target)
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
     assert spills
     assert set(spills) == {("0", "0")}
+    assert set(re.findall(r"(\d+) bytes stack frame", said)) == {"0"}
+
+
+@every_target
+def test_conv_wgrad_multiplies_on_tensor_cores_what_it_copies_asynchronously(compile_for, target):
+    """For each dtype and number of octets: nine matrices and one for the bias."""
+    (source,) = (source for source in SOURCES if source.stem == "conv_wgrad")
+    products = set()
+    for name, code in functions(compile_for(source, target)[0]).items():
+        if "sum_part" not in name:
+            continue
+        bfloat16 = "bfloat16" in name
+        products.add((bfloat16, code.count("HMMA", "16816", "F32", *["BF16"] * bfloat16)))
+        assert code.count("LDSM", "MT88", "4") == 9, name
+        assert code.count("LDGSTS") == code.count("LDGSTS", "128") > 0, name
+        assert not code.count("LDG", "U16"), name
+    assert products == {(dtype, 10 * octets) for dtype in (False, True) for octets in (1, 2, 3, 4)}

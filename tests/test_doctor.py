@@ -40,6 +40,12 @@ def test_says_why_triton_is_out(monkeypatch):
     assert doctor.backends()["fused"].startswith("no: triton does not import: ")
 
 
+def test_says_what_the_cuda_kernels_lack(monkeypatch):
+    monkeypatch.setattr(compiled, "_devices", frozenset({"cpu"}))
+    monkeypatch.setattr(compiled, "_reason", "no nvcc")
+    assert doctor.backends()["narrow"] == doctor.backends()["compiled, cuda"] == "no: no nvcc"
+
+
 def test_missing_tools_are_named(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     versions = doctor.versions()

@@ -68,6 +68,22 @@ def test_exact(shape, dtype, device):
     check_exactly(small_integers(samples, neurons, dtype, device), ascending(neurons, k, device))
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_cuda_kernel_exact_on_a_cpu(cuda_on_host, shape, dtype):
+    samples, neurons, k = shape
+    dy, rows = small_integers(samples, neurons, dtype, "cpu"), ascending(neurons, k)
+    packed, sums = torch.full((samples, k), torch.nan, dtype=dtype), dy.new_full((k,), torch.nan)
+    sums = sums.to(torch.float64 if dtype is torch.float64 else torch.float32)
+    kind = compiled.DTYPES[dtype]
+    scratch = torch.empty(cuda_on_host.cuda_pack_scratch_bytes(kind, samples, k), dtype=torch.uint8)
+    addresses = packed.data_ptr(), sums.data_ptr(), scratch.data_ptr(), 0, 0
+    problem = kind, dy.data_ptr(), samples, neurons, neurons, rows.data_ptr(), k
+    cuda_on_host.cuda_pack_columns(*problem, *addresses)
+    assert torch.equal(packed, dy.index_select(1, rows))
+    assert torch.equal(sums.double(), dy.double().sum(0)[rows])
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)

@@ -1,8 +1,6 @@
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
+#include "gpu.h"
 #include "pack.h"
+#include "sum_over_y.h"
 
 namespace neq::cuda {
 namespace {
@@ -11,19 +9,6 @@ __device__ inline float value(float x) { return x; }
 __device__ inline double value(double x) { return x; }
 __device__ inline float value(__half x) { return __half2float(x); }
 __device__ inline float value(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-// To the threads with threadIdx.y = 0: the sum over threadIdx.y, always in the same order. Few terms
-// are left here, of which each is a large part of the whole: in float, they'd do most of the rounding.
-template <int Threads>
-__device__ double sum_over_y(double mine) {
-  __shared__ double all[Threads];
-  all[threadIdx.y * blockDim.x + threadIdx.x] = mine;
-  __syncthreads();
-  double total = 0;
-  if (threadIdx.y == 0)
-    for (unsigned y = 0; y < blockDim.y; ++y) total += all[y * blockDim.x + threadIdx.x];
-  return total;
-}
 
 // A thread copies one column, of every blockDim.y-th sample of its block. Neighbouring threads
 // read neighbouring columns, so a warp's load falls in the few lines that it has to fetch anyway,
@@ -78,36 +63,21 @@ __global__ void __launch_bounds__(kLanes* kLanes)
 }
 
 template <class T, class Sum>
-cudaError_t launch(const void* dy, int64_t samples, int64_t stride, const int64_t* rows, int64_t k,
-                   void* packed, void* sums, void* scratch, cudaStream_t stream) {
+cudaError_t pack_as(const void* dy, int64_t samples, int64_t stride, const int64_t* rows, int64_t k,
+                    void* packed, void* sums, void* scratch, cudaStream_t stream) {
   if (k == 0) return cudaSuccess;
   if (samples == 0) return sums ? cudaMemsetAsync(sums, 0, k * sizeof(Sum), stream) : cudaSuccess;
   const PackGrid grid = PackGrid::of(samples, k);
   Sum* partial = static_cast<Sum*>(sums && grid.splits > 1 ? scratch : sums);
-  pack<T, Sum><<<dim3(grid.strips, grid.splits), dim3(grid.columns, grid.threads / grid.columns), 0,
-                 stream>>>(static_cast<const T*>(dy), samples, stride, rows, k,
-                           static_cast<T*>(packed), partial, grid.samples);
-  if (partial != sums)
-    add_splits<<<ceil_div(k, kLanes), dim3(kLanes, kLanes), 0, stream>>>(
-        partial, grid.splits, k, static_cast<Sum*>(sums));
-  return cudaGetLastError();
+  const Launch packing{dim3(grid.strips, grid.splits),
+                       dim3(grid.columns, grid.threads / grid.columns), 0, stream};
+  const cudaError_t error =
+      launch(pack<T, Sum>, packing, static_cast<const T*>(dy), samples, stride, rows, k,
+             static_cast<T*>(packed), partial, grid.samples);
+  if (error != cudaSuccess || partial == sums) return error;
+  const Launch adding{dim3(ceil_div(k, kLanes)), dim3(kLanes, kLanes), 0, stream};
+  return launch(add_splits<Sum>, adding, partial, grid.splits, k, static_cast<Sum*>(sums));
 }
-
-// The calling thread's device, for as long as this lives.
-class OnDevice {
- public:
-  explicit OnDevice(int device) : error(cudaGetDevice(&previous_)), device_(device) {
-    if (error == cudaSuccess && device_ != previous_) error = cudaSetDevice(device_);
-  }
-  ~OnDevice() {
-    if (device_ != previous_) cudaSetDevice(previous_);
-  }
-  cudaError_t error;
-
- private:
-  int previous_ = 0;
-  int device_;
-};
 
 }  // namespace
 
@@ -122,10 +92,10 @@ const char* pack_columns(DType dtype, const void* dy, int64_t samples, int64_t s
                          int device, void* stream) {
   const OnDevice guard(device);
   if (guard.error != cudaSuccess) return cudaGetErrorString(guard.error);
-  const auto run = dtype == DType::float32    ? launch<float, float>
-                   : dtype == DType::float64  ? launch<double, double>
-                   : dtype == DType::bfloat16 ? launch<__nv_bfloat16, float>
-                                              : launch<__half, float>;
+  const auto run = dtype == DType::float32    ? pack_as<float, float>
+                   : dtype == DType::float64  ? pack_as<double, double>
+                   : dtype == DType::bfloat16 ? pack_as<__nv_bfloat16, float>
+                                              : pack_as<__half, float>;
   const cudaError_t error = run(dy, samples, stride, rows, k, packed, sums, scratch,
                                 static_cast<cudaStream_t>(stream));
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

@@ -1,0 +1,154 @@
+"""A CUDA kernel for k x k convolutions of few channels, which reads X and dY once for all taps.
+
+csrc/cuda/conv_wgrad.cu: blocks of threads keep the sums of all taps of some active rows, walk over
+tiles of the output, and leave what they summed to a second kernel. A tile of dY, and what it meets
+of X, come into shared memory whole; the active rows are picked there.
+"""
+
+from collections.abc import Iterator
+from functools import cache
+from itertools import product
+from math import inf, prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from neq_kernels import compiled
+from neq_kernels.geometry import Conv
+from neq_kernels.gpu import gpu
+from neq_kernels.problem import Problem
+
+DTYPES = (torch.bfloat16, torch.float16)
+PIECE = 8  # channels that are copied at a time
+WIDEST = 128  # with more channels, blocks come to read X and dY as often as other kernels do
+MATRICES = 36  # of 16 channels of a tap: whose sums a block keeps
+OCTETS = 4  # of rows: whose sums it keeps
+TILE_BYTES = 40 << 10  # of shared memory; a block has two tiles there
+BLOCKS = 2  # that a multiprocessor runs at a time
+TILE_COST = 6 << 10  # of a tile beside its bytes, in bytes
+INT32 = 2**31
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+class Plan(NamedTuple):
+    """A block takes so many octets of rows and slices of 16 channels, and one part of the tiles."""
+
+    tile: tuple[int, int]  # pixels of the output
+    octets: int
+    slices: int
+    parts: int
+
+
+def cost(problem: Problem) -> float:
+    """1 wherever the kernel works: the same as dense, for all that was measured.
+
+    No GPU has run it yet, so it promises nothing. The planner takes it where a measured table says
+    so, and inside ``tuning()`` it is among the candidates.
+    """
+    conv = problem.conv
+    if conv is None or problem.device != "cuda" or compiled.why_not("cuda"):
+        return inf
+    neurons, channels, *kernel = problem.weight
+    works = (
+        problem.dtype in DTYPES
+        and problem.flops > 0
+        and problem.channels_last
+        and len(kernel) <= 2
+        and conv.groups == 1
+        and not conv.transposed
+        and neurons % PIECE == channels % PIECE == 0
+        and max(neurons, channels) <= WIDEST
+        and 1 < prod(kernel) <= MATRICES  # with a single tap there is nothing to read but once
+        and problem.dy[0] * prod(problem.dy[2:]) < INT32
+    )
+    if not works:
+        return inf
+    height, width = (1, *kernel)[-2:]
+    size = _tile_bytes((1, 1), (height, width), conv.planar(), channels, neurons)
+    return 1.0 if size <= TILE_BYTES else inf
+
+
+@cache
+def plan(
+    images: int,
+    output: tuple[int, int],
+    channels: int,
+    neurons: int,
+    k: int,
+    kernel: tuple[int, int],
+    conv: Conv,
+    slots: int,
+) -> Plan:
+    """With which the last block ends earliest, ``slots`` of them running at a time.
+
+    All bytes are taken to cost the same. Fewer parts than slots leave fewer sums to add up.
+    """
+    rows = ceil_div(k, 8 * OCTETS)
+    octets = ceil_div(k, 8 * rows)
+    slices = _slices(channels, kernel)
+    blocks = rows * ceil_div(channels, 16 * slices)
+    sums = 8 * (rows * octets * 8) * prod(kernel) * channels  # bytes of a part, written and read
+
+    def plans() -> Iterator[tuple[float, Plan]]:
+        for tile in product(_cuts(output[0]), _cuts(output[1])):
+            size = _tile_bytes(tile, kernel, conv, channels, neurons)
+            if size > TILE_BYTES:
+                continue
+            tiles = images * prod(map(ceil_div, output, tile))
+            fewest = ceil_div(tiles * blocks, slots)
+            for turns in (fewest, fewest * 3 // 2, fewest * 2, fewest * 3, fewest * 4):
+                parts = ceil_div(tiles, turns)
+                time = turns * (size + TILE_COST) + parts * sums / slots
+                yield time, Plan(tile, octets, slices, parts)
+
+    return min(plans())[1]
+
+
+def conv_wgrad(
+    dy: Tensor, x: Tensor, weight: Tensor, rows: Tensor, k: int, bias: bool, conv: Conv
+) -> tuple[Tensor, Tensor]:
+    conv = conv.planar()
+    if weight.dim() == 3:
+        dw, db = conv_wgrad(dy[:, :, None], x[:, :, None], weight[:, :, None], rows, k, bias, conv)
+        return dw[:, :, 0], db
+    output, kernel = tuple(dy.shape[2:]), tuple(weight.shape[2:])
+    slots = BLOCKS * gpu(dy.device).processors
+    tile, octets, slices, parts = plan(
+        len(dy), output, x.shape[1], len(weight), k, kernel, conv, slots
+    )
+    args = _in_pieces(dy), _in_pieces(x), weight, rows, k, bias, *conv[:3]
+    return compiled.cuda_conv_wgrad(*args, tile, octets, slices, parts)
+
+
+def _slices(channels: int, kernel: tuple[int, int]) -> int:
+    """Of 16 channels, that a block takes: evenly shared out."""
+    slices = ceil_div(channels, 16)
+    return ceil_div(slices, ceil_div(slices, MATRICES // prod(kernel)))
+
+
+def _tile_bytes(
+    tile: tuple[int, int], kernel: tuple[int, int], conv: Conv, channels: int, neurons: int
+) -> int:
+    """Of X and dY in shared memory, where a pixel is an odd number of 16-byte pieces."""
+    sizes = zip(tile, kernel, conv.stride, conv.dilation, strict=True)
+    x = prod((t - 1) * stride + (k - 1) * dilation + 1 for t, k, stride, dilation in sizes)
+    dy = ceil_div(prod(tile), 16) * 16
+    return 16 * (x * (2 * _slices(channels, kernel) | 1) + dy * (neurons // PIECE | 1))
+
+
+def _cuts(size: int) -> list[int]:
+    """The lengths of equal pieces, but for the last, that ``size`` can be cut into."""
+    return sorted({ceil_div(size, pieces) for pieces in range(1, size + 1)})
+
+
+def _in_pieces(t: Tensor) -> Tensor:
+    """In channels_last, with every pixel at a multiple of 16 bytes."""
+    pixels = zip((t.shape[0], *t.shape[2:]), (t.stride(0), *t.stride()[2:]), strict=True)
+    even = all(size == 1 or stride % PIECE == 0 for size, stride in pixels)
+    if t.stride(1) == 1 and even and t.data_ptr() % 16 == 0:
+        return t
+    return t.clone(memory_format=torch.channels_last)

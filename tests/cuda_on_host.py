@@ -1,0 +1,54 @@
+"""CUDA kernels in tests: on a GPU where there is one, and anywhere compiled for the CPU."""
+
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sysconfig
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import pybind11
+
+from neq_kernels import compiled
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+
+
+def build(folder: Path):
+    """The module that SOURCE makes."""
+    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++"))))
+    library = folder / "cuda_on_host.so"
+    command = [*shlex.split(compiler), *"-std=c++20 -O1 -shared -fPIC -fvisibility=hidden".split()]
+    command += [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
+    command += [*shlex.split(os.environ.get("CXXFLAGS", "")), str(SOURCE), "-o", str(library)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    spec = importlib.util.spec_from_file_location(SOURCE.stem, library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def lent(module):
+    """Inside, tensors on the CPU reach the module's kernels, and those on a GPU the real ones."""
+    on_gpu = getattr(compiled._C, "cuda_conv_wgrad", None), compiled._current_stream
+
+    def cuda_conv_wgrad(*args):
+        *problem, device, _ = args
+        if device < 0:
+            module.cuda_conv_wgrad(*problem, 0, 0)
+        else:
+            on_gpu[0](*args)
+
+    def current_stream(device):
+        return 0 if device < 0 else on_gpu[1](device)
+
+    with (
+        mock.patch.object(compiled._C, "cuda_conv_wgrad", cuda_conv_wgrad, create=True),
+        mock.patch.object(compiled, "_current_stream", current_stream),
+    ):
+        yield
