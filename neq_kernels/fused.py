@@ -105,8 +105,11 @@ def _wgrad(
 
     height, width = dw.shape[2:]
     even = height == width == 1 and conv[:2] == POINTWISE[:2] and _evenly_spaced(x)
-    x_size, dy_size = x.shape[1:3], dy.shape[1:3]
+    x_size, dy_size = tuple(x.shape[1:3]), tuple(dy.shape[1:3])
     x, dy = _adjacent(x), _adjacent(dy.reshape(-1, dy.shape[-1]))  # [T, n]
+    x_strides = x.stride()[:3]
+    if even:  # nobody asks for rows and images: other ones are to compile nothing new
+        x_size, dy_size, x_strides = (1, 1), (1, 1), (0, 0, x.stride(2))
     (T, n), C = dy.shape, x.shape[-1]
     columns = height * width * C
 
@@ -136,7 +139,7 @@ def _wgrad(
         triton_wgrad.product[padded // t.rows, across, cut](
             dy, x, rows, to_dw, to_db,
             T, n, k, C, columns, ceil(steps / cut) * t.depth,
-            dy.stride(0), x.stride()[:3], dw_strides, tuple(x_size), tuple(dy_size),
+            dy.stride(0), x_strides, dw_strides, x_size, dy_size,
             width, conv.stride, conv.padding, conv.dilation,
             PAIRS=pairs, EVEN=even, BIAS=bias, SPLIT=split, PRECISION=precision,
             ROWS=t.rows, COLUMNS=t.columns, DEPTH=t.depth,

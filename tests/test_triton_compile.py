@@ -200,11 +200,20 @@ def compiles():
     with (
         launches(90),
         mock.patch("aot._read"),
+        mock.patch.object(fused, "gpu", return_value=Gpu(90, 132)),
         mock.patch.object(triton_similarity, "gpu", return_value=Gpu(90, 132)),
         mock.patch.object(JITFunction, "_do_compile", autospec=True) as compiles,
     ):
         compiles.side_effect = compiler
         yield compiles
+
+
+def test_other_masks_and_batches_compile_nothing_new(compiles):
+    linear(torch.float16, 48, 64)()
+    before = compiles.call_count
+    for k, samples in ((41, 4096), (64, 3000), (33, 9999)):
+        linear(torch.float16, k, 64, samples)()
+    assert compiles.call_count == before == 2
 
 
 def test_outputs_of_other_sizes_compile_nothing_new(compiles):
