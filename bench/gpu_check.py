@@ -5,8 +5,9 @@
 
 The tests that need a GPU, compute-sanitizer on the project's own kernels, the weight gradients of
 real models while the planner times its backends, whole training steps, and the other tests. Every
-part is a process with a time limit and a log of its own: what one loses, the others keep. In the
-folder of results, bench/results/<GPU> by default:
+part is a process with a time limit and a log of its own: what one loses, the others keep, and a
+benchmark that is stopped keeps what it has measured. In the folder of results, bench/results/<GPU>
+by default:
 
     gpu_check.json      the machine, how each part ended, every row of the benchmarks
     backward_speed.png  the weight gradients as a figure
@@ -27,6 +28,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -57,6 +59,7 @@ KERNELS = [  # a small problem of each
     "tests/test_triton_step.py::test_what_is_not_finite_stays_in_its_element",
 ]
 FRACTIONS = (0.5, 0.25, 0.1)
+GRACE = 5  # seconds in which a part whose time is over may say what it knows
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     out = given.out or ROOT / "bench/results" / slug(device_name(facts))
     out.mkdir(parents=True, exist_ok=True)
 
-    start, seconds = time.monotonic(), 60 * given.minutes
+    start, seconds = time.monotonic(), 60 * given.minutes - GRACE
     outcomes = [run(part, out, start + part.until * seconds) for part in parts(out, seconds)]
     rows, steps = results(out, "speed"), results(out, "steps")
     summary = {"environment": facts, "parts": [asdict(o) for o in outcomes]}
@@ -160,14 +163,23 @@ def _run(command: list[str], log: Path, seconds: float) -> str:
         try:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            _stop(process)
             return f"stopped after {seconds:.0f} s"
     return "passed" if code == 0 else f"failed with exit status {code}"
 
 
+def _stop(process: subprocess.Popen) -> None:
+    """Interrupted, tests still say which failed, and the planner's choices are saved."""
+    os.killpg(process.pid, signal.SIGINT)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
 def results(out: Path, kind: str) -> list[Row]:
-    """The rows of all parts of a kind that have come to their end."""
+    """The rows of all parts of a kind, as far as those came."""
     files = sorted(out.glob(f"{kind} *.json"))
     return [row for file in files for row in json.loads(file.read_text())["results"]]
 
