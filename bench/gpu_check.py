@@ -53,6 +53,7 @@ MODELS = ["resnet50|resnet32", "vit|gpt2", "llama", "swin", "resnet18|convnext"]
 NETWORKS = ["resnet50", "gpt2-medium", "swin-b", "llama-1b"]
 KERNELS = [  # a small problem of each
     "tests/test_fused.py::test_same_bits_however_often",
+    "tests/test_grouped.py::test_same_bits_however_often",
     "tests/test_pack_columns.py::test_same_bits_twice",
     "tests/test_triton_similarity.py::test_same_bits_however_often",
     "tests/test_triton_step.py::test_sgd_of_any_share",

@@ -66,6 +66,7 @@ def backends() -> dict[str, str]:
         "pack": None,  # in plain torch where the compiled kernels are missing
         "native": compiled.why_not("cpu"),
         "fused": _triton_lacks() or gpu_less,
+        "grouped": _triton_lacks() or gpu_less,
         "compiled, cpu": compiled.why_not("cpu"),
         "compiled, cuda": compiled.why_not("cuda") or gpu_less,
     }

@@ -82,12 +82,48 @@ def conv_wgrad(
 ) -> tuple[Tensor, Tensor]:
     dw = torch.empty_like(weight)
     precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-    images = dy.movedim(1, -1), x.movedim(1, -1), dw
-    if len(conv.stride) == 1:
-        images = images[0][:, None], images[1][:, None], dw[:, :, None]  # of one row each
-        sizes = (1, *conv.stride), (0, *conv.padding), (1, *conv.dilation)
-        conv = Conv(*sizes, *conv[3:])
+    dy, x, kernel, conv = in_two_dimensions(dy, x, dw, conv)
+    images = dy.movedim(1, -1), x.movedim(1, -1), kernel
     return dw, _wgrad(*images, rows, k, bias, conv, precision)
+
+
+def in_two_dimensions(
+    dy: Tensor, x: Tensor, weight: Tensor, conv: Conv
+) -> tuple[Tensor, Tensor, Tensor, Conv]:
+    """The same convolution, if it is one of 1-d images as one of images with a single row."""
+    if len(conv.stride) == 2:
+        return dy, x, weight, conv
+    sizes = (1, *conv.stride), (0, *conv.padding), (1, *conv.dilation)
+    return dy[:, :, None], x[:, :, None], weight[:, :, None], Conv(*sizes, *conv[3:])
+
+
+def weight_strides(dw: Tensor) -> tuple[int, ...]:
+    """Of a weight [n, C, kernel height, kernel width], in the kernels' order: C comes last.
+
+    Along a dimension of one nobody steps; a zero tells the compiler so.
+    """
+    by_tap = dw.permute(0, 2, 3, 1)
+    sizes = zip(by_tap.shape, by_tap.stride(), strict=True)
+    return tuple(stride if size > 1 else 0 for size, stride in sizes)
+
+
+def add_up(
+    partial_dw: Tensor,  # [parts, padded, columns]
+    partial_db: Tensor,  # [parts, padded], or [parts, 0]
+    rows: Tensor,
+    k: int,
+    dw: Tensor,  # [n, C, kernel height, kernel width], to be written
+    db: Tensor,
+) -> None:
+    from neq_kernels import triton_wgrad
+
+    cut, padded, columns = partial_dw.shape
+    n, C, _, width = dw.shape
+    triton_wgrad.finish[ceil(n / 4), ceil(columns / 128)](
+        partial_dw, partial_db, rows, dw, db,
+        n, k, cut, padded, C, columns, weight_strides(dw), width,
+        BIAS=len(db) > 0, PARTS=8, ROWS=4, COLUMNS=128, enable_fp_fusion=True,
+    )  # fmt: skip
 
 
 def _wgrad(
@@ -121,12 +157,6 @@ def _wgrad(
     split = cut > 1
     padded = ceil((k if split else n) / t.rows) * t.rows
 
-    by_tap = dw.permute(0, 2, 3, 1)
-    # along a dimension of one nobody steps; a zero tells the compiler so
-    dw_strides = tuple(
-        stride if size > 1 else 0
-        for size, stride in zip(by_tap.shape, by_tap.stride(), strict=True)
-    )
     db = dw.new_empty(n if bias else 0)
     to_dw, to_db = dw, db
     if split:
@@ -139,18 +169,14 @@ def _wgrad(
         triton_wgrad.product[padded // t.rows, across, cut](
             dy, x, rows, to_dw, to_db,
             T, n, k, C, columns, ceil(steps / cut) * t.depth,
-            dy.stride(0), x_strides, dw_strides, x_size, dy_size,
+            dy.stride(0), x_strides, weight_strides(dw), x_size, dy_size,
             width, conv.stride, conv.padding, conv.dilation,
             PAIRS=pairs, EVEN=even, BIAS=bias, SPLIT=split, PRECISION=precision,
             ROWS=t.rows, COLUMNS=t.columns, DEPTH=t.depth,
             num_warps=t.warps, num_stages=t.stages, enable_fp_fusion=True,
         )  # fmt: skip
         if split:
-            triton_wgrad.finish[ceil(n / 8), ceil(columns / 128)](
-                to_dw, to_db, rows, dw, db,
-                n, k, cut, padded, C, columns, dw_strides, width,
-                BIAS=bias, ROWS=8, COLUMNS=128, enable_fp_fusion=True,
-            )  # fmt: skip
+            add_up(to_dw, to_db, rows, k, dw, db)
     return db
 
 

@@ -22,11 +22,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neq_kernels import dense, fused, machine, native, pack
+from neq_kernels import dense, fused, grouped, machine, native, pack
 from neq_kernels.geometry import Conv
 from neq_kernels.problem import BUCKETS, Problem, is_transposed
 
-BACKENDS: dict[str, ModuleType] = {"dense": dense, "pack": pack, "native": native, "fused": fused}
+BACKENDS: dict[str, ModuleType] = {
+    "dense": dense,
+    "pack": pack,
+    "native": native,
+    "fused": fused,
+    "grouped": grouped,
+}
 MARGIN = 0.05
 
 MOST_PLANS = 100_000  # kept: text comes in ever new lengths

@@ -6,7 +6,8 @@ import torch
 
 collect_ignore = [] if shutil.which("nvcc") else ["test_cuda_compile.py"]
 if find_spec("triton") is None:
-    names = "fused", "interpreter", "triton_compile", "triton_similarity", "triton_step"
+    names = "fused", "grouped", "interpreter"
+    names += "triton_compile", "triton_similarity", "triton_step"
     collect_ignore += [f"test_{name}.py" for name in names]
 elif torch.cuda.is_available():
     # the GPU itself runs the kernels; and Triton 3.6 does not interpret beside numpy 2.4
