@@ -12,7 +12,8 @@ by default:
     gpu_check.json      the machine, how each part ended, every row of the benchmarks
     backward_speed.png  the weight gradients as a figure
     end_to_end.png      the steps as a figure
-    planner.json        the choices that were measured, for neq_kernels.planner.load
+    planner.json        the choices that were measured: as neq_kernels/tables/<GPU>.json they are
+                        everybody's on such a GPU
     optimizer_speed.json, probe.json    what those benchmarks measured
     *.log               what each part printed
 """
@@ -20,7 +21,6 @@ by default:
 import argparse
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -44,6 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import options, report, step_report
 from bench.timing import device_name, environment
+from neq_kernels import machine
 
 Row = dict[str, Any]
 
@@ -82,7 +83,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = parse(arguments)
     facts = environment(torch.device("cuda"))
     report.show_environment(facts)
-    out = given.out or ROOT / "bench/results" / slug(device_name(facts))
+    name = machine.slug(device_name(facts))
+    out = given.out or ROOT / "bench/results" / name
     out.mkdir(parents=True, exist_ok=True)
 
     start, seconds = time.monotonic(), 60 * given.minutes - GRACE
@@ -101,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
     if steps:
         step_report.show(steps, facts)
         step_report.plot(steps, facts, out / "end_to_end.png")
-    print(f"more in {out}")
+    print(f"more in {out}; {out / 'planner.json'} is to be neq_kernels/tables/{name}.json")
     return int(any(outcome.ended != "passed" for outcome in outcomes))
 
 
@@ -183,10 +185,6 @@ def results(out: Path, kind: str) -> list[Row]:
     """The rows of all parts of a kind, as far as those came."""
     files = sorted(out.glob(f"{kind} *.json"))
     return [row for file in files for row in json.loads(file.read_text())["results"]]
-
-
-def slug(name: str) -> str:
-    return re.sub(r"\W+", "-", name).strip("-").lower()
 
 
 def ending(outcomes: list[Outcome]) -> Table:
