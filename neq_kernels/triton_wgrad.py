@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 
 
-# other masks and batches find the kernels compiled
-@triton.jit(do_not_specialize=["T", "n", "k", "part"])
+# other masks find the kernels compiled
+@triton.jit(do_not_specialize=["k"])
 def product(
     dy,  # [T, n], neurons adjacent; T counts the output's pixels: image, row, column
     #      PAIRS: int32 [T, n / 2], each of them two neurons
@@ -124,7 +124,7 @@ def product(
             tl.store(db + to, bias.to(db.dtype.element_ty), mask=kept)
 
 
-@triton.jit(do_not_specialize=["n", "k", "parts"])
+@triton.jit(do_not_specialize=["k", "parts"])
 def finish(
     partial_dw,  # float32 [parts, padded, columns]
     partial_db,  # float32 [parts, padded]
