@@ -119,10 +119,10 @@ def add_up(
 
     cut, padded, columns = partial_dw.shape
     n, C, _, width = dw.shape
-    triton_wgrad.finish[ceil(n / 8), ceil(columns / 128)](
+    triton_wgrad.finish[ceil(n / 4), ceil(columns / 128)](
         partial_dw, partial_db, rows, dw, db,
         n, k, cut, padded, C, columns, weight_strides(dw), width,
-        BIAS=len(db) > 0, PARTS=4, ROWS=8, COLUMNS=128, enable_fp_fusion=True,
+        BIAS=len(db) > 0, PARTS=4, ROWS=4, COLUMNS=128, enable_fp_fusion=True,
     )  # fmt: skip
 
 

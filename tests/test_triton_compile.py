@@ -80,8 +80,8 @@ def test_linear(arch, k, inputs):
     """Cut into parts and with a bias, then whole and without."""
     product, finish = kernels(arch, linear(torch.bfloat16, k, inputs))
     check_product(product, arch, k)
-    assert finish.count("STG", "128")
-    assert finish.count("LDG", "128") == 8  # of four parts, under way at a time
+    assert finish.count("STG", "64")  # of four bfloat16: a warp writes a whole row of its tile
+    assert finish.count("LDG", "128") == 4  # as many parts are under way at a time
     assert not finish.count("LDG", "U16")
     (product,) = kernels(arch, linear(torch.bfloat16, k, inputs, samples=200, bias=False))
     check_product(product, arch, k)
