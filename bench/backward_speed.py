@@ -50,8 +50,8 @@ def main(arguments: list[str] | None = None) -> None:
                 rows += measure(problem, given.layouts, given.active, device, dtype, given.seconds)
             except WrongResultError as error:
                 sys.exit(f"error: {error}")
+            report.save(rows, facts, given.json)  # should the next one be the last
     report.show(rows, facts)
-    report.save(rows, facts, given.json)
     if given.plot:
         report.plot(rows, facts, given.plot)
 

@@ -5,13 +5,15 @@
 
 The tests that need a GPU, compute-sanitizer on the project's own kernels, the weight gradients of
 real models while the planner times its backends, whole training steps, and the other tests. Every
-part is a process with a time limit and a log of its own: what one loses, the others keep. In the
-folder of results, bench/results/<GPU> by default:
+part is a process with a time limit and a log of its own: what one loses, the others keep, and a
+benchmark that is stopped keeps what it has measured. In the folder of results, bench/results/<GPU>
+by default:
 
     gpu_check.json      the machine, how each part ended, every row of the benchmarks
     backward_speed.png  the weight gradients as a figure
     end_to_end.png      the steps as a figure
-    planner.json        the choices that were measured, for neq_kernels.planner.load
+    planner.json        the choices that were measured: as neq_kernels/tables/<GPU>.json they are
+                        everybody's on such a GPU
     optimizer_speed.json, probe.json    what those benchmarks measured
     *.log               what each part printed
 """
@@ -19,7 +21,6 @@ folder of results, bench/results/<GPU> by default:
 import argparse
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -27,6 +28,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,6 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import options, report, step_report
 from bench.timing import device_name, environment
+from neq_kernels import machine
 
 Row = dict[str, Any]
 
@@ -51,6 +54,7 @@ MODELS = ["resnet50|resnet32", "vit|gpt2", "llama", "swin", "resnet18|convnext"]
 NETWORKS = ["resnet50", "gpt2-medium", "swin-b", "llama-1b"]
 KERNELS = [  # a small problem of each
     "tests/test_fused.py::test_same_bits_however_often",
+    "tests/test_grouped.py::test_same_bits_however_often",
     "tests/test_narrow.py::test_same_bits_however_often",
     "tests/test_pack_columns.py::test_same_bits_twice",
     "tests/test_triton_similarity.py::test_same_bits_however_often",
@@ -58,6 +62,7 @@ KERNELS = [  # a small problem of each
     "tests/test_triton_step.py::test_what_is_not_finite_stays_in_its_element",
 ]
 FRACTIONS = (0.5, 0.25, 0.1)
+GRACE = 5  # seconds in which a part whose time is over may say what it knows
 
 
 @dataclass(frozen=True)
@@ -79,10 +84,11 @@ def main(arguments: list[str] | None = None) -> int:
     given = parse(arguments)
     facts = environment(torch.device("cuda"))
     report.show_environment(facts)
-    out = given.out or ROOT / "bench/results" / slug(device_name(facts))
+    name = machine.slug(device_name(facts))
+    out = given.out or ROOT / "bench/results" / name
     out.mkdir(parents=True, exist_ok=True)
 
-    start, seconds = time.monotonic(), 60 * given.minutes
+    start, seconds = time.monotonic(), 60 * given.minutes - GRACE
     outcomes = [run(part, out, start + part.until * seconds) for part in parts(out, seconds)]
     rows, steps = results(out, "speed"), results(out, "steps")
     summary = {"environment": facts, "parts": [asdict(o) for o in outcomes]}
@@ -98,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
     if steps:
         step_report.show(steps, facts)
         step_report.plot(steps, facts, out / "end_to_end.png")
-    print(f"more in {out}")
+    print(f"more in {out}; {out / 'planner.json'} is to be neq_kernels/tables/{name}.json")
     return int(any(outcome.ended != "passed" for outcome in outcomes))
 
 
@@ -161,20 +167,25 @@ def _run(command: list[str], log: Path, seconds: float) -> str:
         try:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            _stop(process)
             return f"stopped after {seconds:.0f} s"
     return "passed" if code == 0 else f"failed with exit status {code}"
 
 
+def _stop(process: subprocess.Popen) -> None:
+    """Interrupted, tests still say which failed, and the planner's choices are saved."""
+    os.killpg(process.pid, signal.SIGINT)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
 def results(out: Path, kind: str) -> list[Row]:
-    """The rows of all parts of a kind that have come to their end."""
+    """The rows of all parts of a kind, as far as those came."""
     files = sorted(out.glob(f"{kind} *.json"))
     return [row for file in files for row in json.loads(file.read_text())["results"]]
-
-
-def slug(name: str) -> str:
-    return re.sub(r"\W+", "-", name).strip("-").lower()
 
 
 def ending(outcomes: list[Outcome]) -> Table:

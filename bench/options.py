@@ -58,11 +58,13 @@ def load_table(parser: argparse.ArgumentParser, given: argparse.Namespace) -> No
 
 @contextmanager
 def tuned(given: argparse.Namespace) -> Iterator[None]:
-    """What --tune asks for; its choices are added to the table at the end."""
-    with planner.tuning() if given.tune else nullcontext():
-        yield
-    if given.tune and given.table:
-        planner.save(given.table)
+    """What --tune asks for; its choices are added to the table in the end, whatever that is."""
+    try:
+        with planner.tuning() if given.tune else nullcontext():
+            yield
+    finally:
+        if given.tune and given.table:
+            planner.save(given.table)
 
 
 def usable_device(text: str) -> torch.device:

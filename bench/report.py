@@ -34,7 +34,10 @@ def show_environment(facts: Facts) -> None:
 
 def save(rows: list[Row], facts: Facts, file: Path | None) -> None:
     if file:
-        file.write_text(json.dumps({"environment": facts, "results": rows}, indent=1) + "\n")
+        text = json.dumps({"environment": facts, "results": rows}, indent=1) + "\n"
+        written = file.with_name(f"{file.name}.part")  # so that what is there is always whole
+        written.write_text(text)
+        written.replace(file)
 
 
 def show_table(table: Table) -> None:

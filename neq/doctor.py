@@ -67,6 +67,7 @@ def backends() -> dict[str, str]:
         "native": compiled.why_not("cpu"),
         "fused": _triton_lacks() or gpu_less,
         "narrow": compiled.why_not("cuda") or gpu_less,
+        "grouped": _triton_lacks() or gpu_less,
         "compiled, cpu": compiled.why_not("cpu"),
         "compiled, cuda": compiled.why_not("cuda") or gpu_less,
     }

@@ -82,10 +82,47 @@ def conv_wgrad(
 ) -> tuple[Tensor, Tensor]:
     dw = torch.empty_like(weight)
     precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-    images = dy.movedim(1, -1), x.movedim(1, -1), dw
-    if len(conv.stride) == 1:
-        images = images[0][:, None], images[1][:, None], dw[:, :, None]  # of one row each
-    return dw, _wgrad(*images, rows, k, bias, conv.planar(), precision)
+    dy, x, kernel, conv = in_two_dimensions(dy, x, dw, conv)
+    images = dy.movedim(1, -1), x.movedim(1, -1), kernel
+    return dw, _wgrad(*images, rows, k, bias, conv, precision)
+
+
+def in_two_dimensions(
+    dy: Tensor, x: Tensor, weight: Tensor, conv: Conv
+) -> tuple[Tensor, Tensor, Tensor, Conv]:
+    """The same convolution, if it is one of 1-d images as one of images with a single row."""
+    if len(conv.stride) == 2:
+        return dy, x, weight, conv
+    return dy[:, :, None], x[:, :, None], weight[:, :, None], conv.planar()
+
+
+def weight_strides(dw: Tensor) -> tuple[int, ...]:
+    """Of a weight [n, C, kernel height, kernel width], in the kernels' order: C comes last.
+
+    Along a dimension of one nobody steps; a zero tells the compiler so.
+    """
+    by_tap = dw.permute(0, 2, 3, 1)
+    sizes = zip(by_tap.shape, by_tap.stride(), strict=True)
+    return tuple(stride if size > 1 else 0 for size, stride in sizes)
+
+
+def add_up(
+    partial_dw: Tensor,  # [parts, padded, columns]
+    partial_db: Tensor,  # [parts, padded], or [parts, 0]
+    rows: Tensor,
+    k: int,
+    dw: Tensor,  # [n, C, kernel height, kernel width], to be written
+    db: Tensor,
+) -> None:
+    from neq_kernels import triton_wgrad
+
+    cut, padded, columns = partial_dw.shape
+    n, C, _, width = dw.shape
+    triton_wgrad.finish[ceil(n / 4), ceil(columns / 128)](
+        partial_dw, partial_db, rows, dw, db,
+        n, k, cut, padded, C, columns, weight_strides(dw), width,
+        BIAS=len(db) > 0, PARTS=4, ROWS=4, COLUMNS=128, enable_fp_fusion=True,
+    )  # fmt: skip
 
 
 def _wgrad(
@@ -103,8 +140,11 @@ def _wgrad(
 
     height, width = dw.shape[2:]
     even = height == width == 1 and conv[:2] == POINTWISE[:2] and _evenly_spaced(x)
-    x_size, dy_size = x.shape[1:3], dy.shape[1:3]
+    x_size, dy_size = tuple(x.shape[1:3]), tuple(dy.shape[1:3])
     x, dy = _adjacent(x), _adjacent(dy.reshape(-1, dy.shape[-1]))  # [T, n]
+    x_strides = x.stride()[:3]
+    if even:  # nobody asks for rows and images: other ones are to compile nothing new
+        x_size, dy_size, x_strides = (1, 1), (1, 1), (0, 0, x.stride(2))
     (T, n), C = dy.shape, x.shape[-1]
     columns = height * width * C
 
@@ -116,12 +156,6 @@ def _wgrad(
     split = cut > 1
     padded = ceil((k if split else n) / t.rows) * t.rows
 
-    by_tap = dw.permute(0, 2, 3, 1)
-    # along a dimension of one nobody steps; a zero tells the compiler so
-    dw_strides = tuple(
-        stride if size > 1 else 0
-        for size, stride in zip(by_tap.shape, by_tap.stride(), strict=True)
-    )
     db = dw.new_empty(n if bias else 0)
     to_dw, to_db = dw, db
     if split:
@@ -134,18 +168,14 @@ def _wgrad(
         triton_wgrad.product[padded // t.rows, across, cut](
             dy, x, rows, to_dw, to_db,
             T, n, k, C, columns, ceil(steps / cut) * t.depth,
-            dy.stride(0), x.stride()[:3], dw_strides, tuple(x_size), tuple(dy_size),
+            dy.stride(0), x_strides, weight_strides(dw), x_size, dy_size,
             width, conv.stride, conv.padding, conv.dilation,
             PAIRS=pairs, EVEN=even, BIAS=bias, SPLIT=split, PRECISION=precision,
             ROWS=t.rows, COLUMNS=t.columns, DEPTH=t.depth,
             num_warps=t.warps, num_stages=t.stages, enable_fp_fusion=True,
         )  # fmt: skip
         if split:
-            triton_wgrad.finish[ceil(n / 8), ceil(columns / 128)](
-                to_dw, to_db, rows, dw, db,
-                n, k, cut, padded, C, columns, dw_strides, width,
-                BIAS=bias, ROWS=8, COLUMNS=128, enable_fp_fusion=True,
-            )  # fmt: skip
+            add_up(to_dw, to_db, rows, k, dw, db)
     return db
 
 

@@ -1,6 +1,7 @@
 """What a device is called: what was measured on one holds for no other."""
 
 import platform
+import re
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +15,11 @@ def name(device: torch.device) -> str:
         threads = torch.get_num_threads()
         return f"{cpu()}, {threads} thread{'s' if threads > 1 else ''}"
     return device.type
+
+
+def slug(name: str) -> str:
+    """A name as that of a file."""
+    return re.sub(r"\W+", "-", name).strip("-").lower()
 
 
 @cache

@@ -3,7 +3,8 @@
 For each problem (device, dtype, layout, shape, active share) the planner takes, in this order:
 
 1. the choice measured for it, from a table (``load``) or inside ``tuning()``;
-2. the backend with the lowest cost by its own model: ``cost(problem)`` predicts its time in units
+2. the choice in the table that this package brings for devices of that name, if it brings one;
+3. the backend with the lowest cost by its own model: ``cost(problem)`` predicts its time in units
    of the dense gradient's. It has to promise a gain of ``MARGIN``, otherwise dense runs.
 
 Nothing is ever timed unless asked for: ranks that time for themselves come to differ.
@@ -13,7 +14,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import median
 from types import ModuleType
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neq_kernels import dense, fused, machine, narrow, native, pack
+from neq_kernels import dense, fused, grouped, machine, narrow, native, pack
 from neq_kernels.geometry import Conv
 from neq_kernels.problem import BUCKETS, Problem, is_transposed
 
@@ -32,8 +33,10 @@ BACKENDS: dict[str, ModuleType] = {
     "native": native,
     "fused": fused,
     "narrow": narrow,
+    "grouped": grouped,
 }
 MARGIN = 0.05
+TABLES = Path(__file__).with_name("tables")  # of choices, by the name of a device
 
 MOST_PLANS = 100_000  # kept: text comes in ever new lengths
 
@@ -93,14 +96,20 @@ def planned(
     key = (bucket, x.shape, weight.shape, conv, layout, x.dtype, where)
     plan = _plans.get(key)
     if plan is None:
-        problem = _problem(x, weight, neurons, k, conv)
-        plan = _measured.get(machine.name(x.device), {}).get(problem.key)
+        problem, device = _problem(x, weight, neurons, k, conv), machine.name(x.device)
+        plan = _able(_measured.get(device, {}).get(problem.key), problem)
         if plan is None and _tuning:
             return None
         if len(_plans) >= MOST_PLANS:
             _plans.clear()
-        plan = _plans[key] = plan or predict(problem)
+        plan = plan or _able(shipped(device).get(problem.key), problem) or predict(problem)
+        _plans[key] = plan
     return plan
+
+
+def _able(plan: str | None, problem: Problem) -> str | None:
+    """A choice from a table, unless what it takes is missing here, a compiler or Triton."""
+    return plan if plan and BACKENDS[plan].cost(problem) < float("inf") else None
 
 
 def _problem(x: Tensor, weight: Tensor, neurons: int, k: int, conv: Conv | None) -> Problem:
@@ -142,15 +151,26 @@ def save(path: str | Path) -> None:
 
 def load(path: str | Path) -> None:
     """Take over the choices that ``save`` wrote; they hold on devices of the same name."""
-    tables = json.loads(Path(path).read_text())
+    for device, table in _read(path).items():
+        _measured.setdefault(device, {}).update(table)
+    _plans.clear()
+
+
+@cache
+def shipped(device: str) -> dict[str, str]:
+    """The choices that this package brings for devices of that name, which ``save`` once wrote."""
+    path = TABLES / f"{machine.slug(device)}.json"
+    return _read(path).get(device, {}) if path.exists() else {}
+
+
+def _read(path: str | Path) -> dict[str, dict[str, str]]:
+    tables: dict[str, dict[str, str]] = json.loads(Path(path).read_text())
     unknown = sorted(
         {name for table in tables.values() for name in table.values()} - BACKENDS.keys()
     )
     if unknown:
         raise ValueError(f"{path} names backends {unknown}, known are {sorted(BACKENDS)}")
-    for device, table in tables.items():
-        _measured.setdefault(device, {}).update(table)
-    _plans.clear()
+    return tables
 
 
 def _fastest(problem: Problem, *args: Any) -> str:

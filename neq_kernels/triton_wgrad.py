@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+# other masks find the kernels compiled
+@triton.jit(do_not_specialize=["k"])
 def product(
     dy,  # [T, n], neurons adjacent; T counts the output's pixels: image, row, column
     #      PAIRS: int32 [T, n / 2], each of them two neurons
@@ -123,7 +124,7 @@ def product(
             tl.store(db + to, bias.to(db.dtype.element_ty), mask=kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k", "parts"])
 def finish(
     partial_dw,  # float32 [parts, padded, columns]
     partial_db,  # float32 [parts, padded]
@@ -139,6 +140,7 @@ def finish(
     dw_strides,
     kernel_width,
     BIAS: tl.constexpr,
+    PARTS: tl.constexpr,  # read at a time: one after the other, each would be waited for
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -147,16 +149,23 @@ def finish(
     row = tl.load(rows + j, mask=j < n)
     inside = (column < columns)[None, :]
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for part in range(parts):
-        at = (part * padded + j).to(tl.int64)[:, None] * columns + column[None, :]
-        total += tl.load(partial_dw + at, mask=(j < k)[:, None] & inside, other=0.0)
+    for first in range(0, parts, PARTS):
+        part = first + tl.arange(0, PARTS)
+        there = (part < parts)[:, None] & (j < k)[None, :]
+        at = (part[:, None] * padded + j[None, :]).to(tl.int64)[:, :, None] * columns
+        at += column[None, None, :]
+        read = tl.load(partial_dw + at, mask=there[:, :, None] & inside[None, :, :], other=0.0)
+        total += tl.sum(read, 0)
     dw_at = _weight_at(row, column, C, kernel_width, dw_strides)
     tl.store(dw + dw_at, total.to(dw.dtype.element_ty), mask=(j < n)[:, None] & inside)
     if BIAS:
         if tl.program_id(1) == 0:
             bias = tl.zeros((ROWS,), tl.float32)
-            for part in range(parts):
-                bias += tl.load(partial_db + part * padded + j, mask=j < k, other=0.0)
+            for first in range(0, parts, PARTS):
+                part = first + tl.arange(0, PARTS)
+                there = (part < parts)[:, None] & (j < k)[None, :]
+                at = part[:, None] * padded + j[None, :]
+                bias += tl.sum(tl.load(partial_db + at, mask=there, other=0.0), 0)
             tl.store(db + row, bias.to(db.dtype.element_ty), mask=j < n)
 
 

@@ -177,6 +177,15 @@ def conv_cases(draw) -> Case:
 
 
 @st.composite
+def dimensions(draw) -> tuple[int, ...]:
+    """(size, kernel, stride, padding, dilation) with at least one output."""
+    kernel, stride, dilation = (draw(st.integers(1, most)) for most in (3, 3, 2))
+    padding = draw(st.integers(0, 2))
+    least = max(1, dilation * (kernel - 1) + 1 - 2 * padding)
+    return least + draw(st.integers(0, 6)), kernel, stride, padding, dilation
+
+
+@st.composite
 def _dimension(draw, transposed: bool, small: bool) -> tuple[int, ...]:
     """(size, kernel, stride, padding, dilation, output_padding) with at least one output."""
     kernel, dilation = draw(st.integers(1, 3)), draw(st.integers(1, 2))
@@ -226,6 +235,16 @@ def check(op: str, args: tuple) -> None:
     expected = getattr(reference, op)(*args)
     for name, got in answers(op, args):
         same(got, expected, name)
+
+
+def exactly(op: str, args: tuple) -> tuple:
+    """The reference in float64, by an algorithm that is exact on integers.
+
+    Vendors' in float16 on a CPU, and Winograd and FFT in cuDNN, are not.
+    """
+    dy, x, *rest = args
+    with torch.backends.cudnn.flags(enabled=False):
+        return getattr(reference, op)(dy.double(), x.double(), *rest)
 
 
 def same(got, expected, name="") -> None:

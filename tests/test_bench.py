@@ -143,6 +143,23 @@ def test_tune_and_table(results, tmp_path):
     assert len(choices) == 2
 
 
+def test_what_was_measured_outlives_an_interruption(results, tmp_path, monkeypatch):
+    table, measure = tmp_path / "table.json", backward_speed.measure
+
+    def interrupted(problem, *rest):
+        if problem is TINY[1]:
+            raise KeyboardInterrupt
+        return measure(problem, *rest)
+
+    monkeypatch.setattr(backward_speed, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        results("--tune", "--active", ".5", "--table", str(table))
+    (row,) = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert row["name"] == TINY[0].name
+    ((_, choices),) = json.loads(table.read_text()).items()
+    assert len(choices) == 1
+
+
 def test_plot(results, tmp_path):
     file = tmp_path / "plot.png"
     results("--plot", str(file))

@@ -58,6 +58,17 @@ STEP = {
 NONE = STEP | {"contender": "none", "active": 0, "realised": None, "realised_gradients": None}
 
 
+SLOW = """
+import time
+print(1, flush=True)
+try:
+    time.sleep(99)
+except KeyboardInterrupt:
+    print("what it knows")
+"""
+DEAF = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
+
+
 def python(code):
     return [sys.executable, "-c", code]
 
@@ -67,13 +78,15 @@ def python(code):
     [
         (python("print('some\\nthing\\n')"), 60, "passed", "thing"),
         (python("import sys; sys.exit('no')"), 60, "failed with exit status 1", "no"),
-        (python("import time; print(1, flush=True); time.sleep(99)"), 5, "stopped after 5 s", "1"),
+        (python(SLOW), 5, "stopped after 5 s", "what it knows"),
+        (python(f"{DEAF}\n{SLOW}"), 5, "stopped after 5 s", "1"),
         (["no-such-tool"], 60, "left out: no no-such-tool on the PATH", ""),
         (python(""), 0, "left out: no time was left", ""),
     ],
-    ids=["passes", "fails", "is slow", "is missing", "is late"],
+    ids=["passes", "fails", "is slow", "does not listen", "is missing", "is late"],
 )
-def test_how_a_part_ends(command, seconds, ended, last_line, tmp_path):
+def test_how_a_part_ends(command, seconds, ended, last_line, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "GRACE", 2)
     end = gpu_check.time.monotonic() + seconds
     outcome = gpu_check.run(Part("part", command, until=1), tmp_path, end)
     assert (outcome.ended, outcome.last_line) == (ended, last_line)

@@ -33,7 +33,7 @@ def without_tf32():
     torch.backends.cudnn.allow_tf32 = before
 
 
-@pytest.fixture(params=["dense", "pack", "native", "fused"], autouse=True)
+@pytest.fixture(params=[*planner.BACKENDS], autouse=True)
 def backend(request, monkeypatch):
     """Whoever can compute a layer's gradient by this backend does."""
 

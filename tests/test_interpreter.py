@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("names", [["fused"], ["triton_similarity", "triton_step"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "names", [["fused"], ["grouped"], ["triton_similarity", "triton_step"]], ids=" ".join
+)
 def test_in_the_interpreter(names):
     files = [Path(__file__).with_name(f"test_{name}.py") for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]

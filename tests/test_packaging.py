@@ -16,7 +16,8 @@ OFFLINE = ["--no-deps", "--no-index", "--no-build-isolation"]
 
 USE = """
 import torch, neq
-from neq_kernels import compiled
+from neq_kernels import compiled, planner
+assert planner.shipped("A device") == {"a problem": "pack"}
 model = neq.convert(torch.nn.Linear(4, 6))
 model.set_active([1, 4])
 model(torch.ones(3, 4)).sum().backward()
@@ -41,6 +42,9 @@ def sdist(tmp_path_factory):
     # what earlier builds left in the tree would find its way into this one
     left = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "*.so", "__pycache__")
     shutil.copytree(ROOT, tree, ignore=left, dirs_exist_ok=True)
+    tables = tree / "neq_kernels/tables"
+    tables.mkdir(exist_ok=True)
+    (tables / "a-device.json").write_text('{"A device": {"a problem": "pack"}}')
     run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", folder, tree)
     (path,) = folder.iterdir()
     return path

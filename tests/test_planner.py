@@ -22,9 +22,13 @@ LARGE = linear_case((2048,), 2048, 1024, range(128))  # where packing is sure to
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch):
+def fresh(monkeypatch, tmp_path):
     monkeypatch.setattr(planner, "_plans", {})
     monkeypatch.setattr(planner, "_measured", {})
+    monkeypatch.setattr(planner, "TABLES", tmp_path / "tables")
+    planner.shipped.cache_clear()
+    yield
+    planner.shipped.cache_clear()
 
 
 @pytest.fixture
@@ -262,6 +266,52 @@ def test_load_rejects_unknown_backends(tmp_path):
     with pytest.raises(ValueError, match=r"table.json names .*\['magic'\], known are \['dense"):
         planner.load(table)
     assert planner._measured == {}
+
+
+def ship(case, backend, device=None):
+    device = device or machine.name(torch.device("cpu"))
+    planner.TABLES.mkdir(exist_ok=True)
+    table = {device: {problem_of(op_of(case), *case.args()).key: backend}}
+    (planner.TABLES / f"{machine.slug(device)}.json").write_text(json.dumps(table))
+
+
+def test_a_shipped_table_is_taken_unless_something_was_measured_here(clock):
+    ship(LINEAR, "pack")
+    assert choose(LINEAR) == "pack"
+    assert choose(CONV) == planner.predict(problem_of("conv_wgrad", *CONV.args()))
+    assert clock.readings == 0
+    measure(LINEAR, "native")
+    planner._plans.clear()
+    assert choose(LINEAR) == "native"
+
+
+def test_a_shipped_table_holds_on_no_other_device():
+    ship(LINEAR, "pack", "NVIDIA H200")
+    assert planner.TABLES.joinpath("nvidia-h200.json").exists()
+    assert choose(LINEAR) == "dense"
+
+
+def test_tuning_measures_what_a_shipped_table_has_and_saves_no_more(backends, tmp_path):
+    backends(dense=(1.0, 5), other=(1.0, 4), third=(1.0, 9))
+    ship(LINEAR, "third")
+    with planner.tuning():
+        assert choose(LINEAR) == "other"
+    planner.save(tmp_path / "table.json")
+    ((_, choices),) = json.loads((tmp_path / "table.json").read_text()).items()
+    assert [*choices.values()] == ["other"]
+
+
+@pytest.mark.parametrize("take_over", [ship, measure])
+def test_a_table_cannot_name_what_does_not_work_here(take_over, backends):
+    backends(dense=(1.0, 5), unable=(inf, 1))
+    take_over(LINEAR, "unable")
+    assert choose(LINEAR) == "dense"
+
+
+def test_a_shipped_table_with_an_unknown_backend_is_named():
+    ship(LINEAR, "magic")
+    with pytest.raises(ValueError, match=r"tables/.*\.json names backends \['magic'\], known are"):
+        choose(LINEAR)
 
 
 CHANNELS_LAST = ("channels_last",) * 3

@@ -10,7 +10,7 @@ import torch
 from aot import launches
 from triton.runtime.jit import JITFunction
 
-from neq_kernels import fused, similarity, triton_similarity, triton_step
+from neq_kernels import fused, grouped, similarity, triton_similarity, triton_step
 from neq_kernels.geometry import Conv
 from neq_kernels.gpu import Gpu
 from neq_kernels.hyper import SGD, AdamW
@@ -47,6 +47,7 @@ def kernels(arch, call):
     gpu = mock.Mock(return_value=Gpu(arch, 132))
     with (
         mock.patch.object(fused, "gpu", gpu),
+        mock.patch.object(grouped, "gpu", gpu),
         mock.patch.object(triton_similarity, "gpu", gpu),
         launches(arch) as compiled,
     ):
@@ -79,7 +80,8 @@ def test_linear(arch, k, inputs):
     """Cut into parts and with a bias, then whole and without."""
     product, finish = kernels(arch, linear(torch.bfloat16, k, inputs))
     check_product(product, arch, k)
-    assert finish.count("STG", "128")
+    assert finish.count("STG", "64")  # of four bfloat16: a warp writes a whole row of its tile
+    assert finish.count("LDG", "128") == 4  # as many parts are under way at a time
     assert not finish.count("LDG", "U16")
     (product,) = kernels(arch, linear(torch.bfloat16, k, inputs, samples=200, bias=False))
     check_product(product, arch, k)
@@ -108,6 +110,36 @@ def test_float32_follows_the_switch(arch, k, tf32_switch):
         product = kernels(arch, linear(torch.float32, k, 256))[0]
         assert bool(product.count(TENSOR_CORES[arch])) == cores
         assert product.count("LDGSTS")
+
+
+@every_target
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "size", "inputs"),
+    [
+        (torch.bfloat16, 3, 1),
+        (torch.bfloat16, 7, 1),
+        (torch.float32, 7, 1),
+        (torch.float16, 3, 4),
+    ],
+    ids=str,
+)
+def test_grouped(arch, layout, dtype, size, inputs):
+    """A step reads a value of dY once, one of X for each weight, and multiplies them once; so many
+    programs run at a time as were counted on."""
+    channels, padding = 64 * inputs, (size // 2,) * 2
+    shapes = (2, channels, 28, 28), (2, channels, 28, 28), (channels, inputs, size, size)
+    dy, x, weight = (torch.empty(s, dtype=dtype).to(memory_format=layout) for s in shapes)
+    geometry = CONV._replace(padding=padding, groups=64)
+    rows = torch.arange(channels)
+    correlate, _ = kernels(
+        arch, lambda: grouped.conv_wgrad(dy, x, weight, rows, 40, True, geometry)
+    )
+    weights, of_rows = inputs * size**2, 1
+    assert correlate.count("LDG") == weights + 1 + of_rows
+    if arch < 100:  # which multiplies in pairs
+        assert correlate.count("FFMA") == weights
+    assert correlate.registers * grouped.LANES * grouped.programs(weights) <= 2**16
 
 
 def test_a_gpu_compares_outputs_by_the_kernel():
@@ -200,11 +232,20 @@ def compiles():
     with (
         launches(90),
         mock.patch("aot._read"),
+        mock.patch.object(fused, "gpu", return_value=Gpu(90, 132)),
         mock.patch.object(triton_similarity, "gpu", return_value=Gpu(90, 132)),
         mock.patch.object(JITFunction, "_do_compile", autospec=True) as compiles,
     ):
         compiles.side_effect = compiler
         yield compiles
+
+
+def test_other_masks_and_batches_compile_nothing_new(compiles):
+    linear(torch.float16, 48, 64)()
+    before = compiles.call_count
+    for k, samples in ((41, 4096), (64, 3008), (33, 9600)):
+        linear(torch.float16, k, 64, samples)()
+    assert compiles.call_count == before
 
 
 def test_outputs_of_other_sizes_compile_nothing_new(compiles):

@@ -1,0 +1,76 @@
+"""Grouped convolutions on a GPU, depthwise ones above all: the active channels only, and each once.
+
+A vendor's gradient of so few weights per neuron leaves the tensor cores idle and reads X and dY
+many times. This one has no use for them either, but reads what is active once, in either layout: of
+contiguous images the planes of frozen neurons are not touched. The kernel is in ``triton_grouped``.
+"""
+
+from math import ceil, inf, prod
+
+import torch
+from torch import Tensor
+
+from neq_kernels.fused import DTYPES, INT32, add_up, in_two_dimensions
+from neq_kernels.geometry import Conv
+from neq_kernels.gpu import gpu, parts, triton_is_there
+from neq_kernels.problem import Problem
+
+MOST_WEIGHTS = 64  # of a neuron, whose sums a thread has registers for
+LANES = 128  # of a program, a thread each
+OVERHEAD = 16  # steps that take as long as adding up a program's lanes
+
+
+def cost(problem: Problem) -> float:
+    """1 wherever the kernel works: it promises nothing until a GPU was measured, as ``fused``."""
+    conv = problem.conv
+    works = (
+        conv is not None
+        and conv.groups > 1
+        and not conv.transposed
+        and len(conv.stride) <= 2
+        and problem.device == "cuda"
+        and problem.dtype in DTYPES
+        and problem.flops > 0
+        and prod(problem.weight[1:]) <= MOST_WEIGHTS
+        and problem.dy[0] * prod(problem.dy[2:]) < INT32
+        and max(prod(problem.x[1:]), prod(problem.dy[1:])) < INT32
+        and triton_is_there()
+    )
+    return 1.0 if works else inf
+
+
+def programs(weights: int) -> int:
+    """That the registers of a processor suffice for, where a lane has so many sums."""
+    return max(2, min(10, 110 // weights))
+
+
+def conv_wgrad(
+    dy: Tensor, x: Tensor, weight: Tensor, rows: Tensor, k: int, bias: bool, conv: Conv
+) -> tuple[Tensor, Tensor]:
+    from neq_kernels import triton_grouped
+
+    dw = torch.empty_like(weight)
+    db = dw.new_empty(len(rows) if bias else 0)
+    dy, x, kernel, conv = in_two_dimensions(dy, x, dw, conv)
+    n, inputs, height, width = kernel.shape
+    channels_last = x.stride(1) == 1
+    neurons, pixels = (32, LANES // 32) if channels_last else (1, LANES)
+
+    T = dy.shape[0] * prod(dy.shape[2:])
+    weights, padded = height * width * inputs, ceil(k / neurons) * neurons
+    steps, slots = ceil(T / pixels), programs(weights) * gpu(dy.device).processors
+    cut = parts(padded // neurons, steps, slots, OVERHEAD)
+    partial_dw = dy.new_empty((cut, padded, weights), dtype=torch.float32)
+    partial_db = dy.new_empty((cut, padded if bias else 0), dtype=torch.float32)
+    with torch.cuda.device_of(dy):
+        triton_grouped.correlate[padded // neurons, cut](
+            dy, x, rows, partial_dw, partial_db,
+            T, n, k, padded, ceil(steps / cut) * pixels, n // conv.groups,
+            dy.stride(), x.stride(), tuple(x.shape[2:]), tuple(dy.shape[2:]),
+            conv.stride, conv.padding, conv.dilation,
+            HEIGHT=height, WIDTH=width, INPUTS=inputs, BIAS=bias,
+            NEURONS=neurons, PIXELS=pixels, CHANNELS_LAST=channels_last,
+            num_warps=LANES // 32, enable_fp_fusion=True,
+        )  # fmt: skip
+        add_up(partial_dw, partial_db, rows, k, kernel, db)
+    return dw, db

@@ -1,0 +1,105 @@
+"""The Triton kernel behind ``grouped``: each value of dY meets the few inputs that it has.
+
+A neuron of a grouped convolution has so few weights that a thread holds a sum for each of them. Its
+lane, one neuron at one pixel of a tile, reads a value of dY once and then, tap by tap, what of X
+that pixel saw; neighbours see nearly the same, so most of it comes from the first-level cache. The
+lanes lie next to each other as memory does, along the neurons or along the pixels.
+
+The sum over pixels is cut into parts, which ``triton_wgrad.finish`` adds up and scatters.
+"""
+
+import triton
+import triton.language as tl
+
+
+# other masks and batches find the kernel compiled
+@triton.jit(do_not_specialize=["T", "n", "k", "padded", "part"])
+def correlate(
+    dy,  # [images, n, height, width]
+    x,  # [images, groups * INPUTS, H, W]
+    rows,  # int64 [n]: a permutation of the neurons, the active ones first
+    dw,  # float32 [parts, padded, HEIGHT * WIDTH * INPUTS], inputs fastest
+    db,  # float32 [parts, padded]
+    T,  # pixels of dy
+    n,
+    k,  # active neurons
+    padded,  # k rounded up to NEURONS
+    part,  # pixels in one part, a multiple of PIXELS
+    of_group,  # neurons
+    dy_strides,
+    x_strides,
+    x_size,  # H, W
+    out_size,  # height, width
+    stride,
+    padding,
+    dilation,  # each of rows, columns
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,  # of the kernel
+    INPUTS: tl.constexpr,  # of a neuron
+    BIAS: tl.constexpr,
+    NEURONS: tl.constexpr,
+    PIXELS: tl.constexpr,  # of a tile
+    CHANNELS_LAST: tl.constexpr,
+):
+    lane = tl.arange(0, NEURONS * PIXELS)
+    j = tl.program_id(0) * NEURONS + (lane % NEURONS if CHANNELS_LAST else lane // PIXELS)
+    step = lane // NEURONS if CHANNELS_LAST else lane % PIXELS
+    row = tl.load(rows + tl.minimum(j, n - 1))
+    start = tl.program_id(1) * tl.full((), part, tl.int64)
+    left = tl.minimum(T - start, part).to(tl.int32)
+    # a sample is a pixel (image, y, x) of the output, advanced by carrying instead of dividing
+    height, width = out_size
+    pixel = (start + step).to(tl.int32)
+    out_x = pixel % width
+    out_y = pixel // width % height
+    image = (pixel // width // height).to(tl.int64)
+    dy_at = dy + row * dy_strides[1]
+    x_at = x + row // of_group * INPUTS * x_strides[1]
+
+    totals = (tl.zeros((NEURONS * PIXELS,), tl.float32),) * (HEIGHT * WIDTH * INPUTS)
+    sums = tl.zeros((NEURONS * PIXELS,), tl.float32)
+    for done in range(0, left, PIXELS):
+        there = (step < left - done) & (j < k)
+        at = image * dy_strides[0] + out_y * dy_strides[2] + out_x * dy_strides[3]
+        value = tl.load(dy_at + at, mask=there, other=0.0).to(tl.float32)
+        in_y = out_y * stride[0] - padding[0]
+        in_x = out_x * stride[1] - padding[1]
+        at = image * x_strides[0] + in_y * x_strides[2] + in_x * x_strides[3]
+        more = ()
+        for i in tl.static_range(HEIGHT * WIDTH * INPUTS):
+            y = i // (WIDTH * INPUTS) * dilation[0]
+            x_ = i // INPUTS % WIDTH * dilation[1]
+            # unsigned, what lies before the image is far behind it
+            inside = there & ((in_y + y).to(tl.uint32) < x_size[0])
+            inside &= (in_x + x_).to(tl.uint32) < x_size[1]
+            tap_at = y * x_strides[2] + x_ * x_strides[3] + i % INPUTS * x_strides[1]
+            read = tl.load(x_at + (at + tap_at), mask=inside, other=0.0).to(tl.float32)
+            more += (totals[i] + value * read,)  # type: ignore[assignment]
+        totals = more
+        if BIAS:
+            sums += value
+        out_x += PIXELS % width
+        carry = (out_x >= width).to(tl.int32)
+        out_x -= carry * width
+        out_y += PIXELS // width % height + carry
+        carry = (out_y >= height).to(tl.int32)
+        out_y -= carry * height
+        image += PIXELS // width // height + carry
+
+    j = tl.program_id(0) * NEURONS + tl.arange(0, NEURONS)
+    to = (tl.program_id(1) * padded + j).to(tl.int64)
+    for i in tl.static_range(HEIGHT * WIDTH * INPUTS):
+        total = _of_each_neuron(totals[i], NEURONS, PIXELS, CHANNELS_LAST)
+        tl.store(dw + to * (HEIGHT * WIDTH * INPUTS) + i, total)
+    if BIAS:
+        tl.store(db + to, _of_each_neuron(sums, NEURONS, PIXELS, CHANNELS_LAST))
+
+
+@triton.jit
+def _of_each_neuron(
+    total, NEURONS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS_LAST: tl.constexpr
+):
+    """Lanes summed to [NEURONS]."""
+    if CHANNELS_LAST:
+        return tl.sum(tl.reshape(total, (PIXELS, NEURONS)), 0)
+    return tl.sum(tl.reshape(total, (NEURONS, PIXELS)), 1)
