@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from neq_kernels.geometry import Conv
+from neq_kernels.geometry import Conv, in_two_dimensions
 from neq_kernels.gpu import gpu, parts, triton_is_there
 from neq_kernels.problem import Problem
 
@@ -85,15 +85,6 @@ def conv_wgrad(
     dy, x, kernel, conv = in_two_dimensions(dy, x, dw, conv)
     images = dy.movedim(1, -1), x.movedim(1, -1), kernel
     return dw, _wgrad(*images, rows, k, bias, conv, precision)
-
-
-def in_two_dimensions(
-    dy: Tensor, x: Tensor, weight: Tensor, conv: Conv
-) -> tuple[Tensor, Tensor, Tensor, Conv]:
-    """The same convolution, if it is one of 1-d images as one of images with a single row."""
-    if len(conv.stride) == 2:
-        return dy, x, weight, conv
-    return dy[:, :, None], x[:, :, None], weight[:, :, None], conv.planar()
 
 
 def weight_strides(dw: Tensor) -> tuple[int, ...]:

@@ -63,3 +63,12 @@ class Conv(NamedTuple):
         inputs = weight.shape[0] // self.groups
         per_group = mask.view(self.groups, 1, -1).expand(-1, inputs, -1)
         return per_group.reshape(weight.shape[0], -1, *ones)
+
+
+def in_two_dimensions(
+    dy: Tensor, x: Tensor, weight: Tensor, conv: Conv
+) -> tuple[Tensor, Tensor, Tensor, Conv]:
+    """The same convolution, if it is one of 1-d images as one of images with a single row."""
+    if len(conv.stride) == 2:
+        return dy, x, weight, conv
+    return dy[:, :, None], x[:, :, None], weight[:, :, None], conv.planar()

@@ -10,8 +10,8 @@ from math import ceil, inf, prod
 import torch
 from torch import Tensor
 
-from neq_kernels.fused import DTYPES, INT32, add_up, in_two_dimensions
-from neq_kernels.geometry import Conv
+from neq_kernels.fused import DTYPES, INT32, add_up
+from neq_kernels.geometry import Conv, in_two_dimensions
 from neq_kernels.gpu import gpu, parts, triton_is_there
 from neq_kernels.problem import Problem
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from neq_kernels import compiled
-from neq_kernels.geometry import Conv
+from neq_kernels.geometry import Conv, in_two_dimensions
 from neq_kernels.gpu import gpu
 from neq_kernels.problem import Problem
 
@@ -111,17 +111,15 @@ def plan(
 def conv_wgrad(
     dy: Tensor, x: Tensor, weight: Tensor, rows: Tensor, k: int, bias: bool, conv: Conv
 ) -> tuple[Tensor, Tensor]:
-    conv = conv.planar()
-    if weight.dim() == 3:
-        dw, db = conv_wgrad(dy[:, :, None], x[:, :, None], weight[:, :, None], rows, k, bias, conv)
-        return dw[:, :, 0], db
-    output, kernel = tuple(dy.shape[2:]), tuple(weight.shape[2:])
+    dy, x, planar, conv = in_two_dimensions(dy, x, weight, conv)
+    output, kernel = tuple(dy.shape[2:]), tuple(planar.shape[2:])
     slots = BLOCKS * gpu(dy.device).processors
     tile, octets, slices, parts = plan(
         len(dy), output, x.shape[1], len(weight), k, kernel, conv, slots
     )
-    args = _in_pieces(dy), _in_pieces(x), weight, rows, k, bias, *conv[:3]
-    return compiled.cuda_conv_wgrad(*args, tile, octets, slices, parts)
+    args = _in_pieces(dy), _in_pieces(x), planar, rows, k, bias, *conv[:3]
+    dw, db = compiled.cuda_conv_wgrad(*args, tile, octets, slices, parts)
+    return dw if planar is weight else dw[:, :, 0], db
 
 
 def _slices(channels: int, kernel: tuple[int, int]) -> int:
