@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function_variadic
 
 from neq.rows import Rows
 from neq_kernels import ops, planner
@@ -158,6 +159,11 @@ def mask_node(y: Tensor, rows: Rows, dim: int = 0, conv: Conv | None = None) -> 
     node: Any = y.grad_fn
     node.register_hook(partial(_mask_node, rows.frozen, dim, conv))
     return y
+
+
+def is_one_node(x: Tensor, weight: Tensor) -> bool:
+    """Will torch's function of these be one? Tensors of other classes and modes may add some."""
+    return not has_torch_function_variadic(x, weight)
 
 
 def _mask_node(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 
-from neq.autograd import is_joint, mask_grad, mask_node, row_grad
+from neq.autograd import is_joint, is_one_node, mask_grad, mask_node, row_grad
 from neq.rows import Rows, parse
 from neq_kernels.geometry import Conv
 
@@ -195,8 +195,11 @@ class _NEqConv(NeuronLayer, nn.modules.conv._ConvNd):
             return self._element_wise(weight, bias, input)  # to torch's own error
         x, conv = self._prepare(batch, output_size)
         if is_joint(x, weight, self.rows, conv):
-            y = self._convolve(x, weight, bias, conv)
-            y = mask_node(y, self.rows, int(conv.transposed), conv)
+            where = self.rows, int(conv.transposed), conv
+            if is_one_node(x, weight):
+                y = mask_node(self._convolve(x, weight, bias, conv), *where)
+            else:
+                y = self._convolve(x, *mask_grad(weight, bias, *where), conv)
         else:
             y = self._convolve(x, weight.detach(), _detach(bias), conv)
             y = row_grad(y, x, weight, bias, self.rows, conv)
@@ -299,8 +302,10 @@ class _NEqNodeNorm(_NEqNorm):
     """Norms that are one node of autograd's graph, at which frozen elements lose their gradient."""
 
     def _row_wise(self, weight: Tensor, bias: Tensor | None, input: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or self.neuron_dim is None:
+            return self._element_wise(weight, bias, input)
         # an empty batch makes a batch norm two nodes
-        if torch.compiler.is_compiling() or self.neuron_dim is None or input.numel() == 0:
+        if input.numel() == 0 or not is_one_node(input, weight):
             return self._element_wise(weight, bias, input)
         y: Tensor = self.plain.forward(self, input)
         return mask_node(y, self.rows)

@@ -187,7 +187,7 @@ class Guard:
             return
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         # then what has no gradient is left alone: by torch's own, not by any that derives from them
-        by_gradient = closure is None and type(optimizer).__module__.startswith(_OWN)
+        by_gradient = closure is None and _is_own(optimizer)
         for group in optimizer.param_groups:
             for p in group["params"]:
                 frozen = self.frozen.get(p)
@@ -476,8 +476,15 @@ class _RestGuard(Guard):
     """Guards what a ``RowOptimizer`` leaves to torch although it has frozen neurons."""
 
     def _is_moved(self, p: Tensor, frozen: _Frozen) -> bool:
+        if not _is_own(self._optimizer):
+            return True
         # a closure may yet give it a sparse gradient
         return frozen.count > 0 and (p.grad is None or not _steps_by_rows(p, frozen))
+
+
+def _is_own(optimizer: Optimizer) -> bool:
+    """torch's or ours, and not of a class of the user's, whose step may do more."""
+    return type(optimizer).__module__.startswith(_OWN)
 
 
 def _steps_by_rows(p: Tensor, frozen: _Frozen) -> bool:

@@ -12,6 +12,7 @@ import torch
 from models import (
     LINEAR,
     MATRIX,
+    NORM,
     Operators,
     Saved,
     Tiny,
@@ -26,6 +27,7 @@ from models import (
 )
 from torch import nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import neq
@@ -791,6 +793,38 @@ def test_keyword_arguments():
     layer.set_active([1])
     x = torch.randn(2, 4)
     assert torch.equal(layer(input=x), layer(x))
+
+
+class Marked(torch.Tensor):
+    """What torch makes of it is marked as well: by one node more."""
+
+
+@each("case", first_of_each(MATRIX + NORM), ids=repr)
+def test_inputs_of_a_class_of_ones_own(case):
+    plain, layer = (module.double() for module in case.twins())
+    layer.set_active([0, 2])
+    x = case.input().double()
+    for m in plain, layer:
+        y = m(x.as_subclass(Marked), **case.forward)
+        assert type(y) is Marked
+        y.pow(2).sum().backward()
+    assert_gradients_of_active_rows(layer, plain)
+
+
+class Copies(TorchFunctionMode):
+    """Puts a node of its own on top of each result."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        y = func(*args, **(kwargs or {}))
+        return y.clone() if isinstance(y, torch.Tensor) and y.grad_fn is not None else y
+
+
+def test_a_mode_that_changes_what_functions_return(plain, model):
+    x = tiny_input()
+    step(plain, x)
+    with Copies():
+        step(model, x)
+    assert_gradients_of_active_rows(model, plain)
 
 
 def test_wrong_inputs_get_the_errors_of_torch(plain, model):

@@ -534,6 +534,26 @@ def test_conversion_later_and_back():
     assert changed_rows(model[0], optimizer.step) == [True] * 3
 
 
+class Shrinking(neq.optim.SGD):
+    """Changes the weights after the step by rows."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        super().step(closure)
+        for p in self.param_groups[0]["params"]:
+            p.mul_(0.5)
+
+
+@pytest.mark.parametrize("rows", [[1], []], ids=str)
+def test_an_optimizer_derived_from_ours(rows):
+    layer = neq.NEqLinear(2, 3)
+    optimizer = Shrinking(layer.parameters(), lr=0.5, momentum=0.5, layers=layer)
+    layer.set_active(rows)
+    for _ in range(2):
+        layer.weight.grad = torch.ones(3, 2)
+        assert changed_rows(layer, optimizer.step) == [i in rows for i in range(3)]
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_grad_scaler_that_skips_steps(fused):
     layer, optimizer = small(fused=fused)
