@@ -140,7 +140,8 @@ class Guard:
     A step costs a copy of the frozen rows, there and back; of their state too with "keep". A layer
     that is frozen entirely costs nothing: its gradient is hidden from the optimizer for the length
     of the step (from torch's own: a class derived from them may move what has no gradient). Nothing
-    waits for a GPU. A CUDA graph of the step has to be captured again after ``set_active``.
+    waits for a GPU. A CUDA graph of the step has to be captured again after ``set_active``. A step
+    that ends in an exception leaves what it has moved until then, as torch does.
 
     LBFGS keeps no state by neuron: it starts anew whenever other neurons train. Its state_dict says
     which did, so that a resumed run does so too.
