@@ -162,7 +162,13 @@ def _run(command: list[str], log: Path, seconds: float) -> str:
     env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if "--tool" in command else None
     with log.open("w") as file:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=env, stdout=file, stderr=file, start_new_session=True
+            command,
+            cwd=ROOT,
+            env=env,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+            preexec_fn=_listen,
         )
         try:
             code = process.wait(seconds)
@@ -170,6 +176,11 @@ def _run(command: list[str], log: Path, seconds: float) -> str:
             _stop(process)
             return f"stopped after {seconds:.0f} s"
     return "passed" if code == 0 else f"failed with exit status {code}"
+
+
+def _listen() -> None:
+    """What a shell runs in the background ignores interrupts, and so would all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _stop(process: subprocess.Popen) -> None:

@@ -9,8 +9,9 @@ namespace {
 
 // The X and dY that a block of a chunk reads: a small first-level cache.
 constexpr int64_t kChunkBytes = 40 << 10;
-// A chunk is one chain of additions, so a long one is inexact.
-constexpr int64_t kChunkPixels = 128;
+// A chunk is one chain of additions, so a long one is inexact; vendors add up shorter ones where
+// vectors are shorter.
+constexpr int64_t kChunkPixels = 128, kChunkPixelsOfShortVectors = 96, kLongVectorBytes = 64;
 // What a thread should have to do, for waking it to pay.
 constexpr double kThreadCycles = 50e3;
 // What a second-level cache holds of sums beside all else, and how many rows make reading X again pay.
@@ -71,7 +72,9 @@ void Plan::choose_layout(const Tiles& tiles) {
 void Plan::choose_split(const Tiles& tiles, int split_for) {
   const int64_t planes = p.samples * p.output[D], lines = p.output[H], pixels = p.output[W];
   const int64_t block_channels = std::min(p.channels, ceil_div(vectors, blocks) * lanes);
-  const int64_t chain = sums_row > lanes ? kChunkPixels : kChunkPixels / 2;  // few sums add up soon
+  const bool is_long = lanes * tiles.sum_bytes >= kLongVectorBytes;
+  int64_t chain = is_long ? kChunkPixels : kChunkPixelsOfShortVectors;
+  if (sums_row <= lanes) chain /= 2;  // few sums add up soon
   int64_t target =
       std::min(chain, kChunkBytes / (block_channels * tiles.sum_bytes + kLineBytes));
   // Input lines that two chunks share are packed twice.
