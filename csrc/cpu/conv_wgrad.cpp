@@ -10,6 +10,8 @@
 namespace neq::cpu {
 namespace {
 
+// So many cache lines of the next chunk are fetched between two tiles; more come one with each pixel.
+constexpr int64_t kFewLines = 8;
 // Computing should take at least as many cycles as this for each cache line fetched between tiles:
 // with less to do, the thread waits for memory either way.
 constexpr int64_t kCyclesPerLine = 8;
@@ -42,11 +44,18 @@ class Gradient : Plan {
   }
 
  private:
+  // The rows of a tile: how many, which is the first of p.rows, where their dY and their sums are.
+  struct TileRows {
+    int64_t size, first;
+    int64_t dy[kMostRows], sums[kMostRows];
+  };
+
   // What one thread needs for its chunks.
   struct Memory {
     Buffer<T> x, dy;
     std::vector<std::vector<Run>> runs;
-    std::vector<Strip<T>> strips;  // [taps], without pointers
+    std::vector<Strip<T>> strips;  // [taps]
+    std::vector<TileRows> rows;
     Prefetch next;  // the following chunk
   };
 
@@ -73,13 +82,13 @@ class Gradient : Plan {
     std::fill(panel, panel + lanes, T(0));  // a window's last vector may end here
   }
 
-  // panel [row blocks, pixels of the chunk, kMostRows]
+  // panel [blocks of rows, pixels of the chunk, rows]
   void pack_dy(const Chunk& c, Range rows, T* panel) const {
     const auto& stride = p.dy_strides;
     const int64_t row_blocks = ceil_div(rows.size(), most_rows);
-    const int64_t size = c.size() * kMostRows;
     std::vector<int64_t> dy_rows(rows.size());
     for (int64_t j = 0; j < rows.size(); ++j) dy_rows[j] = p.rows[rows.begin + j] * stride[1];
+    int64_t packed = 0;
     for (int64_t plane = c.planes.begin; plane < c.planes.end; ++plane)
       for (int64_t line = c.lines.begin; line < c.lines.end; ++line)
         for (int64_t pixel = c.pixels.begin; pixel < c.pixels.end; pixel += 16) {
@@ -90,13 +99,14 @@ class Gradient : Plan {
             const Range block = part(rows.size(), b, row_blocks);
             kernels.pack_rows[int(p.dtype)][block.size()](
                 static_cast<const char*>(p.dy) + at * bytes_of(p.dtype), pixels, stride[4],
-                &dy_rows[block.begin], panel + b * size);
+                &dy_rows[block.begin],
+                panel + block.begin * c.size() + packed * block.size());
           }
-          panel += pixels * kMostRows;
+          packed += pixels;
         }
   }
 
-  // Where the chunk's dY and X meet at a tap. Pointers are left out.
+  // Where the chunk's dY and X meet at a tap, but for their addresses.
   Strip<T> strip(const Chunk& c, const Panel& panel, Size3 tap, std::vector<Run>& runs) const {
     const Range lines = meeting(c.lines, tap[H], H);
     const Range pixels = window ? c.pixels : meeting(c.pixels, tap[W], W);
@@ -118,23 +128,21 @@ class Gradient : Plan {
     const int64_t n_runs = runs.size(), size = n_runs * lines.size() * pixels.size();
     return {runs.data(), n_runs,
             pixels.size(), size,
-            nullptr, dy_pixel(), dy_line(c),
+            nullptr, packs_dy, dy_pixel(), dy_line(c),
             nullptr, p.stride[W] * x_pixel, p.stride[H] * x_line,
             nullptr};
   }
 
-  // Where dY [plane, line, pixel] is, in the tensor or in the panel of the chunk.
+  // Where dY [plane, line, pixel] is in the tensor, or which pixel of the panel of the chunk it is.
   int64_t dy_at(const Chunk& c, int64_t plane, int64_t line, int64_t pixel) const {
     if (packs_dy)
       return ((plane - c.planes.begin) * c.lines.size() + line - c.lines.begin) * dy_line(c) +
-             (pixel - c.pixels.begin) * dy_pixel();
+             pixel - c.pixels.begin;
     const auto& dy = p.dy_strides;
     return plane / p.output[D] * dy[0] + plane % p.output[D] * dy[2] + line * dy[3] + pixel * dy[4];
   }
-  int64_t dy_line(const Chunk& c) const {
-    return packs_dy ? c.pixels.size() * kMostRows : p.dy_strides[3];
-  }
-  int64_t dy_pixel() const { return packs_dy ? kMostRows : p.dy_strides[4]; }
+  int64_t dy_line(const Chunk& c) const { return packs_dy ? c.pixels.size() : p.dy_strides[3]; }
+  int64_t dy_pixel() const { return packs_dy ? 1 : p.dy_strides[4]; }
 
   void sum_part(int64_t pixel_part, int64_t block_part) const {
     Memory memory;
@@ -208,44 +216,44 @@ class Gradient : Plan {
                  int64_t pixel_part, Memory& m) const {
     if (rows.size() == 0) return;
 
-    const int64_t row_blocks = ceil_div(rows.size(), most_rows);
-    const int64_t dy_panel = c.size() * kMostRows;
     const T* dy = static_cast<const T*>(p.dy);
     if (packs_dy) {
-      T* to = m.dy.reserve(row_blocks * dy_panel);
+      T* to = m.dy.reserve(rows.size() * c.size());
       pack_dy(c, rows, to);
       dy = to;
     }
+    const int64_t row_blocks = ceil_div(rows.size(), most_rows);
+    m.rows.resize(row_blocks);
+    for (int64_t r = 0; r < row_blocks; ++r) {
+      const Range block = part(rows.size(), r, row_blocks);
+      m.rows[r].size = block.size();
+      m.rows[r].first = rows.begin + block.begin;
+      for (int64_t j = 0; j < block.size(); ++j) {
+        const int64_t i = m.rows[r].first + j, row = p.rows[i];
+        m.rows[r].dy[j] = packs_dy ? block.begin * c.size() + j : row * p.dy_strides[1];
+        m.rows[r].sums[j] = in_place ? row * p.dw_strides[0] : (pixel_part * p.k + i) * sums_row;
+      }
+    }
 
-    const int64_t n_taps = m.strips.size();
-    const int64_t tiles = my_blocks.size() * row_blocks * n_taps;
-    const int64_t cycles = dy_panel / kMostRows * tiles * most_rows * kernels.most_vectors / 2;
-    const int64_t ahead =
-        cycles < kCyclesPerLine * m.next.lines ? 0 : ceil_div(m.next.lines, tiles);
+    const int64_t tiles = my_blocks.size() * row_blocks * int64_t(m.strips.size());
+    const int64_t cycles = c.size() * tiles * most_rows * kernels.most_vectors / 2;
+    const int64_t ahead = ceil_div(m.next.lines, tiles);
+    const int64_t at_once = cycles < kCyclesPerLine * m.next.lines ? 0 : ahead;
 
     for (int64_t b = my_blocks.begin; b < my_blocks.end; ++b) {
       const Range block = part(vectors, b, blocks);
       const T* x = block_x(c, group, block, b == my_blocks.begin, m);
-      for (int64_t r = 0; r < row_blocks; ++r) {
-        Range tile_rows = part(rows.size(), r, row_blocks);
-        tile_rows = {rows.begin + tile_rows.begin, rows.begin + tile_rows.end};
-        int64_t dy_rows[kMostRows], sum_rows[kMostRows];
-        for (int64_t j = 0; j < tile_rows.size(); ++j) {
-          const int64_t at = tile_rows.begin + j;
-          dy_rows[j] = packs_dy ? r * dy_panel + j : p.rows[at] * p.dy_strides[1];
-          sum_rows[j] = in_place ? p.rows[at] * p.dw_strides[0]
-                                 : (pixel_part * p.k + at) * sums_row;
+      for (Strip<T>& strip : m.strips) strip.dy = dy, strip.x = x;
+      for (const TileRows& rows : m.rows) {
+        const auto tile = kernels.tile[block.size()][rows.size];
+        T* out = sums + block.begin * lanes;
+        for (Strip<T>& strip : m.strips) {
+          strip.next = ahead > kFewLines ? m.next.take(strip.size) : nullptr;
+          if (!strip.next) m.next.fetch(at_once);
+          tile(strip, rows.dy, out, rows.sums, fresh);
+          out += vectors * lanes;
         }
-        const auto tile = kernels.tile[block.size()][tile_rows.size()];
-        for (int64_t tap = 0; tap < n_taps; ++tap) {
-          Strip<T> s = m.strips[tap];
-          s.dy = dy;
-          s.x = x;
-          s.next = m.next.take(s.size);
-          if (!s.next) m.next.fetch(ahead);
-          tile(s, dy_rows, sums + (tap * vectors + block.begin) * lanes, sum_rows, fresh);
-        }
-        if (p.db && b == 0) sum_bias(c, dy, dy_rows, tile_rows, fresh, pixel_part);
+        if (p.db && b == 0) sum_bias(c, dy, rows, fresh, pixel_part);
       }
     }
   }
@@ -274,18 +282,16 @@ class Gradient : Plan {
     return x;
   }
 
-  // In double: there are few of them, and as many summands as there are pixels.
-  void sum_bias(const Chunk& c, const T* dy, const int64_t* dy_rows, Range rows, bool fresh,
+  void sum_bias(const Chunk& c, const T* dy, const TileRows& rows, bool fresh,
                 int64_t pixel_part) const {
-    double total[kMostRows] = {};
+    double* totals = bias_sums + pixel_part * p.k + rows.first;
+    if (fresh) std::fill(totals, totals + rows.size, 0.0);
+    const auto sum = kernels.sum_rows[rows.size];
+    if (packs_dy) return sum(dy, c.size(), rows.size, rows.dy, totals);
     for (int64_t plane = c.planes.begin; plane < c.planes.end; ++plane)
-      for (int64_t line = c.lines.begin; line < c.lines.end; ++line) {
-        const T* at = dy + dy_at(c, plane, line, c.pixels.begin);
-        for (int64_t i = 0; i < c.pixels.size(); ++i, at += dy_pixel())
-          for (int64_t j = 0; j < rows.size(); ++j) total[j] += at[dy_rows[j]];
-      }
-    double* sums = bias_sums + pixel_part * p.k + rows.begin;
-    for (int64_t j = 0; j < rows.size(); ++j) sums[j] = fresh ? total[j] : sums[j] + total[j];
+      for (int64_t line = c.lines.begin; line < c.lines.end; ++line)
+        sum(dy + dy_at(c, plane, line, c.pixels.begin), c.pixels.size(), dy_pixel(), rows.dy,
+            totals);
   }
 
   // Of neurons [begin, end), at most kWrittenRows: sums to dw, and zeros where there are none.

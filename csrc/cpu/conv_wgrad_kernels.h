@@ -19,6 +19,7 @@ struct Strip {
   int64_t n_runs;
   int64_t pixels, size;  // of a line, of all
   const T* dy;
+  bool packed;  // a pixel's values of the R rows lie side by side; offsets within dy count pixels
   int64_t dy_step, dy_line;  // from one pixel, and from one line, to the next
   const T* x;
   int64_t x_step, x_line;
@@ -31,7 +32,13 @@ template <class T>
 using Tile = void (*)(const Strip<T>& strip, const int64_t* dy_rows, T* out, const int64_t* out_rows,
                       bool fresh);
 
-// panel[i * kMostRows + j] = dy[dy_rows[j] + i * dy_step] for R rows j.
+// totals[j] += sum over pixels i of dy[dy_rows[j] + i * dy_step] for R rows j. In double: there are
+// few of them, and as many summands as there are pixels.
+template <class T>
+using SumRows = void (*)(const T* dy, int64_t pixels, int64_t dy_step, const int64_t* dy_rows,
+                         double* totals);
+
+// panel[i * R + j] = dy[dy_rows[j] + i * dy_step] for R rows j.
 template <class T>
 using PackRows = void (*)(const void* dy, int64_t pixels, int64_t dy_step, const int64_t* dy_rows,
                           T* panel);
@@ -52,6 +59,7 @@ struct Kernels {
   int64_t most_vectors;                         // that a tile is wide
   std::array<int, kMostVectors + 1> most_rows;  // of a tile V vectors wide
   Tile<T> tile[kMostVectors + 1][kMostRows + 1];
+  SumRows<T> sum_rows[kMostRows + 1];
   PackRows<T> pack_rows[kDTypes][kMostRows + 1];
   PackLine<T> pack_line[kDTypes];
 };

@@ -17,8 +17,8 @@ constexpr double kThreadCycles = 50e3;
 // What a second-level cache holds of sums beside all else, and how many rows make reading X again pay.
 constexpr int64_t kSumsBytes = 2 << 20;
 constexpr int64_t kRowsPerPart = 192;
-// How often a value of dY should be read, in lanes, or one of X by rows, for packing it to pay.
-constexpr int64_t kPackedUses = 16;
+// How often a value of dY should be read, in lanes, for packing it to pay; and one of X, by rows.
+constexpr int64_t kPackedUses = 16, kPackedRows = 48;
 
 // A 1x1 convolution sees one long line of pixels, as far as its strides allow.
 ConvWgrad flatten(ConvWgrad p) {
@@ -63,10 +63,10 @@ void Plan::choose_layout(const Tiles& tiles) {
 
   const bool converts = bytes_of(p.dtype) != tiles.sum_bytes;
   // One tap has all of a chunk's pixels, so that its panel is read in order, and only there.
-  const bool in_order = p.kernel == Size3{1, 1, 1} && p.k >= kPackedUses;
+  const bool in_order = p.kernel == Size3{1, 1, 1} && p.k >= kPackedRows;
   packs_x = window || converts || p.channels % lanes || p.x_strides[1] != 1 || in_order;
-  // Packed, the rows of a tile share cache lines, whatever the stride of a pixel.
-  packs_dy = converts || (p.dy_strides[1] == 1 && sums_row >= kPackedUses * lanes);
+  // Packed, the rows of a tile share cache lines and an address, whatever the stride of a pixel.
+  packs_dy = converts || sums_row >= kPackedUses * lanes;
 }
 
 void Plan::choose_split(const Tiles& tiles, int split_for) {

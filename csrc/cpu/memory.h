@@ -14,8 +14,6 @@
 
 namespace neq::cpu {
 
-constexpr int64_t kLineBytes = 64;
-
 // Uninitialised memory, aligned to cache lines, that grows as needed.
 template <class T>
 class Buffer {
