@@ -18,6 +18,7 @@ from neq_kernels.problem import Problem
 # they do while a byte of X or dY arrives, while one of dW is written where it lies row by row, and
 # while it is gathered into columns; and during a call, and since dX comes from another one.
 X_FLOPS, DY_FLOPS, DW_FLOPS, TRANSPOSED_DW_FLOPS = 9, 2.5, 20, 50
+CONTIGUOUS_X_FLOPS = 14  # where pixels of images are transposed on the way, and little else happens
 CALL_FLOPS = 12e6
 LANES = 16  # of a vector, which channels fill or waste
 BUSY = 8  # products that a core needs under way at once
@@ -33,7 +34,7 @@ class Speed(NamedTuple):
 
 
 SPEEDS = {"AVX512": Speed(0.85, 0.85, 1.1, 1.25)}  # by torch's name for the vector instructions
-OTHER_SPEED = Speed(0.65, 1.3, 1.2, 1.25)  # as with AVX2
+OTHER_SPEED = Speed(0.55, 1.05, 1.0, 1.05)  # as with AVX2
 # A large dW costs the vendor a trap for each page that it writes first.
 LARGE = 0.85
 # How much longer it takes where the vendor has matrix instructions for 16 bits.
@@ -58,7 +59,11 @@ def cost(problem: Problem) -> float:
     vectors = min(-(-channels * taps // LANES), -(-channels // LANES) * taps)
     waste = vectors * LANES / (channels * taps)
     idle = max(1.0, BUSY / (max(1, problem.active) * min(vectors, 4)))
-    moving = X_FLOPS * prod(problem.x) + DY_FLOPS * prod(problem.dy)
+    patches = prod(problem.dy) // problem.neurons * conv.groups * prod(problem.weight[1:])
+    is_transposed = one_tap and problem.conv is not None and not problem.channels_last
+    moving: float = CONTIGUOUS_X_FLOPS if is_transposed else X_FLOPS
+    moving *= min(prod(problem.x), patches)  # strides may leave some of X out
+    moving += DY_FLOPS * prod(problem.dy)
     if problem.transposed:
         share *= speed.transposed
         moving += TRANSPOSED_DW_FLOPS * prod(problem.weight)

@@ -78,7 +78,7 @@ def choose(
     sizes = (x, weight, len(rows), k, conv)
     plan = planned(*sizes)
     if plan is None:
-        problem = _problem(*sizes)
+        problem = problem_of(*sizes)
         plan = _fastest(problem, dy, x, weight, rows, k, bias)
         _measured.setdefault(machine.name(x.device), {})[problem.key] = plan
     return plan
@@ -96,7 +96,7 @@ def planned(
     key = (bucket, x.shape, weight.shape, conv, layout, x.dtype, where)
     plan = _plans.get(key)
     if plan is None:
-        problem, device = _problem(x, weight, neurons, k, conv), machine.name(x.device)
+        problem, device = problem_of(x, weight, neurons, k, conv), machine.name(x.device)
         plan = _able(_measured.get(device, {}).get(problem.key), problem)
         if plan is None and _tuning:
             return None
@@ -112,7 +112,7 @@ def _able(plan: str | None, problem: Problem) -> str | None:
     return plan if plan and BACKENDS[plan].cost(problem) < float("inf") else None
 
 
-def _problem(x: Tensor, weight: Tensor, neurons: int, k: int, conv: Conv | None) -> Problem:
+def problem_of(x: Tensor, weight: Tensor, neurons: int, k: int, conv: Conv | None) -> Problem:
     """``x`` is [T, inputs], of any leading dimensions, or [N, inputs, *pixels]."""
     bucket = -(-k * BUCKETS // neurons)
     device, dtype, shape = x.device.type, x.dtype, tuple(weight.shape)

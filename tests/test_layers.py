@@ -263,8 +263,8 @@ def test_the_planner_is_asked_before_the_forward_what_it_is_asked_after(case, mo
         asked.append(problem(*sizes))
         return asked[-1]
 
-    problem = planner._problem
-    monkeypatch.setattr(planner, "_problem", problem_of)
+    problem = planner.problem_of
+    monkeypatch.setattr(planner, "problem_of", problem_of)
     monkeypatch.setattr(planner, "_plans", {})
     monkeypatch.setattr(planner, "predict", lambda problem: "pack")
     monkeypatch.setitem(planner.BACKENDS, "pack", dense)
