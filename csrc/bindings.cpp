@@ -85,6 +85,14 @@ neq::cpu::Strides5 strides5(const Ints& given) {
   return strides;
 }
 
+const int64_t* ascending(uintptr_t rows, int64_t k, int64_t neurons) {
+  const auto* row = pointer<const int64_t>(rows);
+  for (int64_t j = 0; j < k; ++j)
+    require(row[j] > (j ? row[j - 1] : -1) && row[j] < neurons, "rows", row[j],
+            "ascending, between 0 and neurons = " + std::to_string(neurons));
+  return row;
+}
+
 void cpu_conv_wgrad(neq::DType dtype, uintptr_t dy, const Ints& dy_size, const Ints& dy_strides,
                     uintptr_t x, const Ints& x_size, const Ints& x_strides, uintptr_t dw,
                     const Ints& dw_size, const Ints& dw_strides, uintptr_t db, uintptr_t rows,
@@ -94,10 +102,7 @@ void cpu_conv_wgrad(neq::DType dtype, uintptr_t dy, const Ints& dy_size, const I
   neq::check_conv(dy_size, dy_strides, x_size, x_strides, dw_size, dw_strides, stride, padding,
                   dilation, groups);
   const int64_t neurons = dy_size[1];
-  const auto* row = pointer<const int64_t>(rows);
-  for (int64_t j = 0; j < k; ++j)
-    require(row[j] > (j ? row[j - 1] : -1) && row[j] < neurons, "rows", row[j],
-            "ascending, between 0 and neurons = " + std::to_string(neurons));
+  const int64_t* row = ascending(rows, k, neurons);
   require(neq::cpu::has_isa(isa), "isa", int64_t(isa), "one that this processor has");
   require(threads >= 1, "threads", threads, "at least 1");
   require(split_for >= 1, "split_for", split_for, "at least 1");
@@ -125,6 +130,42 @@ void cpu_conv_wgrad(neq::DType dtype, uintptr_t dy, const Ints& dy_size, const I
   problem.rows = row;
   problem.k = k;
   neq::cpu::conv_wgrad(problem, isa, threads, split_for);
+}
+
+using Pair = std::array<int64_t, 2>;
+
+// dy [samples, neurons], x [samples, inputs], dw [neurons, inputs]: samples are the pixels of one image.
+void cpu_linear_wgrad(neq::DType dtype, uintptr_t dy, const Pair& dy_size, const Pair& dy_strides,
+                      uintptr_t x, const Pair& x_size, const Pair& x_strides, uintptr_t dw,
+                      const Pair& dw_strides, uintptr_t db, uintptr_t rows, int64_t k, int threads,
+                      int split_for) {
+  const auto [samples, neurons] = dy_size;
+  for (const int64_t size : {samples, neurons, x_size[1]})
+    require(size >= 1, "a size", size, "at least 1");
+  require(x_size[0] == samples, "samples of x", x_size[0], std::to_string(samples));
+  require(threads >= 1, "threads", threads, "at least 1");
+  require(split_for >= 1, "split_for", split_for, "at least 1");
+  const int64_t* row = ascending(rows, k, neurons);
+
+  py::gil_scoped_release release;
+  neq::cpu::ConvWgrad problem;
+  problem.dtype = dtype;
+  problem.samples = problem.groups = 1;
+  problem.neurons = neurons;
+  problem.channels = x_size[1];
+  problem.input = problem.output = {1, 1, samples};
+  problem.kernel = problem.stride = problem.dilation = {1, 1, 1};
+  problem.padding = {0, 0, 0};
+  problem.dy = pointer<const void>(dy);
+  problem.dy_strides = {0, dy_strides[1], 0, 0, dy_strides[0]};
+  problem.x = pointer<const void>(x);
+  problem.x_strides = {0, x_strides[1], 0, 0, x_strides[0]};
+  problem.dw = pointer<void>(dw);
+  problem.dw_strides = {dw_strides[0], dw_strides[1], 1, 1, 1};
+  problem.db = pointer<void>(db);
+  problem.rows = row;
+  problem.k = k;
+  neq::cpu::conv_wgrad(problem, neq::cpu::Isa::best, threads, split_for);
 }
 
 void cpu_row_similarity(neq::DType dtype, uintptr_t y, const std::array<int64_t, 4>& strides,
@@ -171,6 +212,10 @@ PYBIND11_MODULE(_C, m) {
         py::arg("strides"), py::arg("dtype_"), py::arg("y_"), py::arg("strides_"),
         py::arg("sizes"), py::arg("out"), py::arg("isa"), py::arg("threads"));
   m.def("cpu_has_isa", &neq::cpu::has_isa, py::arg("isa"));
+  m.def("cpu_linear_wgrad", &cpu_linear_wgrad, py::arg("dtype"), py::arg("dy"),
+        py::arg("dy_size"), py::arg("dy_strides"), py::arg("x"), py::arg("x_size"),
+        py::arg("x_strides"), py::arg("dw"), py::arg("dw_strides"), py::arg("db"), py::arg("rows"),
+        py::arg("k"), py::arg("threads"), py::arg("split_for"));
   m.def("cpu_conv_wgrad", &cpu_conv_wgrad, py::arg("dtype"), py::arg("dy"), py::arg("dy_size"),
         py::arg("dy_strides"), py::arg("x"), py::arg("x_size"), py::arg("x_strides"),
         py::arg("dw"), py::arg("dw_size"), py::arg("dw_strides"), py::arg("db"), py::arg("rows"),

@@ -44,18 +44,22 @@ class RowGrad(torch.autograd.Function):
         order: Tensor,
         length: Tensor,
         conv: Conv | None,
+        count: int | None,
+        plan: str | None,
     ) -> Tensor:
         # the rest stays out of the saved tensors: a saved_tensors_hook may round or offload those.
         # The weight's values are not needed, only its layout
         ctx.save_for_backward(x)
         ctx.weight, ctx.order, ctx.length, ctx.conv = weight, order, length, conv
+        ctx.count, ctx.plan = count, plan
         ctx.bias = bias if bias is not None and bias.requires_grad else None
         # y itself would count as a view made here, and in-place activations are forbidden on those
         return y.detach()
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        if not torch.compiler.is_compiling():
+        is_compiling = torch.compiler.is_compiling()
+        if not is_compiling:
             _refuse_second_derivative()
         (x,) = ctx.saved_tensors
         order, length = ctx.order, ctx.length
@@ -63,15 +67,24 @@ class RowGrad(torch.autograd.Function):
         if x is None:
             dw = torch.zeros_like(ctx.weight) if ctx.weight.requires_grad else None
             db = torch.zeros_like(ctx.bias) if with_bias else None
-        elif not _wanted(ctx):
+        elif not is_compiling and not _wanted(ctx):
             dw, db = None, None
+        elif ctx.count and not is_compiling and ops.unseen(dy, x):
+            args = (ctx.weight, order, ctx.count, with_bias)
+            if ctx.conv is None:
+                dw, db = planner.linear_wgrad(_matrix(dy), _matrix(x), *args, ctx.plan)
+            else:
+                dw, db = planner.conv_wgrad(dy, x, *args, ctx.conv, ctx.plan)
         elif ctx.conv is None:
-            linear_wgrad = ops.linear_wgrad_unseen if ops.unseen(dy, x) else ops.linear_wgrad
-            dw, db = linear_wgrad(dy, x, ctx.weight, order, length, with_bias)
+            dw, db = ops.linear_wgrad(dy, x, ctx.weight, order, length, with_bias)
         else:
-            conv_wgrad = ops.conv_wgrad_unseen if ops.unseen(dy, x) else ops.conv_wgrad
-            dw, db = conv_wgrad(dy, x, ctx.weight, order, length, with_bias, *ctx.conv)
-        return dy, None, dw, db if with_bias else None, None, None, None
+            dw, db = ops.conv_wgrad(dy, x, ctx.weight, order, length, with_bias, *ctx.conv)
+        return dy, None, dw, db if with_bias else None, None, None, None, None, None
+
+
+def _matrix(t: Tensor) -> Tensor:
+    """[..., n] as [T, n]."""
+    return t.flatten(0, -2) if t.dim() > 1 else t[None]
 
 
 def _refuse_second_derivative() -> None:
@@ -84,8 +97,6 @@ def _refuse_second_derivative() -> None:
 
 def _wanted(node: Any) -> bool:
     """False inside ``backward(inputs=...)`` or ``autograd.grad`` for neither weight nor bias."""
-    if torch.compiler.is_compiling():
-        return True
     of_weight_and_bias = (n for n, _ in node.next_functions[2:] if n is not None)
     try:
         return any(map(torch._C._will_engine_execute_node, of_weight_and_bias))
@@ -135,12 +146,24 @@ _apply_mask: Any = super(torch.autograd.Function, MaskGrad).apply
 
 
 def row_grad(
-    y: Tensor, x: Tensor | None, weight: Tensor, bias: Tensor | None, rows: Rows, conv: Conv | None
+    y: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Rows,
+    conv: Conv | None = None,
+    plan: str | None = None,
 ) -> Tensor:
-    """``y``, as an output of a layer with this weight and bias, of which only ``rows`` train."""
-    apply: Any = RowGrad.apply if torch.compiler.is_compiling() else _apply
+    """``y``, as an output of a layer with this weight and bias, of which only ``rows`` train.
+
+    plan: what ``planned`` said of it.
+    """
     x = None if x is None else x.detach()  # its gradient goes through y alone
-    out: Tensor = apply(y, x, weight, bias, rows.order, rows.length, conv)
+    args = (y, x, weight, bias, rows.order, rows.length, conv)
+    is_compiling = torch.compiler.is_compiling()
+    apply: Any = RowGrad.apply if is_compiling else _apply
+    # a number would make a graph for this mask alone
+    out: Tensor = apply(*args, None if is_compiling else rows.count, plan)
     return out
 
 
@@ -178,8 +201,11 @@ def _mask_node(
     return dx, *_masked(dw, db, frozen, dim, conv)
 
 
-def is_joint(x: Tensor, weight: Tensor, rows: Rows, conv: Conv | None = None) -> bool:
-    """Is the vendor's joint backward the fastest way? Not where a graph must fit every mask."""
+def planned(x: Tensor, weight: Tensor, rows: Rows, conv: Conv | None = None) -> str | None:
+    """Who is to compute the weight gradient: "dense" is for the vendor's joint backward.
+
+    None where it is open yet, as in a graph that must fit every mask.
+    """
     if torch.compiler.is_compiling():
-        return False
-    return planner.planned(x, weight, rows.neurons, rows.count, conv) == "dense"
+        return None
+    return planner.planned(x, weight, rows.neurons, rows.count, conv)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 
-from neq.autograd import is_joint, is_one_node, mask_grad, mask_node, row_grad
+from neq.autograd import is_one_node, mask_grad, mask_node, planned, row_grad
 from neq.rows import Rows, parse
 from neq_kernels.geometry import Conv
 
@@ -105,7 +105,7 @@ class NeuronLayer(nn.Module):
             trains = weight.requires_grad or (bias is not None and bias.requires_grad)
             if not trains or not _in_process_group() or _beyond_backward():
                 return y
-            return row_grad(y, None, weight, bias, rows, None)  # DDP waits for every parameter
+            return row_grad(y, None, weight, bias, rows)  # DDP waits for every parameter
         if type(weight).__name__ == "DTensor":
             raise TypeError(
                 f"{self._described()}: its weight is a DTensor (of tensor parallelism), and of "
@@ -159,10 +159,11 @@ class NEqLinear(NeuronLayer, nn.Linear):
         if input.layout is not torch.strided or input.is_nested:
             return self._element_wise(weight, bias, input)
         input = _autocast(input)
-        if is_joint(input, weight, self.rows):
+        plan = planned(input, weight, self.rows)
+        if plan == "dense":
             return F.linear(input, *mask_grad(weight, bias, self.rows))
         y = F.linear(input, weight.detach(), _detach(bias))
-        return row_grad(y, input, weight, bias, self.rows, None)
+        return row_grad(y, input, weight, bias, self.rows, None, plan)
 
 
 class _NEqConv(NeuronLayer, nn.modules.conv._ConvNd):
@@ -194,7 +195,8 @@ class _NEqConv(NeuronLayer, nn.modules.conv._ConvNd):
         if batch.dim() != weight.dim():
             return self._element_wise(weight, bias, input)  # to torch's own error
         x, conv = self._prepare(batch, output_size)
-        if is_joint(x, weight, self.rows, conv):
+        plan = planned(x, weight, self.rows, conv)
+        if plan == "dense":
             where = self.rows, int(conv.transposed), conv
             if is_one_node(x, weight):
                 y = mask_node(self._convolve(x, weight, bias, conv), *where)
@@ -202,7 +204,7 @@ class _NEqConv(NeuronLayer, nn.modules.conv._ConvNd):
                 y = self._convolve(x, *mask_grad(weight, bias, *where), conv)
         else:
             y = self._convolve(x, weight.detach(), _detach(bias), conv)
-            y = row_grad(y, x, weight, bias, self.rows, conv)
+            y = row_grad(y, x, weight, bias, self.rows, conv, plan)
         return y if batch is input else y.squeeze(0)
 
     def _none_active(

@@ -6,7 +6,7 @@ Apart from ``modules.py`` because it needs the transformers library, which neq d
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from neq.autograd import is_joint, mask_grad, row_grad
+from neq.autograd import mask_grad, planned, row_grad
 from neq.modules import NeuronLayer, _autocast, _detach
 
 
@@ -26,7 +26,8 @@ class NEqTransformersConv1D(NeuronLayer, Conv1D):  # type: ignore[misc]  # Conv1
 
     def _row_wise(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
         x = _autocast(x)
-        if is_joint(x, weight.t(), self.rows):
+        plan = planned(x, weight.t(), self.rows)
+        if plan == "dense":
             return self._vendor(*mask_grad(weight, bias, self.rows, dim=1), x)
         y = self._vendor(weight.detach(), _detach(bias), x)
-        return row_grad(y, x, weight.t(), bias, self.rows, None)
+        return row_grad(y, x, weight.t(), bias, self.rows, None, plan)

@@ -30,6 +30,22 @@ def cpu_row_similarity(
     threads: int,
 ) -> None: ...
 def cpu_has_isa(isa: Isa) -> bool: ...
+def cpu_linear_wgrad(
+    dtype: DType,
+    dy: int,
+    dy_size: Sequence[int],
+    dy_strides: Sequence[int],
+    x: int,
+    x_size: Sequence[int],
+    x_strides: Sequence[int],
+    dw: int,
+    dw_strides: Sequence[int],
+    db: int,
+    rows: int,
+    k: int,
+    threads: int,
+    split_for: int,
+) -> None: ...
 def cpu_conv_wgrad(
     dtype: DType,
     dy: int,

@@ -44,7 +44,7 @@ LARGEST_KEPT = 32 << 20
 def fresh_like(t: Tensor, dtype: torch.dtype) -> Tensor:
     """``torch.empty_like``; on a CPU, what comes fresh from the system comes in large pages."""
     out = torch.empty_like(t, dtype=dtype)
-    if out.is_cpu and "cpu" in _devices and out.nbytes > LARGEST_KEPT:
+    if out.nbytes > LARGEST_KEPT and out.is_cpu and "cpu" in _devices:
         _C.cpu_prefer_large_pages(out.data_ptr(), out.nbytes)
     return out
 
@@ -92,6 +92,35 @@ def pack_columns(dy: Tensor, rows: Tensor, want_sums: bool) -> tuple[Tensor, Ten
     return packed, sums
 
 
+def linear_wgrad(
+    dy: Tensor, x: Tensor, weight: Tensor, rows: Tensor, k: int, bias: bool
+) -> tuple[Tensor, Tensor]:
+    """``conv_wgrad`` of a linear layer: dy [T, n], x [T, inputs]; the first ``k`` of ``rows``.
+
+    By itself, as each view on the way would cost 20 microseconds where Python is slow.
+    """
+    threads, split_for = _threads()
+    dw = fresh_like(weight, _sum_dtype(dy))
+    db = dw.new_empty(len(weight) if bias else 0)
+    _C.cpu_linear_wgrad(
+        DTYPES[dy.dtype],
+        dy.data_ptr(),
+        dy.shape,
+        dy.stride(),
+        x.data_ptr(),
+        x.shape,
+        x.stride(),
+        dw.data_ptr(),
+        dw.stride(),
+        db.data_ptr(),
+        rows.contiguous().data_ptr(),
+        k,
+        threads,
+        split_for,
+    )
+    return dw, db
+
+
 def conv_wgrad(
     dy: Tensor,
     x: Tensor,
@@ -109,8 +138,7 @@ def conv_wgrad(
     Both are float32, or float64 for float64, and zero but for the ascending ``rows``. They are the
     same bits for the same number of threads, or with ``torch.use_deterministic_algorithms`` any.
     """
-    threads = torch.get_num_threads()
-    split_for = 8 if torch.are_deterministic_algorithms_enabled() else threads
+    threads, split_for = _threads()
     dw = fresh_like(weight, _sum_dtype(dy))
     db = dw.new_empty(len(weight) if bias else 0)
     rows = rows.contiguous()
@@ -228,6 +256,12 @@ def _current_stream(device: int) -> int:
     # the public torch.cuda.current_stream takes microseconds
     stream: int = torch._C._cuda_getCurrentRawStream(device)
     return stream
+
+
+def _threads() -> tuple[int, int]:
+    """How many there are, and for how many to split the work, on which the bits depend."""
+    threads = torch.get_num_threads()
+    return threads, 8 if torch.are_deterministic_algorithms_enabled() else threads
 
 
 def _sum_dtype(dy: Tensor) -> torch.dtype:

@@ -97,10 +97,8 @@ def _of_groups(problem: Problem, share: float, slower: float) -> float:
 def linear_wgrad(
     dy: Tensor, x: Tensor, weight: Tensor, rows: Tensor, k: int, bias: bool
 ) -> tuple[Tensor, Tensor]:
-    # samples are the pixels of one image [1, n or inputs, T]
-    image = dy.t()[None], x.t()[None]
-    dw, db = compiled.conv_wgrad(*image, weight[..., None], rows[:k], bias, (1,), (0,), (1,), 1)
-    return as_weight(dw[..., 0], weight), db.to(weight.dtype)
+    dw, db = compiled.linear_wgrad(dy, x, weight, rows, k, bias)
+    return as_weight(dw, weight), db.to(weight.dtype)
 
 
 def conv_wgrad(

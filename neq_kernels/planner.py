@@ -46,21 +46,37 @@ _tuning = False
 
 
 def linear_wgrad(
-    dy: Tensor, x: Tensor, weight: Tensor, rows: Tensor, k: int, bias: bool
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    k: int,
+    bias: bool,
+    plan: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """dy [T, n], x [T, inputs], weight [n, inputs]; the first ``k`` of ``rows`` [n] are active."""
+    """dy [T, n], x [T, inputs], weight [n, inputs]; the first ``k`` of ``rows`` [n] are active.
+
+    plan: what ``planned`` said to the same tensors, if it was asked.
+    """
     args = (dy, x, weight, rows, k, bias)
-    backend = BACKENDS[choose(*args)]
+    backend = BACKENDS[plan or choose(*args)]
     dw, db = backend.linear_wgrad(*args)
     return dw, db
 
 
 def conv_wgrad(
-    dy: Tensor, x: Tensor, weight: Tensor, rows: Tensor, k: int, bias: bool, conv: Conv
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    k: int,
+    bias: bool,
+    conv: Conv,
+    plan: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """dy [N, n, *pixels], x [N, inputs, *pixels]; the first ``k`` of ``rows`` [n] are active."""
+    """dy [N, n, *pixels], x [N, inputs, *pixels]; else as ``linear_wgrad``."""
     args = (dy, x, weight, rows, k, bias, conv)
-    backend = BACKENDS[choose(*args)]
+    backend = BACKENDS[plan or choose(*args)]
     dw, db = backend.conv_wgrad(*args)
     return dw, db
 

@@ -305,7 +305,7 @@ def thawed(dw):
     ],
 )
 def test_a_wrong_gradient_is_not_timed(bench, monkeypatch, fault, message):
-    right = ops.conv_wgrad_unseen
+    right = planner.conv_wgrad
 
     def wrong(*args):
         dw, db = right(*args)
@@ -314,7 +314,7 @@ def test_a_wrong_gradient_is_not_timed(bench, monkeypatch, fault, message):
 
     gate = Gate("images", bench, step(bench, "dense", 1))
     gate.admit(step(bench, "gather", 0.5))
-    monkeypatch.setattr(ops, "conv_wgrad_unseen", wrong)
+    monkeypatch.setattr(planner, "conv_wgrad", wrong)
     with pytest.raises(steps.WrongResultError, match=message) as error:
         gate.admit(step(bench, "gather", 0.5))
     where = r"gather is wrong for images (contiguous) with 0.5 of the neurons active: "
