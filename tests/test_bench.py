@@ -132,14 +132,14 @@ def test_tune_and_table(results, tmp_path):
     half = ("--only", "linear", "--active", ".5", "--table", str(table))
     results("--tune", *half)
     ((device, choices),) = json.loads(table.read_text()).items()
-    (key,) = choices
+    ((key, (samples,)),) = choices.items()
     for backend in ("pack", "dense"):
-        table.write_text(json.dumps({device: {key: backend}}))
+        table.write_text(json.dumps({device: {key: {samples: backend}}}))
         assert [row["backend"] for row in results(*half)] == [backend]
     # a second tuning keeps what the table has
     results("--tune", *half[:2], "--active", ".5,.25", *half[-2:])
     choices = json.loads(table.read_text())[device]
-    assert choices[key] == "dense"
+    assert choices[key] == {samples: "dense"}
     assert len(choices) == 2
 
 

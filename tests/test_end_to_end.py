@@ -152,7 +152,8 @@ def test_tune_and_table(results, tmp_path, monkeypatch):
     results("--only", "text", "--active", ".5", "--tune", "--table", str(table))
     ((device, measured),) = json.loads(table.read_text()).items()
     assert len(measured) == 4
-    table.write_text(json.dumps({device: dict.fromkeys(measured, "pack")}))
+    packed = {key: dict.fromkeys(samples, "pack") for key, samples in measured.items()}
+    table.write_text(json.dumps({device: packed}))
     rows = results("--only", "text", "--active", ".5", "--table", str(table))
     assert [r["backends"] for r in rows if r["contender"] == "neq"] == ["pack 4"]
 
