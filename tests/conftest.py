@@ -14,6 +14,11 @@ elif torch.cuda.is_available():
     collect_ignore += ["test_interpreter.py"]
 
 
+def pytest_report_header():
+    """No proof is left out silently."""
+    return [f"left out here: {name}" for name in collect_ignore]
+
+
 def pytest_collection_modifyitems(config, items):
     """Without a GPU, tests marked gpu are deselected: they don't exist there."""
     if torch.cuda.is_available():
