@@ -3,6 +3,9 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("few", max_examples=10)  # where each may compile a kernel
 
 collect_ignore = [] if shutil.which("nvcc") else ["test_cuda_compile.py"]
 if find_spec("triton") is None:
