@@ -99,7 +99,8 @@ def main(arguments: list[str] | None = None) -> int:
     out = given.out or ROOT / "bench/results" / name
     out.mkdir(parents=True, exist_ok=True)
 
-    start, seconds = time.monotonic(), 60 * given.minutes - GRACE
+    # the rest is for stopping the last part, and for the figures
+    start, seconds = time.monotonic(), 60 * given.minutes - 2 * GRACE
     outcomes = [run(part, out, start + part.until * seconds) for part in parts(out, seconds)]
     rows, steps = results(out, "speed"), results(out, "steps")
     summary = {"environment": facts, "parts": [asdict(o) for o in outcomes]}
