@@ -19,7 +19,7 @@ state. Two ceilings say how many times faster a step could be: by the FLOPs of t
 and if weight gradients were a third of it, 3 / (2 + f).
 
 Before anything is timed, its loss and its gradients are compared with those of the dense step: one
-that is not the same ends the run.
+that is not the same is named in place of being timed, and the run fails in the end.
 """
 
 import argparse
@@ -27,6 +27,7 @@ import gc
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,9 +42,14 @@ from bench.memory import peak_bytes
 from bench.networks import Network, networks
 from bench.report import Row
 from bench.steps import Backends, Bench, Gate, Step
-from bench.timing import FEWEST, Times, environment, rounds
+from bench.timing import FEWEST, Times, each_round, environment
 
 DTYPES = ("float32", "bfloat16")
+PERCENTILES = ("p20", "ms", "p80")
+MEASURED = (
+    *(f"{part}_{at}" for part in ("step", "gradients", "update") for at in PERCENTILES),
+    *("peak_mib", "ratio", "realised", "realised_gradients"),
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -56,36 +62,41 @@ def main(arguments: list[str] | None = None) -> None:
     bar = tqdm(given.networks.items(), unit="network", disable=None, leave=False)
     with options.tuned(given):
         for name, network in bar:
-            try:
-                rows += fitted(name, network, given, bar)
-                report.save(rows, facts, given.json)  # should the next one be the last
-            except WrongResultError as error:
-                sys.exit(f"error: {error}")
+            its_rows: list[Row] = []
+            for its_rows in fitted(name, network, given, bar):
+                report.save(rows + its_rows, facts, given.json)  # should the next be the last
+            rows += its_rows
     if not rows:
         sys.exit("error: no network fits into the memory of this device")
     step_report.show(rows, facts)
     if given.plot:
         step_report.plot(rows, facts, given.plot)
+    report.refuse_wrong(rows)
 
 
-def fitted(name: str, network: Network, given: argparse.Namespace, bar: tqdm) -> list[Row]:
+def fitted(
+    name: str, network: Network, given: argparse.Namespace, bar: tqdm
+) -> Iterator[list[Row]]:
     """The rows of one network, on as many samples as fit; none if not one does."""
     samples = network.gpu if given.device.type == "cuda" else network.cpu
     while samples:
         try:
-            return measure(name, network, samples, given, bar)
+            yield from measure(name, network, samples, given, bar)
+            return
         except torch.OutOfMemoryError:
             samples //= 2
         gc.collect()
         torch.cuda.empty_cache()
     bar.write(f"{name} is left out: not one sample fits into memory", file=sys.stderr)
-    return []
 
 
 def measure(
     name: str, network: Network, samples: int, given: argparse.Namespace, bar: tqdm
-) -> list[Row]:
-    """Check every contender, find the layout that suits it, then time all of them in turns."""
+) -> Iterator[list[Row]]:
+    """Check every contender, find the layout that suits it, then time all of them in turns.
+
+    The rows come after each round of turns, by all the rounds so far.
+    """
 
     def stage(text: str) -> None:
         bar.set_postfix_str(f"{name}: {text}")
@@ -102,7 +113,7 @@ def measure(
     shares = Shares.of(benches[0])
 
     steps: Steps = {}
-    backends: dict[Entry, str] = {}
+    facts: dict[Entry, Row] = {}
     for bench in benches:
         if given.compile:
             bench.compile()
@@ -110,10 +121,27 @@ def measure(
         for contender in contenders(given):
             entry = Entry(*contender, bench.layout)
             stage(f"checking {entry.name}")
-            steps[entry] = step = Step(bench, *contender, shares.wgrads)
+            step = Step(bench, *contender, shares.wgrads)
             with nullcontext("") if given.compile else Backends(step) as asked:
-                gate.admit(step)
-            backends[entry] = str(asked)
+                wrong = fault(gate, step)
+            if not wrong:
+                steps[entry] = step
+            facts[entry] = {
+                "network": name,
+                "samples": samples,
+                "parameters": sum(p.numel() for p in bench.parameters.values()),
+                "contender": entry.name,
+                "active": entry.active,
+                "dtype": given.dtype,
+                "layout": entry.layout,
+                "mode": given.mode,
+                "optimizer": step.optimizer,
+                "backends": str(asked),
+                "ceiling": 1 / (1 - (1 - entry.active) * shares.of_step),
+                "ceiling_of_thirds": 3 / (2 + entry.active),
+                "wrong": wrong,
+            }
+    rejected = [row | dict.fromkeys(MEASURED) for row in facts.values() if row["wrong"]]
 
     stage("finding layouts")
     steps = in_best_layout(steps, device)
@@ -124,33 +152,18 @@ def measure(
         for step in steps.values():
             step.capture(pool)
     stage("timing")
-    times = time_parts(steps, device, given.seconds)
+    for times in time_parts(steps, device, given.seconds):
+        rows = [facts[e] | measured(e, times) | {"peak_mib": peaks[e]} for e in steps]
+        yield rows + rejected
 
-    fastest = min((e for e in steps if e.name == "dense"), key=lambda e: times[e]["step"].p50)
-    none = next(e for e in steps if e.name == "none")
-    return [
-        {
-            "network": name,
-            "samples": samples,
-            "parameters": sum(p.numel() for p in benches[0].parameters.values()),
-            "contender": entry.name,
-            "active": entry.active,
-            "dtype": given.dtype,
-            "layout": entry.layout,
-            "optimizer": step.optimizer,
-            "backends": backends[entry],
-            **{
-                f"{part}_{at}": value
-                for part, t in times[entry].items()
-                for at, value in zip(("p20", "ms", "p80"), t, strict=True)
-            },
-            "peak_mib": peaks[entry],
-            **compare(entry, *(times[e] for e in (fastest, none, entry))),
-            "ceiling": 1 / (1 - (1 - entry.active) * shares.of_step),
-            "ceiling_of_thirds": 3 / (2 + entry.active),
-        }
-        for entry, step in steps.items()
-    ]
+
+def fault(gate: Gate, step: Step) -> dict[str, str]:
+    """What is wrong with the step, if anything is, by its name."""
+    try:
+        gate.admit(step)
+    except WrongResultError as error:
+        return {step.name: str(error)}
+    return {}
 
 
 class Entry(NamedTuple):
@@ -193,7 +206,8 @@ def in_best_layout(steps: Steps, device: torch.device) -> Steps:
         typical.setdefault((entry.name, entry.layout), entry)
     if len({layout for _, layout in typical}) == 1:
         return steps
-    trial = time_parts({entry: steps[entry] for entry in typical.values()}, device, 0, fewest=2)
+    tried = {entry: steps[entry] for entry in typical.values()}
+    *_, trial = time_parts(tried, device, 0, fewest=2)
     best: dict[str, Entry] = {}
     for entry in sorted(trial, key=lambda e: trial[e]["step"].p50):
         best.setdefault(entry.name, entry)
@@ -224,30 +238,42 @@ def measure_memory(steps: Steps) -> dict[Entry, float | None]:
 
 def time_parts(
     steps: Steps, device: torch.device, seconds: float, fewest: int = FEWEST
-) -> dict[Entry, dict[str, Times]]:
-    """Of each step's gradients, its update, and both together."""
+) -> Iterator[dict[Entry, dict[str, Times]]]:
+    """Of each step's gradients, its update, and both together: after each round but the first."""
     calls = {
         (entry, part): getattr(step, part)
         for entry, step in steps.items()
         for part in ("lead", "gradients", "update")
     }
-    taken = rounds(calls, device, seconds, fewest=fewest)
-    times = {}
-    for entry in steps:
-        gradients, update = taken[entry, "gradients"], taken[entry, "update"]
-        both = [g + u for g, u in zip(gradients, update, strict=True)]
-        parts = {"step": both, "gradients": gradients, "update": update}
-        times[entry] = {part: Times.of(values) for part, values in parts.items()}
-    return times
+    for taken in islice(each_round(calls, device, seconds, fewest=fewest), 1, None):
+        times = {}
+        for entry in steps:
+            gradients, update = taken[entry, "gradients"], taken[entry, "update"]
+            both = [g + u for g, u in zip(gradients, update, strict=True)]
+            parts = {"step": both, "gradients": gradients, "update": update}
+            times[entry] = {part: Times.of(values) for part, values in parts.items()}
+        yield times
+
+
+def measured(entry: Entry, times: dict[Entry, dict[str, Times]]) -> Row:
+    """What follows from the times for one of them."""
+    dense = min((t for e, t in times.items() if e.name == "dense"), key=lambda t: t["step"].p50)
+    none = next((t for e, t in times.items() if e.name == "none"), None)
+    spans = {
+        f"{part}_{at}": value
+        for part, t in times[entry].items()
+        for at, value in zip(PERCENTILES, t, strict=True)
+    }
+    return spans | compare(entry, dense, none, times[entry])
 
 
 def compare(
-    entry: Entry, dense: dict[str, Times], none: dict[str, Times], own: dict[str, Times]
+    entry: Entry, dense: dict[str, Times], none: dict[str, Times] | None, own: dict[str, Times]
 ) -> dict[str, float | None]:
     """With dense, and with what could be saved: of the step, and of forward and backward alone."""
     out: dict[str, float | None] = {"ratio": own["step"].p50 / dense["step"].p50}
     for name, part in (("realised", "step"), ("realised_gradients", "gradients")):
-        saving = (1 - entry.active) * (dense[part].p50 - none[part].p50)
+        saving = (1 - entry.active) * (dense[part].p50 - none[part].p50) if none else 0
         judged = entry.name not in ("dense", "none") and saving != 0
         out[name] = (dense[part].p50 - own[part].p50) / saving if judged else None
     return out
@@ -273,6 +299,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
     options.load_table(parser, given)
     given.active = list(dict.fromkeys(given.active))
+    modes = {"compiled": given.compile, "graphs": given.graphs}
+    given.mode = ", ".join(mode for mode, on in modes.items() if on) or "eager"
     given.dtype = given.dtype or ("bfloat16" if given.device.type == "cuda" else "float32")
     if given.graphs and given.device.type != "cuda":
         parser.error(f"argument --graphs: CUDA graphs need a GPU, the device is {given.device}")

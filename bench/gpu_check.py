@@ -3,11 +3,13 @@
     python bench/gpu_check.py
     python bench/gpu_check.py --out /tmp/h200 --minutes 5
 
-The tests that need a GPU, compute-sanitizer on the project's own kernels, the weight gradients of
-real models while the planner times its backends, whole training steps, and the other tests. Every
-part is a process with a time limit and a log of its own: what one loses, the others keep, and a
-benchmark that is stopped keeps what it has measured. In the folder of results, bench/results/<GPU>
-by default:
+The tests that need a GPU, those of the Triton kernels' machine code, compute-sanitizer on the
+project's own kernels where there is one, the weight gradients of real models while the planner
+times its backends, and whole training steps; first what the project has goals for. Every part is a
+process with a time limit and a log of its own: what one loses, the others keep, and a benchmark
+that is stopped keeps what it has measured. The exit status is 1 if a part failed or a result was
+wrong, and otherwise 0: what was cut off for time, or left out, the table names. In the folder of
+results, bench/results/<GPU> by default:
 
     gpu_check.json      the machine, how each part ended, every row of the benchmarks
     backward_speed.png  the weight gradients as a figure
@@ -21,6 +23,7 @@ by default:
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -49,9 +52,12 @@ from neq_kernels import machine
 Row = dict[str, Any]
 
 ROOT = Path(__file__).resolve().parents[1]
-# what comes first is timed, should time run out
-MODELS = ["resnet50|resnet32", "vit|gpt2", "llama", "swin", "resnet18|convnext"]
-NETWORKS = ["resnet50", "gpt2-medium", "swin-b", "llama-1b"]
+PYTEST = [sys.executable, "-m", "pytest", "-q", "--hypothesis-profile", "few"]
+EXACT = "bfloat16 and (exact or bits or tile)"  # of the tests, those that tell the most
+# by when each is to be done, as a share of all the time
+SPEED = {"llama-8b": 0.39, "swin-b|vit-l|gpt2|gpt2-medium": 0.48, "resnet50|resnet32": 0.58}
+REST = "resnet18|convnext-t|swin-t|vit-s|vit-b|llama-1b"
+STEPS = {"resnet50": 0.64, "gpt2-medium": 0.69, "swin-b": 0.74, "llama-1b": 0.78}
 KERNELS = [  # a small problem of each
     "tests/test_fused.py::test_same_bits_however_often",
     "tests/test_grouped.py::test_same_bits_however_often",
@@ -61,8 +67,9 @@ KERNELS = [  # a small problem of each
     "tests/test_triton_step.py::test_sgd_of_any_share",
     "tests/test_triton_step.py::test_what_is_not_finite_stays_in_its_element",
 ]
-FRACTIONS = (0.5, 0.25, 0.1)
-GRACE = 5  # seconds in which a part whose time is over may say what it knows
+FRACTIONS = (0.75, 0.5, 0.25, 0.1)
+UNSUPPORTED = "Device not supported"  # compute-sanitizer, in some virtual machines
+GRACE = 10  # seconds in which a part whose time is over may say what it knows
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,10 @@ class Outcome:
     ended: str
     last_line: str
 
+    @property
+    def failed(self) -> bool:
+        return self.ended.startswith("failed")
+
 
 def main(arguments: list[str] | None = None) -> int:
     given = parse(arguments)
@@ -88,7 +99,8 @@ def main(arguments: list[str] | None = None) -> int:
     out = given.out or ROOT / "bench/results" / name
     out.mkdir(parents=True, exist_ok=True)
 
-    start, seconds = time.monotonic(), 60 * given.minutes - GRACE
+    # the rest is for stopping the last part, and for the figures
+    start, seconds = time.monotonic(), 60 * given.minutes - 2 * GRACE
     outcomes = [run(part, out, start + part.until * seconds) for part in parts(out, seconds)]
     rows, steps = results(out, "speed"), results(out, "steps")
     summary = {"environment": facts, "parts": [asdict(o) for o in outcomes]}
@@ -97,6 +109,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     console = Console(width=report.WIDTH, highlight=False)
     console.print(ending(outcomes))
+    if wrong := report.faults(rows + steps):
+        print(*wrong, sep="\n")
     if rows:
         console.print(by_model(rows))
         print(report.verdict(rows, device_name(facts)))
@@ -105,39 +119,62 @@ def main(arguments: list[str] | None = None) -> int:
         step_report.show(steps, facts)
         step_report.plot(steps, facts, out / "end_to_end.png")
     print(f"more in {out}; {out / 'planner.json'} is to be neq_kernels/tables/{name}.json")
-    return int(any(outcome.ended != "passed" for outcome in outcomes))
+    return int(bool(wrong) or any(outcome.failed for outcome in outcomes))
 
 
 def parts(out: Path, seconds: float) -> Iterator[Part]:
-    pytest = [sys.executable, "-m", "pytest", "-q"]
-    workers = ["-n", "8"] if find_spec("xdist") else []
-    yield Part("gpu tests", [*pytest, *workers, "-m", "gpu"], until=0.25)
-    for tool, until in (("memcheck", 0.35), ("racecheck", 0.45)):
-        sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1"]
-        yield Part(tool, [*sanitizer, *pytest, "-m", "gpu", *KERNELS], until)
-    for models in MODELS:
-        name = f"speed {models.replace('|', ' ')}"
-        (out / f"{name}.json").unlink(missing_ok=True)  # of an earlier run
-        speed = [sys.executable, "bench/backward_speed.py", "--device", "cuda"]
-        speed += ["--dtype", "bfloat16", "--suite", "full", "--only", models]
-        speed += ["--active", "1,.5,.25,.1", "--seconds", str(seconds / 1000)]
-        speed += ["--tune", "--table", str(out / "planner.json")]
-        yield Part(name, [*speed, "--json", str(out / f"{name}.json")], until=0.6)
-    for i, network in enumerate(NETWORKS, 1):
-        name = f"steps {network}"
-        (out / f"{name}.json").unlink(missing_ok=True)
-        steps = [sys.executable, "bench/end_to_end.py", "--device", "cuda", "--active", ".5,.25,.1"]
-        steps += ["--only", f"^{network}$", "--seconds", str(seconds / 100)]
-        steps += ["--tune", "--table", str(out / "planner.json")]
-        until = 0.6 + 0.3 * i / len(NETWORKS)
-        yield Part(name, [*steps, "--json", str(out / f"{name}.json")], until)
-    for name, flags in (
-        ("optimizer_speed", ["--active", ".5,.1", "--seconds", str(seconds / 1000)]),
-        ("probe", ["--epochs", "3", "--steps", "5", "--seconds", str(seconds / 2000)]),
-    ):
-        script = [sys.executable, f"bench/{name}.py", "--device", "cuda", *flags]
-        yield Part(name, [*script, "--json", str(out / f"{name}.json")], until=0.94)
-    yield Part("other tests", [*pytest, *workers, "-m", "not gpu"], until=1)
+    # one at a time for each worker: the first tests come first
+    workers = ["-n", "8", "--maxschedchunk", "1"] if find_spec("xdist") else []
+    on_gpu = [*PYTEST, *workers, "-m", "gpu", "-k"]
+    of_kernels = [*dict.fromkeys(kernel.partition("::")[0] for kernel in KERNELS)]
+    others = [f"--ignore={file}" for file in of_kernels]
+    yield Part("exact tests", [*on_gpu, EXACT], until=0.11)
+    yield Part("kernel tests", [*on_gpu, f"not ({EXACT})", *of_kernels], until=0.17)
+    yield Part("other gpu tests", [*on_gpu, f"not ({EXACT})", *others], until=0.22)
+    yield Part("machine code", [*PYTEST, *workers, "tests/test_triton_compile.py"], until=0.26)
+    for tool, until in (("memcheck", 0.3), ("racecheck", 0.34)):
+        sanitizer = [find("compute-sanitizer"), "--tool", tool, "--error-exitcode", "1"]
+        yield Part(tool, [*sanitizer, *PYTEST, "-m", "gpu", *KERNELS], until)
+
+    def benchmark(name: str, script: str, until: float, *flags: object) -> Part:
+        file = out / f"{name}.json"
+        file.unlink(missing_ok=True)  # of an earlier run
+        command = [sys.executable, f"bench/{script}.py", "--device", "cuda", "--json", file, *flags]
+        return Part(name, [*map(str, command)], until)
+
+    tuned = "--tune", "--table", out / "planner.json"
+
+    def speed(models: str, until: float) -> Part:
+        flags = "--dtype", "bfloat16", "--suite", "full", "--only", f"^({models})/"
+        flags += "--active", "1,.75,.5,.25,.1", "--seconds", seconds / 1000, *tuned
+        return benchmark(f"speed {models.replace('|', ' ')}", "backward_speed", until, *flags)
+
+    def steps(network: str, until: float, *mode: str) -> Part:
+        flags = "--only", f"^{network}$", "--active", ".5" if mode else ".5,.25,.1"
+        name = " ".join(["steps", network, *mode]).replace("--", "")
+        return benchmark(
+            name, "end_to_end", until, *flags, "--seconds", seconds / 100, *mode, *tuned
+        )
+
+    for models, until in SPEED.items():
+        yield speed(models, until)
+    for network, until in STEPS.items():
+        yield steps(network, until)
+    flags = "--active", ".5,.1", "--seconds", seconds / 1000
+    yield benchmark("optimizer_speed", "optimizer_speed", 0.81, *flags)
+    yield steps("gpt2", 0.89, "--compile")
+    yield steps("resnet50", 0.92, "--graphs")
+    yield steps("resnet50", 0.97, "--compile")
+    flags = "--epochs", 3, "--steps", 5, "--seconds", seconds / 2000
+    yield benchmark("probe", "probe", 0.98, *flags)
+    yield speed(REST, 1)
+
+
+def find(tool: str) -> str:
+    """Where it is; only its name, if it is nowhere."""
+    homes = os.environ.get("CUDA_HOME"), "/usr/local/cuda"
+    folders = [os.environ.get("PATH", ""), *(f"{home}/bin" for home in homes if home)]
+    return shutil.which(tool, path=os.pathsep.join(folders)) or tool
 
 
 def run(part: Part, out: Path, end: float) -> Outcome:
@@ -146,16 +183,28 @@ def run(part: Part, out: Path, end: float) -> Outcome:
     log = out / f"{part.name}.log"
     log.unlink(missing_ok=True)
     ended = _run(part.command, log, end - started)
-    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-    last_line = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    text = log.read_text(errors="replace") if log.exists() else ""
+    last_line = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+    if UNSUPPORTED in text:
+        ended = f"left out: {UNSUPPORTED}"
+    if ended.startswith("stopped"):
+        ended = _stopped(ended, last_line)
     outcome = Outcome(part.name, round(time.monotonic() - started, 1), ended, last_line)
     print(f"{outcome.seconds:6.0f} s  {part.name}: {ended}", flush=True)
     return outcome
 
 
+def _stopped(ended: str, last_line: str) -> str:
+    """What tests say in the end, of those that they still came to."""
+    counts = re.findall(r"([1-9]\d*) (passed|failed|error)", last_line)
+    failed = {"failed", "error"} & {what for _, what in counts}
+    told = ", ".join(f"{n} {what}" for n, what in counts)
+    return f"{'failed, ' if failed else ''}{ended}{': ' if told else ''}{told}"
+
+
 def _run(command: list[str], log: Path, seconds: float) -> str:
     if shutil.which(command[0]) is None:
-        return f"left out: no {command[0]} on the PATH"
+        return f"left out: no {command[0]} here"
     if seconds <= 0:
         return "left out: no time was left"
     # the sanitizer sees what lies beyond a tensor only if its memory is its own
@@ -217,7 +266,7 @@ def by_model(rows: list[Row]) -> Table:
         table.add_column(str(fraction), justify="right")
     table.add_column("backends")
     models: dict[str, list[Row]] = {}
-    for row in rows:
+    for row in report.timed(rows):
         if row["layout"] == row["dense_layout"] and 0 < row["active"] < 1:
             models.setdefault(row["name"].partition("/")[0], []).append(row)
     for model, its_rows in models.items():

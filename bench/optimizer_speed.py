@@ -90,7 +90,9 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"error: --only {given.only.pattern!r} matches nothing")
     rows: list[dict[str, Any]] = []
     for model, optimizer in tqdm(pairs, unit="optimizer", disable=None, leave=False):
-        rows += measure(model, optimizer, given.active, given.device, given.seconds)
+        for row in measure(model, optimizer, given.active, given.device, given.seconds):
+            rows.append(row)
+            report.save(rows, facts, given.json)  # should the next one be the last
     report.show_table(table(rows))
     for r in rows:
         if r["active"] == 0.5:
@@ -100,12 +102,11 @@ def main(arguments: list[str] | None = None) -> None:
                 f"{r['neq_p50'] / r['default_p50']:.2f} of its default one, at "
                 f"{r['of_copy']:.0%} of a copy's bandwidth"
             )
-    report.save(rows, facts, given.json)
 
 
 def measure(
     name: str, optimizer: str, fractions: list[float], device: torch.device, seconds: float
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     torch.manual_seed(0)
     model = neq.convert(nn.Sequential(*MODELS[name]()).to(device))
     for p in model.parameters():
@@ -124,7 +125,6 @@ def measure(
     target = torch.empty_like(source)
     calls["copy"] = lambda turn: target.copy_(source)
 
-    rows = []
     for fraction in fractions:
         for layer in model:
             layer.set_active(torch.randperm(layer.n_neurons)[: round(fraction * layer.n_neurons)])
@@ -136,19 +136,16 @@ def measure(
             for p in layer.parameters()
         )
         moved = MOVED[optimizer] * active / (2 * source.numel())  # by neq's step, in copies
-        rows.append(
-            {
-                "model": name,
-                "optimizer": optimizer,
-                "parameters": sum(p.numel() for p in model.parameters()),
-                "active": fraction,
-                **{f"{k}_{at}": v for k, t in times.items() for at, v in t._asdict().items()},
-                "ratio": mine / fused,
-                "of_copy": moved * times["copy"].p50 / mine,
-                "realised": (fused - mine) / ((1 - fraction) * fused) if fraction < 1 else None,
-            }
-        )
-    return rows
+        yield {
+            "model": name,
+            "optimizer": optimizer,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "active": fraction,
+            **{f"{k}_{at}": v for k, t in times.items() for at, v in t._asdict().items()},
+            "ratio": mine / fused,
+            "of_copy": moved * times["copy"].p50 / mine,
+            "realised": (fused - mine) / ((1 - fraction) * fused) if fraction < 1 else None,
+        }
 
 
 def table(rows: list[dict[str, Any]]) -> Table:

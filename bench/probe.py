@@ -57,6 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
     facts = environment(given.device)
     report.show_environment(facts)
     rows = measure(given)
+    report.save(rows, facts, given.json)  # should what follows be cut off
     report.show_table(table(rows))
     compared = compare(given.device, given.seconds)
     report.show_table(comparison(compared))

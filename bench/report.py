@@ -1,6 +1,7 @@
 """Results as people read them: a table, a line to quote, a figure."""
 
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Mapping
 from itertools import groupby
@@ -40,6 +41,22 @@ def save(rows: list[Row], facts: Facts, file: Path | None) -> None:
         written.replace(file)
 
 
+def faults(rows: list[Row]) -> list[str]:
+    """What was not timed since it was wrong, each once."""
+    return [*dict.fromkeys(fault for r in rows for fault in r["wrong"].values())]
+
+
+def refuse_wrong(rows: list[Row]) -> None:
+    """The last that a run does."""
+    if found := faults(rows):
+        sys.exit("\n".join(f"error: {fault}" for fault in found))
+
+
+def timed(rows: list[Row]) -> list[Row]:
+    """Those in which neq was right."""
+    return [r for r in rows if r["neq_ms"] is not None]
+
+
 def show_table(table: Table) -> None:
     Console(width=WIDTH, highlight=False).print(table)
 
@@ -60,7 +77,9 @@ def table(rows: list[Row]) -> Table:
     out.add_column("backend", no_wrap=True)
     for heading, group in groupby(rows, key=lambda r: [r[name] for name in HEADING]):
         for r in group:
-            dense, *times = (ms(r[name]) for name in TIMES)
+            dense, *times = (
+                "wrong" if name.partition("_")[0] in r["wrong"] else ms(r[name]) for name in TIMES
+            )
             star = "" if r["dense_layout"] == r["layout"] else "*"
             ratios = ("-" if r[name] is None else f"{r[name]:.2f}" for name in RATIOS)
             out.add_row(*heading, f"{r['active']:.3g}", star + dense, *times, *ratios, r["backend"])
@@ -77,7 +96,7 @@ def ms(value: float | None) -> str:
 
 def verdict(rows: list[Row], device: str) -> str:
     """The line to quote."""
-    line = f"{device}, {rows[0]['dtype']}: "
+    line, rows = f"{device}, {rows[0]['dtype']}: ", timed(rows)
     if judged := [r for r in rows if 0 < r["active"] <= 0.5]:
         worst = min(judged, key=lambda r: r["realised"])
         line += (
@@ -103,9 +122,11 @@ def plot(rows: list[Row], facts: Facts, file: Path) -> None:
     from matplotlib.figure import Figure  # takes a second, and only this function wants it
 
     models: dict[str, list[Row]] = defaultdict(list)
-    for r in rows:
+    for r in timed(rows):
         if r["layout"] == r["dense_layout"]:  # nobody would run the other one
             models[r["name"].partition("/")[0]].append(r)
+    if not models:
+        return
     columns = min(ceil(sqrt(len(models))), 4)
     lines = ceil(len(models) / columns)
     figure = Figure(figsize=(1 + 3.6 * columns, 1 + 3.4 * lines), dpi=150, layout="constrained")

@@ -35,6 +35,11 @@ def show(rows: list[Row], facts: Facts) -> None:
     print(verdict(rows, device_name(facts)))
 
 
+def title(row: Row) -> str:
+    """The network, and how it is run, if not as usual."""
+    return row["network"] + ("" if row["mode"] == "eager" else f", {row['mode']}")
+
+
 def table(rows: list[Row]) -> Table:
     out = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("network", "step", "layout"):
@@ -43,10 +48,11 @@ def table(rows: list[Row]) -> Table:
         out.add_column(name, no_wrap=True, justify="right")
     for name in ("optimizer", "backends"):
         out.add_column(name, no_wrap=True)
-    for heading, group in groupby(rows, key=lambda r: f"{r['network']} x {r['samples']}"):
+    for heading, group in groupby(rows, key=lambda r: f"{title(r)} x {r['samples']}"):
         for r in group:
-            faster = r | {"faster": 1 / r["ratio"]}
-            figures = [f"{r['active']:.3g}", *(ms(r[name]) for name in TIMES)]
+            faster = r | {"faster": r["ratio"] and 1 / r["ratio"]}
+            times = ("wrong" if r["wrong"] else ms(r[name]) for name in TIMES)
+            figures = [f"{r['active']:.3g}", *times]
             figures += ["-" if faster[name] is None else f"{faster[name]:.2f}" for name in RATIOS]
             figures += ["-" if r["peak_mib"] is None else f"{r['peak_mib']:.0f}"]
             labels = heading, r["contender"], r["layout"]
@@ -71,7 +77,7 @@ def verdict(rows: list[Row], device: str) -> str:
             badly = sum(r["ratio"] > TOLERATED for r in slower)
             lines.append(
                 f"{contender}: realised {median(r['realised'] for r in judged):.2f} median, "
-                f"{worst['realised']:.2f} worst ({worst['network']}, f = {worst['active']:.2g}); "
+                f"{worst['realised']:.2f} worst ({title(worst)}, f = {worst['active']:.2g}); "
                 f"slower than dense in {len(slower)} ({badly} by more than {TOLERATED - 1:.0%}) "
                 f"of {len(judged)} rows"
             )
@@ -82,7 +88,7 @@ def plot(rows: list[Row], facts: Facts, file: Path) -> None:
     """Time over the dense step's against the active fraction: a panel per network."""
     from matplotlib.figure import Figure  # takes a second, and only this function wants it
 
-    networks = [list(group) for _, group in groupby(rows, key=lambda r: r["network"])]
+    networks = [list(group) for _, group in groupby(rows, key=title)]
     columns = min(len(networks), 3)
     lines = ceil(len(networks) / columns)
     figure = Figure(figsize=(1 + 3.6 * columns, 1 + 3.2 * lines), dpi=150, layout="constrained")
@@ -100,17 +106,21 @@ def plot(rows: list[Row], facts: Facts, file: Path) -> None:
 
 def _panel(panel: Any, rows: list[Row]) -> None:
     def points(contender: str, value: str) -> list[tuple[float, float]]:
-        return sorted((r["active"], r[value]) for r in rows if r["contender"] == contender)
+        return sorted(
+            (r["active"], r[value])
+            for r in rows
+            if r["contender"] == contender and r["ratio"] is not None
+        )
 
     for contender, color in COLORS.items():
         if found := points(contender, "ratio"):
             style = {"color": color, "marker": ".", "linewidth": 1.2}
             panel.plot(*zip(*found, strict=True), **style, label=contender)
-    ((_, none),) = points("none", "ratio")
     ideal = {"color": "0.5", "linewidth": 1, "zorder": 0}
-    panel.plot([0, 1], [none, 1], **ideal, linestyle="--", label="realised = 1")
+    if saved := points("none", "ratio"):
+        panel.plot(*zip(*saved, (1, 1), strict=True), **ideal, linestyle="--", label="realised = 1")
     ceiling = [(f, 1 / faster) for f, faster in [*points("neq", "ceiling"), (1, 1)]]
     panel.plot(*zip(*ceiling, strict=True), **ideal, linestyle=":", label="by FLOPs")
     panel.axhline(1, color="0.8", linewidth=0.8, zorder=0)
-    panel.set(title=rows[0]["network"], xlim=(-0.02, 1.02), ylim=(0.4, 1.3))
+    panel.set(title=title(rows[0]), xlim=(-0.02, 1.02), ylim=(0.4, 1.3))
     panel.spines[["top", "right"]].set_visible(False)

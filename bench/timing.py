@@ -4,7 +4,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -55,12 +55,25 @@ def rounds(
     fewest: int = FEWEST,
     backlog: int = BACKLOG,
 ) -> dict[Key, list[float]]:
+    """All the times that ``each_round`` takes."""
+    *_, taken = each_round(calls, device, seconds, clock, fewest, backlog)
+    return taken
+
+
+def each_round(
+    calls: Mapping[Key, Callable[[int], object]],
+    device: torch.device,
+    seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
+    fewest: int = FEWEST,
+    backlog: int = BACKLOG,
+) -> Iterator[dict[Key, list[float]]]:
     """Time the calls in turns (A B C, A B C, ...), so that whatever drifts meets all alike.
 
-    Spends about ``seconds``; the times are milliseconds, one per round. A call is given the number
-    of its turn, by which it can take other inputs each time than the caches still hold. ``clock``
-    is a CPU's; a GPU has its own, and first waits for ``backlog`` cycles per call, until all are
-    queued.
+    Spends about ``seconds``; after each round come the times so far, in milliseconds. A call is
+    given the number of its turn, by which it can take other inputs each time than the caches still
+    hold. ``clock`` is a CPU's; a GPU has its own, and first waits for ``backlog`` cycles per call,
+    until all are queued.
     """
     if device.type == "cuda":
         one_round = partial(_round_on_gpu, device, backlog)
@@ -69,11 +82,13 @@ def rounds(
         one_round = partial(_round_on_cpu, clock)
     order = list(calls.values())
     one_round(order, 0)  # warm-up
-    taken: list[list[float]] = []
-    end = time.perf_counter() + seconds
-    while len(taken) < fewest or (len(taken) < MOST and time.perf_counter() < end):
-        taken.append(one_round(order, (1 + len(taken)) * len(order)))
-    return dict(zip(calls, map(list, zip(*taken, strict=True)), strict=True))
+    taken: dict[Key, list[float]] = {key: [] for key in calls}
+    end, done = time.perf_counter() + seconds, 0
+    while done < fewest or (done < MOST and time.perf_counter() < end):
+        done += 1
+        for key, span in zip(calls, one_round(order, done * len(order)), strict=True):
+            taken[key].append(span)
+        yield taken
 
 
 def _round_on_cpu(

@@ -62,7 +62,8 @@ def tile(arch: int, dtype: torch.dtype, precision: str, k: int, columns: int, bi
         return Tile(64, 64, 16, 4, 3)  # without tensor cores
     # whatever its size, a tile costs as much as 16 more rows or 32 more columns
     rows = min((128, 64, 32), key=lambda rows: ceil(k / rows) * (rows + 16))
-    wide = arch >= 90 and dtype is not torch.float32 and rows == 128 and not bias
+    wide = 90 <= arch < 120  # other tensor cores take what they multiply from registers
+    wide = wide and dtype is not torch.float32 and rows == 128 and not bias
     widths = (256, 128, 64) if wide else (128, 64)
     width = min(widths, key=lambda width: ceil(columns / width) * (width + 32))
     return Tile(rows, width, 32, 8 if rows * width >= 128**2 else 4, 3 if width == 256 else 4)

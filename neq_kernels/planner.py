@@ -2,8 +2,9 @@
 
 For each problem (device, dtype, layout, shape, active share) the planner takes, in this order:
 
-1. the choice measured for it, from a table (``load``) or inside ``tuning()``;
-2. the choice in the table that this package brings for devices of that name, if it brings one;
+1. the choice measured for it, from a table (``load``) or inside ``tuning()``, or else in the table
+   that this package brings for devices of that name;
+2. the choice measured for the nearest number of samples, at most ``NEAR`` times more or fewer;
 3. the backend with the lowest cost by its own model: ``cost(problem)`` predicts its time in units
    of the dense gradient's. It has to promise a gain of ``MARGIN``, otherwise dense runs.
 
@@ -12,6 +13,7 @@ Nothing is ever timed unless asked for: ranks that time for themselves come to d
 
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -21,6 +23,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from neq_kernels import dense, fused, grouped, machine, narrow, native, pack
@@ -36,12 +39,15 @@ BACKENDS: dict[str, ModuleType] = {
     "grouped": grouped,
 }
 MARGIN = 0.05
+NEAR = 4
 TABLES = Path(__file__).with_name("tables")  # of choices, by the name of a device
 
 MOST_PLANS = 100_000  # kept: text comes in ever new lengths
 
+Table = dict[str, dict[int, str]]  # Problem.key -> number of samples -> the fastest backend
+
 _plans: dict[tuple[object, ...], str] = {}  # the problems met, by what tells them from others
-_measured: dict[str, dict[str, str]] = {}  # device's name -> Problem.key -> the fastest backend
+_measured: dict[str, Table] = {}  # by the device's name
 _tuning = False
 
 
@@ -94,9 +100,11 @@ def choose(
     sizes = (x, weight, len(rows), k, conv)
     plan = planned(*sizes)
     if plan is None:
+        _refuse_ranks()
         problem = problem_of(*sizes)
         plan = _fastest(problem, dy, x, weight, rows, k, bias)
-        _measured.setdefault(machine.name(x.device), {})[problem.key] = plan
+        table = _measured.setdefault(machine.name(x.device), {})
+        table.setdefault(problem.key, {})[problem.samples] = plan
     return plan
 
 
@@ -113,19 +121,27 @@ def planned(
     plan = _plans.get(key)
     if plan is None:
         problem, device = problem_of(x, weight, neurons, k, conv), machine.name(x.device)
-        plan = _able(_measured.get(device, {}).get(problem.key), problem)
-        if plan is None and _tuning:
+        measured = _able(_measured.get(device, {}), problem)
+        if _tuning and problem.samples not in measured:
             return None
         if len(_plans) >= MOST_PLANS:
             _plans.clear()
-        plan = plan or _able(shipped(device).get(problem.key), problem) or predict(problem)
+        plan = _nearest(_able(shipped(device), problem) | measured, problem.samples)
+        plan = plan or predict(problem)
         _plans[key] = plan
     return plan
 
 
-def _able(plan: str | None, problem: Problem) -> str | None:
-    """A choice from a table, unless what it takes is missing here, a compiler or Triton."""
-    return plan if plan and BACKENDS[plan].cost(problem) < float("inf") else None
+def _able(table: Table, problem: Problem) -> dict[int, str]:
+    """A table's choices, unless what they take is missing here, a compiler or Triton."""
+    choices = table.get(problem.key, {})
+    return {n: name for n, name in choices.items() if BACKENDS[name].cost(problem) < float("inf")}
+
+
+def _nearest(choices: dict[int, str], samples: int) -> str | None:
+    near = (n for n in choices if n <= NEAR * samples and samples <= NEAR * n)
+    best = min(near, key=lambda n: (abs(n - samples), n), default=None)
+    return None if best is None else choices[best]
 
 
 def problem_of(x: Tensor, weight: Tensor, neurons: int, k: int, conv: Conv | None) -> Problem:
@@ -152,6 +168,7 @@ def predict(problem: Problem) -> str:
 def tuning() -> Iterator[None]:
     """Inside, each problem not measured before is timed once, on the tensors that it comes with."""
     global _tuning
+    _refuse_ranks()
     before, _tuning = _tuning, True
     _plans.clear()
     try:
@@ -161,32 +178,47 @@ def tuning() -> Iterator[None]:
 
 
 def save(path: str | Path) -> None:
-    """Write the measured choices as JSON: for each device's name, those for its problems."""
+    """Write the measured choices as JSON: by the device's name, the problem and the samples."""
     Path(path).write_text(json.dumps(_measured, indent=1, sort_keys=True) + "\n")
 
 
 def load(path: str | Path) -> None:
     """Take over the choices that ``save`` wrote; they hold on devices of the same name."""
     for device, table in _read(path).items():
-        _measured.setdefault(device, {}).update(table)
+        for key, choices in table.items():
+            _measured.setdefault(device, {}).setdefault(key, {}).update(choices)
     _plans.clear()
 
 
 @cache
-def shipped(device: str) -> dict[str, str]:
+def shipped(device: str) -> Table:
     """The choices that this package brings for devices of that name, which ``save`` once wrote."""
     path = TABLES / f"{machine.slug(device)}.json"
     return _read(path).get(device, {}) if path.exists() else {}
 
 
-def _read(path: str | Path) -> dict[str, dict[str, str]]:
-    tables: dict[str, dict[str, str]] = json.loads(Path(path).read_text())
-    unknown = sorted(
-        {name for table in tables.values() for name in table.values()} - BACKENDS.keys()
-    )
-    if unknown:
+def _read(path: str | Path) -> dict[str, Table]:
+    tables: dict[str, Table] = {
+        device: {
+            key: {int(samples): name for samples, name in choices.items()}
+            for key, choices in table.items()
+        }
+        for device, table in json.loads(Path(path).read_text()).items()
+    }
+    named = {n for table in tables.values() for choices in table.values() for n in choices.values()}
+    if unknown := sorted(named - BACKENDS.keys()):
         raise ValueError(f"{path} names backends {unknown}, known are {sorted(BACKENDS)}")
     return tables
+
+
+def _refuse_ranks() -> None:
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if ranks > 1:
+        raise RuntimeError(
+            f"tuning() in one of {ranks} ranks: each would time for itself, and come to differ in "
+            "its choices; tune in a single process, keep its choices with planner.save(path), and "
+            "call planner.load(path) on every rank"
+        )
 
 
 def _fastest(problem: Problem, *args: Any) -> str:
@@ -199,8 +231,18 @@ def _fastest(problem: Problem, *args: Any) -> str:
     }
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(7):
-        for name, run in runs.items():
-            times[name].append(_seconds(run, problem.device))
+        for name in [*times]:
+            try:
+                times[name].append(_seconds(runs[name], problem.device))
+            except Exception as error:  # of a compiler or a launch: whatever it is, dense works
+                if name == "dense":
+                    raise
+                del times[name]
+                warnings.warn(
+                    f"{name} is out of the question for {problem.key} with {problem.samples} "
+                    f"samples: {type(error).__name__}: {error}",
+                    stacklevel=2,
+                )
     typical = {name: median(seconds[1:]) for name, seconds in times.items()}  # first: warm-up
     best = min(typical, key=typical.__getitem__)
     return best if typical[best] < (1 - MARGIN) * typical["dense"] else "dense"

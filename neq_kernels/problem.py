@@ -28,6 +28,10 @@ class Problem:
     transposed: bool = False  # of a linear layer, whose weight is kept as [inputs, n]
 
     @property
+    def samples(self) -> int:
+        return self.dy[0]
+
+    @property
     def neurons(self) -> int:
         return self.dy[1]
 
@@ -47,8 +51,9 @@ class Problem:
 
     @property
     def key(self) -> str:
-        """The name under which a measured choice is kept in a table."""
-        sizes = ["x".join(map(str, shape)) for shape in (self.dy, self.x, self.weight)]
+        """The name under which measured choices are kept in a table, one per number of samples."""
+        shapes = self.dy[1:], self.x[1:], self.weight
+        sizes = ["x".join(map(str, shape)) for shape in shapes]
         layout = "channels_last" if self.channels_last else "contiguous"
         layout = "transposed" if self.transposed else layout
         geometry = "" if self.conv is None else " ".join(map(str, self.conv))

@@ -110,6 +110,20 @@ def accumulate(rank: int) -> None:
         assert not mine[1:].any()
 
 
+def tune(rank: int) -> None:
+    """Ranks that time for themselves would come to differ, so none of them may."""
+    model, _ = model_and_twin()
+    model.hidden.set_active([0])
+    in_ranks = rf"tuning\(\) in one of {WORLD} ranks.*planner.save\(path\).*planner.load\(path\)"
+    with pytest.raises(RuntimeError, match=in_ranks), planner.tuning():
+        pass
+    planner._plans.clear()
+    with mock.patch.object(planner, "_tuning", True):  # since before there were ranks
+        loss = model(torch.randn(BATCH, 3, 5, 5)).square().mean()
+        with pytest.raises(RuntimeError, match=in_ranks):
+            loss.backward()
+
+
 def shard(rank: int) -> None:
     """FSDP: the parameters are split between the processes."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -146,6 +160,7 @@ SCENARIOS = {
     "many buckets": partial(train, bucket_cap_mb=0.0001),
     "compiled": partial(train, compiled=True),
     "gradient accumulation": accumulate,
+    "tuning": tune,
     "fully_shard": shard,
 }
 

@@ -7,6 +7,7 @@ whatever order, must return the same bits.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import inf, isqrt, prod
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -53,11 +54,17 @@ LAYOUTS = {
 }
 
 
+def examples(most: int, **options: Any) -> settings:
+    """So many, or as few as the profile has."""
+    most = min(most, settings().max_examples)
+    return settings(deadline=None, max_examples=most, **options)
+
+
 def on_random(cases: st.SearchStrategy) -> Callable:
     """Run a test on many a ``case``."""
     # what the fixtures set is the same for every example
     unchecked = [HealthCheck.function_scoped_fixture]
-    limits = settings(deadline=None, max_examples=100, suppress_health_check=unchecked)
+    limits = examples(100, suppress_health_check=unchecked)
     return lambda test: limits(given(case=cases)(test))
 
 

@@ -63,7 +63,7 @@ def results(tiny, tmp_path):
 def test_json(results, tmp_path):
     rows = results()
     assert json.loads((tmp_path / "results.json").read_text()).keys() == {"environment", "results"}
-    assert all(row.keys() == FACTS | TIMED | {"ratio", "realised"} for row in rows)
+    assert all(row.keys() == FACTS | TIMED | {"ratio", "realised", "wrong"} for row in rows)
     # two matrices in one layout, two images in two, at six fractions: of 8 neurons 0.1 is one
     assert len(rows) == (2 + 2 * 2) * 6
     assert {row["active"] for row in rows} == {1, 0.75, 0.5, 0.25, 0.125, 0}
@@ -132,14 +132,14 @@ def test_tune_and_table(results, tmp_path):
     half = ("--only", "linear", "--active", ".5", "--table", str(table))
     results("--tune", *half)
     ((device, choices),) = json.loads(table.read_text()).items()
-    (key,) = choices
+    ((key, (samples,)),) = choices.items()
     for backend in ("pack", "dense"):
-        table.write_text(json.dumps({device: {key: backend}}))
+        table.write_text(json.dumps({device: {key: {samples: backend}}}))
         assert [row["backend"] for row in results(*half)] == [backend]
     # a second tuning keeps what the table has
     results("--tune", *half[:2], "--active", ".5,.25", *half[-2:])
     choices = json.loads(table.read_text())[device]
-    assert choices[key] == "dense"
+    assert choices[key] == {samples: "dense"}
     assert len(choices) == 2
 
 
@@ -218,7 +218,8 @@ def thawed(dw, db):
 
 
 def wrong_bias(dw, db):
-    db[db.nonzero()[0]] += 1
+    if len(db):  # else the layer has none
+        db[db.nonzero()[0]] += 1
 
 
 @pytest.mark.parametrize(
@@ -230,7 +231,7 @@ def wrong_bias(dw, db):
         (wrong_bias, "db by neq is wrong for tiny/linear"),
     ],
 )
-def test_a_wrong_kernel_is_not_timed(tiny, monkeypatch, capsys, fault, message):
+def test_a_wrong_kernel_is_not_timed(results, tmp_path, monkeypatch, capsys, fault, message):
     right = ops.linear_wgrad
 
     def wrong(*args):
@@ -239,9 +240,19 @@ def test_a_wrong_kernel_is_not_timed(tiny, monkeypatch, capsys, fault, message):
         return dw, db
 
     monkeypatch.setattr(ops, "linear_wgrad", wrong)
-    with pytest.raises(SystemExit, match=message):
-        backward_speed.main(["--device", "cpu", "--active", "1,.5"])
-    assert "ms" not in capsys.readouterr().out
+    plot = str(tmp_path / "plot.png")
+    with pytest.raises(SystemExit, match=rf"error: .*{message}"):
+        results("--active", "1,.5,0", "--plot", plot)
+    rows = json.loads((tmp_path / "results.json").read_text())["results"]
+    rejected = [row for row in rows if row["wrong"]]
+    assert {row["name"] for row in rejected} <= {"tiny/linear", "tiny/transposed"}
+    for row in rows:
+        spoilt = row in rejected
+        assert (row["neq_ms"] is None) == spoilt <= (row["active"] == 0.5)
+        assert (row["ratio"] is None) == spoilt
+        assert row["gather_ms"] is not None or row["active"] == 0
+    table = [line for line in capsys.readouterr().out.splitlines() if " wrong " in line]
+    assert len(table) == len(rejected) > 0
 
 
 # What is printed
@@ -278,6 +289,7 @@ def rows_for_verdict():
             "layout": layout,
             "dense_layout": "contiguous",
             "active": active,
+            "wrong": {},
             "realised": (dense - neq) / (saved * dense) if saved else None,
             **{f"{name}_ms": ms for name, ms in times.items()},
             **{f"{name}_p20": 0.99 * ms for name, ms in times.items()},
@@ -442,6 +454,20 @@ def test_bench_of_the_optimizers(name, moved, tmp_path, monkeypatch, capsys):
         copies = row["of_copy"] * row["neq_p50"] / row["copy_p50"]
         assert copies == pytest.approx(share * moved / 2)
     assert "of a copy's bandwidth" in capsys.readouterr().out
+
+    interleave, timed = optimizer_speed.interleave, []
+
+    def interrupted(*args, **options):
+        if timed:
+            raise KeyboardInterrupt
+        timed.append(args)
+        return interleave(*args, **options)
+
+    monkeypatch.setattr(optimizer_speed, "interleave", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer_speed.main([*options, "--device", "cpu", "--json", str(file)])
+    (row,) = json.loads(file.read_text())["results"]
+    assert row["active"] == 1
 
 
 def test_choices(tiny, tmp_path, monkeypatch, capsys):

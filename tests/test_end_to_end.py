@@ -2,9 +2,11 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -29,8 +31,8 @@ CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[1]
 TIMED = {f"{part}_{p}" for part in ("step", "gradients", "update") for p in ("p20", "ms", "p80")}
 FACTS = {
-    *("network", "samples", "parameters", "contender", "active", "dtype", "layout", "optimizer"),
-    *("backends", "peak_mib", "ratio", "realised", "realised_gradients"),
+    *("network", "samples", "parameters", "contender", "active", "dtype", "layout", "mode"),
+    *("optimizer", "wrong", "backends", "peak_mib", "ratio", "realised", "realised_gradients"),
     *("ceiling", "ceiling_of_thirds"),
 }
 
@@ -152,7 +154,8 @@ def test_tune_and_table(results, tmp_path, monkeypatch):
     results("--only", "text", "--active", ".5", "--tune", "--table", str(table))
     ((device, measured),) = json.loads(table.read_text()).items()
     assert len(measured) == 4
-    table.write_text(json.dumps({device: dict.fromkeys(measured, "pack")}))
+    packed = {key: dict.fromkeys(samples, "pack") for key, samples in measured.items()}
+    table.write_text(json.dumps({device: packed}))
     rows = results("--only", "text", "--active", ".5", "--table", str(table))
     assert [r["backends"] for r in rows if r["contender"] == "neq"] == ["pack 4"]
 
@@ -173,6 +176,7 @@ def test_compile(results, monkeypatch):
     monkeypatch.setattr(torch, "compile", compile)
     rows = results("--compile", "--only", "text", "--active", ".5,0")
     assert [type(model) for model in compiled] == [type(tiny_gpt2())] * 2
+    assert {row["mode"] for row in rows} == {"compiled"}
     contenders = [row["contender"] for row in rows]
     assert contenders == ["dense", "none", "neq", "neq", "masked", "gather"]
 
@@ -321,14 +325,42 @@ def test_a_wrong_gradient_is_not_timed(bench, monkeypatch, fault, message):
     assert str(error.value).startswith(where)
 
 
-def test_a_wrong_loss_ends_the_run(tiny, monkeypatch, capsys):
-    forward = steps.NeuronLayer.forward
-    monkeypatch.setattr(
-        steps.NeuronLayer, "forward", lambda self, *args: 1.1 * forward(self, *args)
-    )
-    with pytest.raises(SystemExit, match=r"none is wrong for images .*: the loss is off by"):
-        end_to_end.main(["--device", "cpu"])
-    assert "ms" not in capsys.readouterr().out
+@pytest.mark.parametrize("wrong", ["neq", "none"])
+def test_who_is_wrong_is_not_timed_and_the_run_fails(results, wrong, tmp_path, monkeypatch, capsys):
+    gradients = Step.gradients
+
+    def spoilt(self, turn):
+        return (1.1 if self.name == wrong else 1) * gradients(self, turn)
+
+    monkeypatch.setattr(Step, "gradients", spoilt)
+    message = rf"error: {wrong} is wrong for images \(contiguous\) .*: the loss is off by"
+    with pytest.raises(SystemExit, match=message):
+        results("--only", "images", "--active", ".5", "--plot", str(tmp_path / "plot.png"))
+    rows = json.loads((tmp_path / "results.json").read_text())["results"]
+    rejected = [row for row in rows if row["contender"] == wrong]
+    assert [row["layout"] for row in rejected] == [*LAYOUTS]
+    assert all(row.keys() == FACTS | TIMED for row in rows)
+    for row in rows:
+        assert (row["step_ms"] is None) == (row["contender"] == wrong) == bool(row["wrong"])
+    lines = capsys.readouterr().out.splitlines()
+    line = next(line for line in lines if re.search(rf"{wrong} +contiguous", line))
+    assert line.split().count("wrong") == 5
+
+
+def test_what_was_measured_outlives_an_interruption(results, tmp_path, monkeypatch):
+    each_round = end_to_end.each_round
+
+    def interrupted(calls, device, seconds, fewest=5):
+        rounds = each_round(calls, device, seconds, fewest=fewest)
+        yield from islice(rounds, 2)
+        if fewest > 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(end_to_end, "each_round", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        results("--only", "images", "--active", ".5")
+    rows = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert "neq" in {row["contender"] for row in rows}
 
 
 # The figures
@@ -369,13 +401,14 @@ class Fake:
 @pytest.fixture
 def fake(monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr(end_to_end, "rounds", partial(end_to_end.rounds, clock=lambda: clock[0]))
+    timed = partial(end_to_end.each_round, clock=lambda: clock[0])
+    monkeypatch.setattr(end_to_end, "each_round", timed)
     return partial(Fake, clock)
 
 
 def test_parts_add_up_round_by_round(fake):
     entry = Entry("neq", 0.5, "contiguous")
-    found = time_parts({entry: fake(5, 3)}, CPU, 1e-9)[entry]
+    *_, found = (times[entry] for times in time_parts({entry: fake(5, 3)}, CPU, 1e-9))
     assert found["step"] == (8000, 8000, 8000)
     assert found["gradients"].p20 < found["gradients"].p80
 
@@ -402,6 +435,7 @@ def test_verdict():
     def row(contender, active, ratio, realised):
         return {
             "network": "toast",
+            "mode": "compiled" if active == 0.25 else "eager",
             "dtype": "float32",
             "contender": contender,
             "active": active,
@@ -420,8 +454,8 @@ def test_verdict():
     ]
     assert step_report.verdict(rows, "toaster").splitlines() == [
         "toaster, float32, whole steps with 0 < f <= 0.5:",
-        "neq: realised -0.10 median, -0.20 worst (toast, f = 0.25); slower than dense in 2 "
-        "(1 by more than 3%) of 3 rows",
+        "neq: realised -0.10 median, -0.20 worst (toast, compiled, f = 0.25); "
+        "slower than dense in 2 (1 by more than 3%) of 3 rows",
         "gather: realised 0.40 median, 0.40 worst (toast, f = 0.5); slower than dense in 0 "
         "(0 by more than 3%) of 1 rows",
     ]
@@ -480,14 +514,14 @@ def test_batches_are_halved_until_they_fit(tiny, monkeypatch, capsys):
         tried.append((name, samples))
         if samples > 1 or name == "text":
             raise torch.OutOfMemoryError
-        return [name]
+        yield [{"network": name, "wrong": {}}]
 
     monkeypatch.setattr(end_to_end, "measure", measure)
-    monkeypatch.setattr(step_report, "show", lambda rows, facts: print(rows))
+    monkeypatch.setattr(step_report, "show", lambda rows, facts: print(rows[0]["network"]))
     end_to_end.main(["--device", "cpu"])
     assert tried == [("images", 4), ("images", 2), ("images", 1), ("text", 2), ("text", 1)]
     printed = capsys.readouterr()
-    assert printed.out.endswith("['images']\n")
+    assert printed.out.endswith("images\n")
     assert "text is left out: not one sample fits into memory" in printed.err
     with pytest.raises(SystemExit, match="error: no network fits into the memory of this device"):
         end_to_end.main(["--device", "cpu", "--only", "text"])

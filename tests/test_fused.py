@@ -6,13 +6,14 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from interpreter import DEVICES, DTYPES, INTERPRETED
 from strategies import (
     conv_case,
     dimensions,
     exactly,
+    examples,
     linear_case,
     linear_cases,
     no_worse_than_the_vendor,
@@ -36,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory", "planned")
 on_devices = pytest.mark.parametrize("device", DEVICES)
 in_dtypes = pytest.mark.parametrize("dtypes", DTYPES)
 in_cases = pytest.mark.parametrize("case", [LINEAR, CONV], ids=["linear", "conv"])
-random_cases = settings(deadline=None, max_examples=25)
+random_cases = examples(25)
 deals = st.tuples(st.integers(1, 4), st.sampled_from([None, SMALL]))
 
 

@@ -28,6 +28,7 @@ ROW = {
     "backend": "fused",
     "ratio": 0.6,
     "realised": 0.8,
+    "wrong": {},
     **{
         f"{name}_{what}": 1.0
         for name in ("dense", "plain", "neq", "masked", "gather")
@@ -43,7 +44,9 @@ STEP = {
     "active": 0.5,
     "dtype": "bfloat16",
     "layout": "contiguous",
+    "mode": "eager",
     "optimizer": "neq AdamW",
+    "wrong": {},
     "backends": "fused 73",
     "peak_mib": 100.0,
     "ratio": 0.9,
@@ -66,6 +69,8 @@ try:
 except KeyboardInterrupt:
     print("what it knows")
 """
+TESTS = SLOW.replace("what it knows", "{}, 3 passed in 5s").format
+REFUSES = "print('= Error: Device not supported.'); print('1 failed'); exit(1)"
 DEAF = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
 
 
@@ -80,10 +85,26 @@ def python(code):
         (python("import sys; sys.exit('no')"), 60, "failed with exit status 1", "no"),
         (python(SLOW), 5, "stopped after 5 s", "what it knows"),
         (python(f"{DEAF}\n{SLOW}"), 5, "stopped after 5 s", "1"),
-        (["no-such-tool"], 60, "left out: no no-such-tool on the PATH", ""),
+        (python(TESTS("1 skipped")), 5, "stopped after 5 s: 3 passed", "1 skipped, 3 passed in 5s"),
+        (
+            *(python(TESTS("2 failed")), 5),
+            *("failed, stopped after 5 s: 2 failed, 3 passed", "2 failed, 3 passed in 5s"),
+        ),
+        (python(REFUSES), 60, "left out: Device not supported", "1 failed"),
+        (["no-such-tool"], 60, "left out: no no-such-tool here", ""),
         (python(""), 0, "left out: no time was left", ""),
     ],
-    ids=["passes", "fails", "is slow", "does not listen", "is missing", "is late"],
+    ids=[
+        "passes",
+        "fails",
+        "is slow",
+        "does not listen",
+        "tests",
+        "failing tests",
+        "refuses",
+        "is missing",
+        "is late",
+    ],
 )
 def test_how_a_part_ends(command, seconds, ended, last_line, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "GRACE", 2)
@@ -92,22 +113,30 @@ def test_how_a_part_ends(command, seconds, ended, last_line, tmp_path, monkeypat
     assert (outcome.ended, outcome.last_line) == (ended, last_line)
 
 
-def test_what_one_part_loses_the_others_keep(tmp_path, capsys):
-    def writes(name, rows):
-        file, text = str(tmp_path / f"{name}.json"), json.dumps({"results": rows})
-        return Part(name, python(f"open({file!r}, 'w').write({text!r})"), 1)
-
-    parts = [writes("speed vit", [ROW]), writes("steps vit", [NONE, STEP])]
-    parts.append(Part("other", python("1 / 0"), 1))
+@pytest.fixture
+def check(tmp_path, monkeypatch):
+    """Runs some parts; gives the exit status."""
     facts = environment(torch.device("cpu"))
-    with (
-        mock.patch.object(gpu_check, "parts", return_value=parts),
-        mock.patch.object(gpu_check, "environment", return_value=facts),
-        mock.patch.object(torch.cuda, "is_available", return_value=True),
-    ):
-        assert gpu_check.main(["--out", str(tmp_path)]) == 1
+    monkeypatch.setattr(gpu_check, "environment", lambda device: facts)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def check(*parts):
+        monkeypatch.setattr(gpu_check, "parts", lambda out, seconds: parts)
+        return gpu_check.main(["--out", str(tmp_path), "--minutes", "2"])
+
+    return check
+
+
+def writes(folder, name, rows):
+    file, text = str(folder / f"{name}.json"), json.dumps({"results": rows})
+    return Part(name, python(f"open({file!r}, 'w').write({text!r})"), 1)
+
+
+def test_what_one_part_loses_the_others_keep(check, tmp_path, capsys):
+    parts = [writes(tmp_path, "speed vit", [ROW]), writes(tmp_path, "steps vit", [NONE, STEP])]
+    assert check(*parts, Part("other", python("1 / 0"), 1)) == 1
     summary = json.loads((tmp_path / "gpu_check.json").read_text())
-    assert summary["environment"] == facts
+    assert summary["environment"]["cpu"]
     assert summary["results"] == [ROW]
     assert summary["steps"] == [NONE, STEP]
     ended = [part["ended"] for part in summary["parts"]]
@@ -121,6 +150,31 @@ def test_what_one_part_loses_the_others_keep(tmp_path, capsys):
     assert "vit-s x 256" in printed
 
 
+def test_what_is_cut_off_or_missing_is_named_and_no_failure(check, capsys):
+    assert check(Part("tests", python(TESTS("1 skipped")), 0.03), Part("tool", ["no-tool"], 1)) == 0
+    printed = capsys.readouterr().out
+    assert "stopped after 3 s: 3 passed" in printed
+    assert "left out: no no-tool here" in printed
+
+
+@pytest.mark.parametrize("kind", ["speed", "steps"])
+def test_a_wrong_result_is_a_failure_of_a_part_that_was_cut_off_too(kind, check, tmp_path, capsys):
+    unknown = {"ratio": None, "realised": None, "wrong": {"neq": "dW by neq is wrong for vit"}}
+    spoilt = (ROW if kind == "speed" else STEP) | unknown
+    spoilt |= {key: None for key in spoilt if key.startswith(("neq_", "step_"))}
+    assert check(writes(tmp_path, f"{kind} vit", [spoilt])) == 1
+    assert "dW by neq is wrong for vit" in capsys.readouterr().out
+
+
+def test_finds_tools_that_only_cuda_has_on_its_path(tmp_path, monkeypatch):
+    assert gpu_check.find("no-such-tool") == "no-such-tool"
+    (tmp_path / "bin").mkdir()
+    tool = tmp_path / "bin/no-such-tool"
+    tool.touch(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert gpu_check.find("no-such-tool") == str(tool)
+
+
 def test_parts_are_commands_that_exist(tmp_path):
     parts = list(gpu_check.parts(tmp_path, 480))
     assert [part.until for part in parts] == sorted(part.until for part in parts)
@@ -128,8 +182,10 @@ def test_parts_are_commands_that_exist(tmp_path):
     for part in parts:
         if part.name.startswith("steps"):
             steps = [argument.replace("cuda", "cpu") for argument in part.command[2:]]
+            modes = {"--compile", "--graphs"} & {*steps}
+            steps = [argument for argument in steps if argument != "--graphs"]
             with mock.patch.object(end_to_end, "networks", return_value=NETWORKS):
-                stepped += end_to_end.parse(steps).networks
+                stepped += ((name, *modes) for name in end_to_end.parse(steps).networks)
         elif part.name.startswith("speed"):
             speed = [argument.replace("cuda", "cpu") for argument in part.command[2:]]
             timed += [problem.name for problem in backward_speed.parse(speed).problems]
@@ -137,7 +193,13 @@ def test_parts_are_commands_that_exist(tmp_path):
             script = importlib.import_module(f"bench.{part.name}")
             script.parse([argument.replace("cuda", "cpu") for argument in part.command[2:]])
     assert sorted(timed) == sorted(problem.name for problem in problems("full", "cpu"))
-    assert sorted(stepped) == sorted(gpu_check.NETWORKS)
+    assert stepped[:4] == [(name,) for name in gpu_check.STEPS]
+    assert stepped[4:] == [
+        ("gpt2", "--compile"),
+        ("resnet50", "--graphs"),
+        ("resnet50", "--compile"),
+    ]
+    assert len({part.name for part in parts}) == len(parts)
     for kernel in gpu_check.KERNELS:
         file, name = kernel.split("::")
         assert f"def {name}(" in (ROOT / file).read_text()

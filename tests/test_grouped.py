@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from interpreter import DEVICES, DTYPES, INTERPRETED
 from strategies import (
@@ -14,6 +14,7 @@ from strategies import (
     conv_case,
     dimensions,
     exactly,
+    examples,
     no_worse_than_the_vendor,
     options,
     problem_of,
@@ -79,7 +80,7 @@ def convs(draw):
 
 @on_devices
 @in_dtypes
-@settings(deadline=None, max_examples=15)
+@examples(15)
 @given(case=convs(), parts=st.integers(1, 4))
 def test_exact(device, dtypes, case, parts):
     with cut_into(parts):

@@ -17,7 +17,7 @@ OFFLINE = ["--no-deps", "--no-index", "--no-build-isolation"]
 USE = """
 import torch, neq
 from neq_kernels import compiled, planner
-assert planner.shipped("A device") == {"a problem": "pack"}
+assert planner.shipped("A device") == {"a problem": {64: "pack"}}
 model = neq.convert(torch.nn.Linear(4, 6))
 model.set_active([1, 4])
 model(torch.ones(3, 4)).sum().backward()
@@ -44,7 +44,7 @@ def sdist(tmp_path_factory):
     shutil.copytree(ROOT, tree, ignore=left, dirs_exist_ok=True)
     tables = tree / "neq_kernels/tables"
     tables.mkdir(exist_ok=True)
-    (tables / "a-device.json").write_text('{"A device": {"a problem": "pack"}}')
+    (tables / "a-device.json").write_text('{"A device": {"a problem": {"64": "pack"}}}')
     run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", folder, tree)
     (path,) = folder.iterdir()
     return path

@@ -54,6 +54,8 @@ def backends(monkeypatch, clock):
         def backend(name, cost, seconds):
             def run(dy, x, weight, *_):
                 calls.append(name)
+                if isinstance(seconds, Exception):
+                    raise seconds
                 clock.now += seconds
                 return weight, weight
 
@@ -77,8 +79,9 @@ def choose(case, dtypes=FLOAT32, device="cpu"):
 
 
 def measure(case, backend):
-    key = problem_of(op_of(case), *case.args()).key
-    planner._measured.setdefault(machine.name(torch.device("cpu")), {})[key] = backend
+    table = planner._measured.setdefault(machine.name(torch.device("cpu")), {})
+    problem = problem_of(op_of(case), *case.args())
+    table.setdefault(problem.key, {})[problem.samples] = backend
 
 
 @pytest.mark.parametrize("case", [LINEAR, CONV], ids=op_of)
@@ -198,6 +201,24 @@ def test_tuning_measures_a_problem_once(backends):
     assert len(calls) == 2 * once
 
 
+def test_tuning_drops_a_backend_that_fails(backends):
+    fault = RuntimeError("out of resource: shared memory")
+    calls = backends(dense=(1.0, 5), broken=(1.0, fault), other=(1.0, 4))
+    message = (
+        r"broken is out of the question for linear_wgrad cpu float32 contiguous 32 8 32x8 4/16  "
+        r"with 64 samples: RuntimeError: out of resource: shared memory"
+    )
+    with planner.tuning(), pytest.warns(UserWarning, match=message) as warned:
+        assert choose(LINEAR) == "other"
+    assert len(warned) == calls.count("broken") == 1
+
+
+def test_tuning_does_not_hide_that_dense_fails(backends):
+    backends(dense=(1.0, RuntimeError("theirs")), other=(1.0, 4))
+    with planner.tuning(), pytest.raises(RuntimeError, match="theirs"):
+        choose(LINEAR)
+
+
 def test_tuning_ends_with_an_error(backends, clock):
     backends(dense=(1.0, 5), other=(1.0, 4))
     with pytest.raises(RuntimeError, match="theirs"), planner.tuning():
@@ -220,9 +241,9 @@ def test_measured_choices_survive_a_file(backends, clock, tmp_path):
         choose(LINEAR), choose(CONV)
     planner.save(tmp_path / "table.json")
     tables = json.loads((tmp_path / "table.json").read_text())
-    assert {device: list(table.values()) for device, table in tables.items()} == {
-        machine.name(torch.device("cpu")): ["other"] * 2
-    }
+    ((device, table),) = tables.items()
+    assert device == machine.name(torch.device("cpu"))
+    assert [*table.values()] == [{"4": "other"}, {"64": "other"}]
 
     planner._measured.clear()
     planner._plans.clear()
@@ -263,7 +284,7 @@ def test_plans_of_ever_new_sizes_do_not_pile_up(backends, monkeypatch):
 
 def test_load_rejects_unknown_backends(tmp_path):
     table = tmp_path / "table.json"
-    table.write_text(json.dumps({"a gpu": {"a": "pack", "b": "magic", "c": "dense"}}))
+    table.write_text(json.dumps({"a gpu": {"a": {"1": "pack", "2": "magic"}, "c": {"1": "dense"}}}))
     with pytest.raises(ValueError, match=r"table.json names .*\['magic'\], known are \['dense"):
         planner.load(table)
     assert planner._measured == {}
@@ -272,7 +293,8 @@ def test_load_rejects_unknown_backends(tmp_path):
 def ship(case, backend, device=None):
     device = device or machine.name(torch.device("cpu"))
     planner.TABLES.mkdir(exist_ok=True)
-    table = {device: {problem_of(op_of(case), *case.args()).key: backend}}
+    problem = problem_of(op_of(case), *case.args())
+    table = {device: {problem.key: {problem.samples: backend}}}
     (planner.TABLES / f"{machine.slug(device)}.json").write_text(json.dumps(table))
 
 
@@ -299,7 +321,50 @@ def test_tuning_measures_what_a_shipped_table_has_and_saves_no_more(backends, tm
         assert choose(LINEAR) == "other"
     planner.save(tmp_path / "table.json")
     ((_, choices),) = json.loads((tmp_path / "table.json").read_text()).items()
-    assert [*choices.values()] == ["other"]
+    assert [*choices.values()] == [{"64": "other"}]
+
+
+def of_samples(samples):
+    return linear_case((samples,), 8, 32, range(8))
+
+
+@pytest.mark.parametrize(
+    ("samples", "choice"),
+    [
+        (15, "dense"),
+        (16, "first"),
+        (64, "first"),
+        (96, "first"),  # as near as the second
+        (97, "second"),
+        (128, "second"),
+        (512, "second"),
+        (513, "dense"),
+    ],
+)
+@pytest.mark.parametrize("take_over", [ship, measure])
+def test_a_choice_holds_for_other_numbers_of_samples(backends, clock, take_over, samples, choice):
+    """Those of the same problem, up to four times as many or as few; the nearest one counts."""
+    backends(dense=(1.0, 1), first=(1.0, 1), second=(1.0, 1))
+    take_over(of_samples(64), "first")
+    measure(of_samples(128), "second")
+    assert choose(of_samples(samples)) == choice
+    assert clock.readings == 0
+
+
+def test_what_was_measured_comes_before_what_is_near(backends):
+    backends(dense=(1.0, 1), first=(1.0, 1), second=(1.0, 1), unable=(inf, 1))
+    ship(of_samples(64), "first")
+    measure(of_samples(65), "second")
+    measure(of_samples(63), "unable")
+    assert [choose(of_samples(n)) for n in (63, 64, 65)] == ["first", "first", "second"]
+
+
+def test_tuning_measures_also_what_something_measured_is_near_to(backends):
+    backends(dense=(1.0, 5), other=(1.0, 4))
+    measure(of_samples(64), "dense")
+    with planner.tuning():
+        assert choose(of_samples(65)) == "other"
+    assert choose(of_samples(64)) == "dense"
 
 
 @pytest.mark.parametrize("take_over", [ship, measure])
@@ -319,7 +384,8 @@ CHANNELS_LAST = ("channels_last",) * 3
 OTHERS = {
     "dtype": (LINEAR, LINEAR, {"dtypes": (torch.float64, torch.float32)}),
     "device": (LINEAR, LINEAR, {"device": "meta"}),
-    "samples": (LINEAR, linear_case((63,), 8, 32, range(8)), {}),
+    "many fewer samples": (LINEAR, linear_case((15,), 8, 32, range(8)), {}),
+    "many more samples": (LINEAR, linear_case((257,), 8, 32, range(8)), {}),
     "inputs": (LINEAR, linear_case((64,), 9, 32, range(8)), {}),
     "neurons": (LINEAR, linear_case((64,), 8, 31, range(7)), {}),
     "bucket": (LINEAR, replace(LINEAR, active=frozenset(range(9))), {}),

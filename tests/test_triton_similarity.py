@@ -5,10 +5,10 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from interpreter import DEVICES, INTERPRETED
-from strategies import LAYOUTS
+from strategies import LAYOUTS, examples
 
 from neq_kernels import reference, row_similarity, similarity, triton_similarity
 from neq_kernels.gpu import Gpu
@@ -55,7 +55,7 @@ def outputs(draw):
 
 
 @on_devices
-@settings(deadline=None, max_examples=40)
+@examples(40)
 @given(outputs(), st.sampled_from([128, 2048]), st.integers(1, 4))
 def test_exact(device, case, elements, parts):
     shape, dim, per_sample, layouts, dtypes = case
