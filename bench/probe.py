@@ -4,16 +4,18 @@
     python bench/probe.py --data FOLDER     # images by class, FOLDER/<class>/*.jpg: CIFAR-10, say
 
 A ResNet-32 trains on 32x32 images, everything, while one Controller per memory watches and says
-whom it would freeze. Then outputs of larger layers are compared, each timed in turns with a copy,
-which moves as many bytes as reading both outputs does:
+whom it would freeze. Then outputs of larger layers are compared, and gradients of the same sizes
+packed, samples by neurons, as ``pack`` does before a product: what else only moves bytes. Each is
+timed in turns with a copy, which moves as many bytes as reading two outputs does:
 
-    of copy    the bytes per second of ``neq::row_similarity`` as a share of the copy's
+    of copy    the bytes per second of ``neq::row_similarity``, or of packing active columns with
+               their sums (all of dY read, the packed columns written), as a share of the copy's
 """
 
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -32,6 +34,7 @@ import neq
 from bench import options, report
 from bench.timing import cache_bytes, environment, interleave
 from neq_kernels import row_similarity
+from neq_kernels.compiled import pack_columns
 
 BATCH, SAMPLES, CLASSES, IMAGES = 100, 50, 10, 50_000
 MEMORIES = ("device", "host", "sketch")
@@ -41,6 +44,7 @@ OUTPUTS = {  # of one sample, neurons first
     "swin-b/stage1": (128, 56, 56),
     "gpt2/mlp": (3072, 256),
 }
+ACTIVE = (0.5, 0.25)  # below, packing no longer has to read all of dY
 
 
 class Watching(neq.Equilibrium):
@@ -60,15 +64,18 @@ def main(arguments: list[str] | None = None) -> None:
     report.save(rows, facts, given.json)  # should what follows be cut off
     report.show_table(table(rows))
     compared = compare(given.device, given.seconds)
-    report.show_table(comparison(compared))
+    report.show_table(beside_copy(compared, "compare"))
+    packed = pack(given.device, given.seconds)
+    report.show_table(beside_copy(packed, "pack"))
+    compares, packs = (median(float(row["of_copy"]) for row in some) for some in (compared, packed))
     worst = max(rows, key=lambda row: row["share_of_epoch"])
     print(
         f"measuring on {SAMPLES} samples takes at most {worst['share_of_epoch']:.2%} of "
         f"an epoch of {IMAGES} images; a sketch and all outputs agree on "
         f"{rows[-1]['agreement']:.2%} of those frozen; comparing outputs runs at "
-        f"{median(float(row['of_copy']) for row in compared):.0%} of a copy's bandwidth"
+        f"{compares:.0%} of a copy's bandwidth, packing at {packs:.0%}"
     )
-    report.save([*rows, *compared], facts, given.json)
+    report.save([*rows, *compared, *packed], facts, given.json)
 
 
 def measure(given: argparse.Namespace) -> list[dict[str, float | str]]:
@@ -136,42 +143,67 @@ def compare(device: torch.device, seconds: float) -> list[dict[str, float | str]
 def compare_one(
     name: str, neurons_last: bool, device: torch.device, seconds: float
 ) -> dict[str, float | str]:
-    """``row_similarity`` and a copy, in turns, on outputs in bfloat16 that no cache holds."""
+    """``row_similarity`` of two outputs."""
     neurons, *positions = OUTPUTS[name]
     shape = (SAMPLES, *positions, neurons) if neurons_last else (SAMPLES, neurons, *positions)
     dim = len(positions) + 1 if neurons_last else 1
-    size = 2 * prod(shape)  # bytes
-    others = 2 + cache_bytes(device) // size
-    y = torch.randn(others, *shape, device=device, dtype=torch.bfloat16)
-    copy = torch.empty_like(y[0])
-    times = interleave(
-        {
-            "compare": lambda i: row_similarity(y[i % others], y[i % others - 1], dim, False),
-            "copy": lambda i: copy.copy_(y[i % others]),
-        },
-        device,
-        seconds,
+    y = beyond_caches(shape, device)
+    times = in_turns_with_copy(
+        "compare", lambda i: row_similarity(y[i], y[i - 1], dim, False), y, 2, seconds
     )
-    compared, copied = times["compare"].p50, times["copy"].p50
+    return {"output": name, "neurons": "last" if neurons_last else "first", **times}
+
+
+def pack(device: torch.device, seconds: float) -> list[dict[str, float | str]]:
+    return [pack_one(name, share, device, seconds) for name, share in product(OUTPUTS, ACTIVE)]
+
+
+def pack_one(
+    name: str, share: float, device: torch.device, seconds: float
+) -> dict[str, float | str]:
+    """``pack_columns``, with the sums for a bias, of a share of random neurons."""
+    neurons, *positions = OUTPUTS[name]
+    dy = beyond_caches((SAMPLES * prod(positions), neurons), device)
+    rows = torch.randperm(neurons)[: round(share * neurons)].sort().values.to(device)
+    moved = 1 + len(rows) / neurons
+    times = in_turns_with_copy(
+        "pack", lambda i: pack_columns(dy[i], rows, True), dy, moved, seconds
+    )
+    return {"output": name, "neurons": f"{share:.3g} active", **times}
+
+
+def beyond_caches(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """[others, *shape] in bfloat16, so many that one is out of all caches when its turn comes."""
+    others = 2 + cache_bytes(device) // (2 * prod(shape))
+    return torch.randn(others, *shape, device=device, dtype=torch.bfloat16)
+
+
+def in_turns_with_copy(
+    name: str, call: Callable[[int], object], y: Tensor, moved: float, seconds: float
+) -> dict[str, float | str]:
+    """``call``, told which of ``y`` [others, ...] is next, moves one of them ``moved`` times."""
+    copy = torch.empty_like(y[0])
+    calls = {"call": lambda i: call(i % len(y)), "copy": lambda i: copy.copy_(y[i % len(y)])}
+    times = interleave(calls, y.device, seconds)
+    taken, copied = times["call"].p50, times["copy"].p50
+    megabytes = 1e-6 * moved * copy.nbytes
     return {
-        "output": name,
-        "neurons": "last" if neurons_last else "first",
-        "megabytes": 2e-6 * size,
-        "compare_ms": compared,
+        "megabytes": megabytes,
+        f"{name}_ms": taken,
         "copy_ms": copied,
-        "gigabytes_per_second": 2e-6 * size / compared,
-        "of_copy": copied / compared,
+        "gigabytes_per_second": megabytes / taken,
+        "of_copy": moved / 2 * copied / taken,
     }
 
 
-def comparison(rows: list[dict[str, float | str]]) -> Table:
-    out = Table(*("output", "neurons", "MB", "ms", "copy ms", "GB/s", "of copy"))
+def beside_copy(rows: list[dict[str, float | str]], name: str) -> Table:
+    out = Table(*("output", "neurons", "MB", f"{name} ms", "copy ms", "GB/s", "of copy"))
     for row in rows:
         out.add_row(
             str(row["output"]),
             str(row["neurons"]),
             f"{row['megabytes']:.0f}",
-            f"{row['compare_ms']:.3f}",
+            f"{row[f'{name}_ms']:.3f}",
             f"{row['copy_ms']:.3f}",
             f"{row['gigabytes_per_second']:.0f}",
             f"{row['of_copy']:.0%}",

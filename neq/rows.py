@@ -14,6 +14,14 @@ class Rows:
     # ask an instance for it: torch 2.11 doesn't guard what it reads off a class.
     ever_masked: ClassVar[bool] = False
 
+    # A CUDA graph reads the addresses that it was captured with, and keeps nothing alive by itself.
+    _captured = False  # was one captured that reads today's tensors?
+    _kept: tuple[Tensor, ...] = ()  # what others read, for as long as these rows live
+
+    # what graphs read, with ``length``; shapes are the same whatever the mask
+    mask: Tensor  # bool [neurons]
+    order: Tensor  # int64 [neurons]: active first, ascending
+
     def __init__(self, neurons: int, device: torch.device) -> None:
         self._device = device
         self.set(torch.ones(neurons, dtype=torch.bool, device="cpu"))
@@ -30,18 +38,21 @@ class Rows:
 
     @torch.inference_mode(False)
     def _place(self) -> None:
-        order = torch.argsort(self._mask, descending=True, stable=True)  # active first, ascending
-        # what graphs read, with ``length``; shapes are the same whatever the mask
-        self.mask = self._mask.to(self._device)  # bool [neurons]
-        self.order = order.to(self._device)  # int64 [neurons]
-        # and what eager layers read: parts of it
+        if self._captured:
+            self._kept += self.mask, self.order
+            self._captured = False
+        order = torch.argsort(self._mask, descending=True, stable=True)
+        self.mask, self.order = self._mask.to(self._device), order.to(self._device)
+        # what eager layers read: parts of it
         self.active, self.frozen = self.order[: self.count], self.order[self.count :]
 
     def on(self, device: torch.device) -> "Rows":
-        """These rows, moved after their layer if it has moved."""
+        """These rows, to be read now, moved after their layer if it has moved."""
         if device != self._device:
             self._device = device
             self._place()
+        if _is_capturing(device):
+            self._captured = True
         return self
 
     def __getstate__(self) -> list[bool]:
@@ -52,6 +63,16 @@ class Rows:
     def __setstate__(self, mask: list[bool]) -> None:
         self._device = torch.device("cpu")
         self.set(torch.tensor(mask, dtype=torch.bool, device="cpu"))
+
+
+def _is_capturing(device: torch.device) -> bool:
+    """Is what is launched on the device recorded for a CUDA graph, to run again and again?"""
+    # a compiled model's own graphs copy what they read; in one captured by hand nobody asks here
+    return (
+        device.type == "cuda"
+        and not torch.compiler.is_compiling()
+        and torch.cuda.is_current_stream_capturing()
+    )
 
 
 def parse(rows: Any, neurons: int, layer: str) -> Tensor:

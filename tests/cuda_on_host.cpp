@@ -116,6 +116,7 @@ inline Block block;
 inline Thread* me;
 inline std::function<void()> body;
 inline const char* failure;
+inline std::minstd_rand random;  // goes on from one launch to the next, so that no two are alike
 
 inline void fail(const char* why) { failure = failure ? failure : why; }
 
@@ -157,7 +158,7 @@ inline bool resume(Thread& thread) {
   return true;
 }
 
-inline void run_block(const dim3& size, size_t shared, std::minstd_rand& random) {
+inline void run_block(const dim3& size, size_t shared) {
   const unsigned count = size.x * size.y * size.z;
   block.barrier = {int(count)};
   block.shared.assign(shared / sizeof(uint4), {~0u, ~0u, ~0u, ~0u});
@@ -242,7 +243,6 @@ cudaError_t launch(void (*kernel)(Parameters...), const Launch& how,
   if (how.shared > emulated::kSharedBytes) return "too much shared memory";
   emulated::body = [&] { kernel(parameters...); };
   emulated::failure = nullptr;
-  std::minstd_rand random;
   gridDim = how.grid;
   blockDim = how.block;
   for (unsigned z = 0; z < gridDim.z; ++z)
@@ -250,7 +250,7 @@ cudaError_t launch(void (*kernel)(Parameters...), const Launch& how,
       for (unsigned x = 0; x < gridDim.x; ++x) {
         blockIdx = {x, y, z};
         emulated::block.copies_at_once ^= true;
-        emulated::run_block(how.block, how.shared, random);
+        emulated::run_block(how.block, how.shared);
       }
   return emulated::failure;
 }

@@ -54,3 +54,20 @@ def test_conv_wgrad_multiplies_on_tensor_cores_what_it_copies_asynchronously(com
         assert code.count("LDGSTS") == code.count("LDGSTS", "128") > 0, name
         assert not code.count("LDG", "U16"), name
     assert products == {(dtype, 10 * octets) for dtype in (False, True) for octets in (1, 2, 3, 4)}
+
+
+@every_target
+def test_pack_columns_has_enough_on_its_way(compile_for, target):
+    """Eight loads in each thread, and registers for all of a multiprocessor's 2048 threads."""
+    (source,) = (source for source in SOURCES if source.stem == "pack")
+    cubin, said = compile_for(source, target)
+    registers = dict(re.findall(r"function '(\S+)'.*?Used (\d+) registers", said, re.DOTALL))
+    in_16_bits = 0
+    for name, code in functions(cubin).items():
+        if "4packI" not in name:
+            continue
+        assert int(registers[name]) <= (40 if "packId" in name else 32), name
+        if "half" in name or "bfloat16" in name:
+            in_16_bits += 1
+            assert code.count("LDG", "U16") == code.count("STG", "U16") > 8, name
+    assert in_16_bits == 2

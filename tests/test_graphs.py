@@ -46,11 +46,19 @@ def backend(request, monkeypatch):
     return request.param
 
 
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str, autouse=True)
+def precision(request, monkeypatch):
+    """That of the products, by autocast."""
+    monkeypatch.setattr(Training, "precision", request.param)
+    return request.param
+
+
 class Model(nn.Module):
     def __init__(self):
         super().__init__()
         self.conv = nn.Conv2d(3, 16, 3, padding=1)
         self.norm = nn.BatchNorm2d(16)
+        self.narrow = nn.Conv2d(16, 16, 3, padding=1)
         self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False)
         self.up = nn.ConvTranspose2d(16, 8, 2)
         self.layer_norm = nn.LayerNorm(8)
@@ -59,12 +67,15 @@ class Model(nn.Module):
 
     def forward(self, x):
         x = self.norm(F.gelu(self.conv(x)))  # a bias before a norm would train on mere rounding
+        x = F.gelu(self.narrow(x))
         x = self.up(x + self.depthwise(x)).mean((2, 3))
         return self.head(F.gelu(self.hidden(self.layer_norm(x))))
 
 
 class Training:
     """A model, its optimizer, and a step that reads its batch from where it always lies."""
+
+    precision = torch.float32
 
     def __init__(self, name, device):
         torch.manual_seed(0)
@@ -93,7 +104,11 @@ class Training:
 
     def step(self):
         self.optimizer.zero_grad()
-        F.cross_entropy(self.model(self.x), self.labels).backward()
+        low = self.precision is not torch.float32
+        # its cache of cast weights would be a graph's own, and outlive it
+        with torch.autocast(self.x.device.type, torch.bfloat16, low, cache_enabled=False):
+            loss = F.cross_entropy(self.model(self.x), self.labels)
+        loss.backward()
         self.optimizer.step()
 
     def state(self):
@@ -180,6 +195,22 @@ def no_waiting(device):
             torch.cuda.set_sync_debug_mode("default")
 
 
+ABLE = {  # to compute a gradient of this model in each precision
+    ("cpu", torch.float32): {"dense", "pack", "native"},
+    ("cpu", torch.bfloat16): {"dense", "pack", "native"},
+    ("cuda", torch.float32): {"dense", "pack", "fused", "grouped"},
+    ("cuda", torch.bfloat16): {"dense", "pack", "fused", "grouped", "narrow"},
+}
+
+
+@on_devices
+def test_the_model_gives_each_backend_something_to_do(device, backend, precision):
+    training = Training("SGD", device)
+    training.freeze(1)
+    training.step()
+    assert (backend in planner._plans.values()) == (backend in ABLE[device, precision])
+
+
 @on_devices
 @by_both
 def test_replays_are_steps_and_so_are_those_of_a_new_graph_after_other_masks(device, name):
@@ -201,6 +232,28 @@ def test_replays_are_steps_and_so_are_those_of_a_new_graph_after_other_masks(dev
         assert not torch.equal(mine.model.conv.weight, before["conv.weight"])
         for t, kept in zip(mine.frozen(), frozen, strict=True):
             assert torch.equal(t, kept)
+
+
+@pytest.mark.gpu
+@by_both
+def test_a_graph_that_outlived_its_mask_is_stale_but_safe(name):
+    """What it reads is still there, however much is allocated since."""
+    mine, eager = Training(name, "cuda"), Training(name, "cuda")
+    for training in (mine, eager):
+        training.freeze(0)
+        training.take(0)
+    replay = captured(mine)
+    eager.step()
+    for seed in 1, 2:
+        mine.freeze(seed)
+    kept = [torch.full((n,), 2**40, device="cuda") for n in range(1, 100) for _ in range(20)]
+    for batch in range(10, 13):
+        mine.take(batch)
+        replay()
+        eager.take(batch)
+        eager.step()
+    alike(mine.state(), eager.state())
+    assert all(bool((t == 2**40).all()) for t in kept)
 
 
 @on_devices

@@ -68,36 +68,71 @@ def test_exact(shape, dtype, device):
     check_exactly(small_integers(samples, neurons, dtype, device), ascending(neurons, k, device))
 
 
+def by_cuda_on_host(module, dy, rows, want_sums=True):
+    """What the CUDA kernel, compiled for a CPU, writes into memory that begins as NaN."""
+    (samples, neurons), k, kind = dy.shape, len(rows), compiled.DTYPES[dy.dtype]
+    packed = dy.new_full((samples, k), torch.nan)
+    sums = dy.new_full((k,), torch.nan, dtype=torch.promote_types(dy.dtype, torch.float32))
+    scratch = torch.empty(module.cuda_pack_scratch_bytes(kind, samples, k), dtype=torch.uint8)
+    problem = kind, dy.data_ptr(), samples, neurons, dy.stride(0), rows.data_ptr(), k
+    outputs = packed.data_ptr(), sums.data_ptr() if want_sums else 0, scratch.data_ptr()
+    module.cuda_pack_columns(*problem, *outputs, 0, 0)
+    return packed, sums
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_cuda_kernel_exact_on_a_cpu(cuda_on_host, shape, dtype):
     samples, neurons, k = shape
     dy, rows = small_integers(samples, neurons, dtype, "cpu"), ascending(neurons, k)
-    packed, sums = torch.full((samples, k), torch.nan, dtype=dtype), dy.new_full((k,), torch.nan)
-    sums = sums.to(torch.float64 if dtype is torch.float64 else torch.float32)
-    kind = compiled.DTYPES[dtype]
-    scratch = torch.empty(cuda_on_host.cuda_pack_scratch_bytes(kind, samples, k), dtype=torch.uint8)
-    addresses = packed.data_ptr(), sums.data_ptr(), scratch.data_ptr(), 0, 0
-    problem = kind, dy.data_ptr(), samples, neurons, neurons, rows.data_ptr(), k
-    cuda_on_host.cuda_pack_columns(*problem, *addresses)
+    packed, sums = by_cuda_on_host(cuda_on_host, dy, rows)
     assert torch.equal(packed, dy.index_select(1, rows))
     assert torch.equal(sums.double(), dy.double().sum(0)[rows])
+
+
+@st.composite
+def geometries(draw, device="cpu"):
+    """dy [samples, neurons] at any address and distance from one sample to the next, and rows."""
+    samples, neurons = draw(st.integers(0, 200)), draw(st.integers(1, 150))
+    left, right = draw(st.integers(0, 9)), draw(st.integers(0, 9))
+    step = draw(st.integers(1, 3))
+    dtype = draw(st.sampled_from(DTYPES))
+    rows = draw(st.lists(st.integers(0, neurons - 1), unique=True))
+    if draw(st.booleans()):
+        rows.sort()
+    dy = small_integers(samples * step, left + neurons + right, dtype, device)
+    dy = dy[::step, left : left + neurons]
+    return dy, torch.tensor(rows, dtype=torch.int64, device=device)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_exact_at_any_geometry(data, device):
-    samples, neurons = data.draw(st.integers(0, 70)), data.draw(st.integers(1, 150))
-    left, right = data.draw(st.integers(0, 9)), data.draw(st.integers(0, 9))
-    step = data.draw(st.integers(1, 3))
-    dtype = data.draw(st.sampled_from(DTYPES))
-    rows = data.draw(st.lists(st.integers(0, neurons - 1), unique=True))
-    if data.draw(st.booleans()):
-        rows.sort()
-    dy = small_integers(samples * step, left + neurons + right, dtype, device)
-    dy = dy[::step, left : left + neurons]
-    check_exactly(dy, torch.tensor(rows, dtype=torch.int64, device=device))
+    check_exactly(*data.draw(geometries(device)))
+
+
+@given(geometry=geometries())
+@settings(max_examples=60, deadline=None)
+def test_the_cuda_kernel_exact_at_any_geometry(cuda_on_host, geometry):
+    dy, rows = geometry
+    packed, sums = by_cuda_on_host(cuda_on_host, dy, rows)
+    assert torch.equal(packed, dy.index_select(1, rows))
+    assert torch.equal(sums.double(), dy.double().sum(0)[rows])
+    packed, sums = by_cuda_on_host(cuda_on_host, dy, rows, want_sums=False)
+    assert torch.equal(packed, dy.index_select(1, rows))
+    assert sums.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_cuda_kernel_gives_the_same_bits_however_scheduled(cuda_on_host, dtype):
+    """Its warps and threads take turns in another random order each time."""
+    dy, rows = torch.randn(700, 70).to(dtype), ascending(70, 41)
+    packed, sums = by_cuda_on_host(cuda_on_host, dy, rows)
+    for _ in range(3):
+        again = by_cuda_on_host(cuda_on_host, dy, rows)
+        assert torch.equal(again[0], packed)
+        assert torch.equal(again[1], sums)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -18,7 +18,7 @@ def test_bench_of_the_probe(tmp_path, capsys, monkeypatch):
     options = ["--epochs", "2", "--steps", "1", "--eps", "1", "--seconds", "0.01"]
     probe.main([*options, "--json", str(file)])
     rows = json.loads(file.read_text())["results"]
-    results, compared = rows[:3], rows[3:]
+    results, compared, packed = rows[:3], rows[3:7], rows[7:]
     assert [row["memory"] for row in results] == ["device", "host", "sketch"]
     for row in results:
         assert row["probe_ms"] > 0
@@ -28,6 +28,13 @@ def test_bench_of_the_probe(tmp_path, capsys, monkeypatch):
     assert [row["megabytes"] for row in compared] == [0.0012] * 2 + [8.4e-05] * 2
     for row in compared:
         assert row["of_copy"] == row["copy_ms"] / row["compare_ms"] > 0
+    assert [row["neurons"] for row in packed] == ["0.5 active", "0.25 active"] * 2
+    # of [75, 4] and [3, 7] elements with 2 and 1, 4 and 2 active neurons
+    assert [row["megabytes"] for row in packed] == pytest.approx([9e-4, 7.5e-4, 6.6e-5, 5.4e-5])
+    for row, size in zip(packed, (600, 600, 42, 42), strict=True):  # bytes of a gradient
+        copied = 2e-6 * size / row["copy_ms"]
+        assert row["of_copy"] == pytest.approx(row["gigabytes_per_second"] / copied)
+        assert row["gigabytes_per_second"] == row["megabytes"] / row["pack_ms"] > 0
     assert "a sketch and all outputs agree on" in capsys.readouterr().out
 
 

@@ -1,11 +1,15 @@
 """set_active and what it leaves to read, and each of its errors."""
 
+from unittest import mock
+from weakref import ref
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import neq
+from neq import rows as neq_rows
 
 each = pytest.mark.parametrize
 NEURONS = 8
@@ -208,3 +212,46 @@ def test_rows_are_on_the_device_of_the_layer(layer):
     assert layer.active_mask.is_cuda
     layer(torch.randn(2, 4, device="cuda")).sum().backward()
     assert layer.bias.grad.nonzero().flatten().tolist() == [1, 5]
+
+
+def step(layer):
+    layer(torch.ones(1, layer.in_features)).sum().backward()
+
+
+def test_a_mask_of_the_past_is_freed(layer):
+    layer.set_active([1])
+    step(layer)
+    old = ref(layer.rows.mask), ref(layer.rows.order)
+    layer.set_active([2])
+    assert [t() for t in old] == [None, None]
+
+
+def test_what_a_captured_graph_reads_outlives_its_mask(layer):
+    """It would otherwise take for neurons whatever comes to lie in that memory."""
+    layer.set_active([1, 4])
+    with mock.patch.object(neq_rows, "_is_capturing", return_value=True):
+        step(layer)
+    mask, order = ref(layer.rows.mask), ref(layer.rows.order)
+    for rows in [2], [], [0, 3]:
+        layer.set_active(rows)
+    step(layer)
+    assert mask().nonzero().flatten().tolist() == [1, 4]
+    assert order().tolist() == [1, 4, 0, 2, 3, 5, 6, 7]
+    assert layer.active_rows.tolist() == [0, 3]
+    later = ref(layer.rows.order)
+    layer.set_active(None)
+    assert later() is None
+
+
+def test_what_an_optimizer_reads_while_captured_outlives_its_mask(layer):
+    optimizer = neq.optim.SGD(layer.parameters(), lr=0.1, layers=layer)
+    layer.set_active([1])
+    step(layer)
+    with mock.patch.object(neq_rows, "_is_capturing", return_value=True):
+        optimizer.step()
+    order = ref(layer.rows.order)
+    for rows in [2], [3]:
+        layer.set_active(rows)
+        step(layer)
+        optimizer.step()
+    assert order().tolist() == [1, 0, 2, 3, 4, 5, 6, 7]
