@@ -6,7 +6,7 @@ import torch
 
 collect_ignore = [] if shutil.which("nvcc") else ["test_cuda_compile.py"]
 if find_spec("triton") is None:
-    names = ["cuda_compile", "fused", "grouped", "interpreter"]
+    names = ["cuda_compile", "fused", "fused_compile", "grouped", "interpreter"]
     names += ["triton_compile", "triton_similarity", "triton_step"]
     collect_ignore += [f"test_{name}.py" for name in names]
 elif torch.cuda.is_available():
