@@ -24,6 +24,13 @@ BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
 every_target = pytest.mark.parametrize("arch", BLOCK_BYTES, ids="sm_{}".format)
 
 
+@pytest.fixture
+def tf32_switch():
+    before = torch.backends.cuda.matmul.fp32_precision
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
 def asked(problem: Problem, share: float, dtype, weight_dtype):
     """What ``fused`` is given for it; None where the planner rules it out."""
     sizes = (problem.dy, dtype), (problem.x, dtype), (problem.weight, weight_dtype)
@@ -112,8 +119,12 @@ def check(kernel, arch):
 def test_all_that_well_known_networks_ask_for(arch, dtypes):
     """On sm_90 each kernel that Triton tells from the others, elsewhere as many as cover them."""
     wanted = [] if arch == 90 else [Covering()]
-    for kernel in kernels(arch, lambda: of_the_suite(*dtypes), *wanted):
+    compiled = kernels(arch, lambda: of_the_suite(*dtypes), *wanted)
+    for kernel in compiled:
         check(kernel, arch)
+    assert {kernel.name for kernel in compiled} == {"product", "finish"}
+    products = [kernel.arguments for kernel in compiled if kernel.name == "product"]
+    assert {given["ROWS"] for given in products} == {32, 64, 128}
 
 
 ODD = [  # what no well-known network asks for: sizes that are no multiples of 16, above all
@@ -150,16 +161,16 @@ def odd(dtype, weight_dtype):
 @pytest.mark.parametrize(
     "dtypes", [(FLOAT16, FLOAT32), (FLOAT32, FLOAT32)], ids=["float16", "float32"]
 )
-def test_odd_ones(arch, dtypes, monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+def test_odd_ones(arch, dtypes, tf32_switch):
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
     for kernel in kernels(arch, lambda: odd(*dtypes), Covering()):
         check(kernel, arch)
 
 
 @every_target
 @pytest.mark.parametrize("precision", ["tf32", "ieee"])
-def test_float32_follows_the_switch(arch, precision, monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", precision)
+def test_float32_follows_the_switch(arch, precision, tf32_switch):
+    torch.backends.cuda.matmul.fp32_precision = precision
     given = asked(linear("", 4096, 256, 256), 0.5, FLOAT32, FLOAT32)
     product, _ = kernels(arch, lambda: ask(*given))
     assert product.arguments["PRECISION"] == precision
