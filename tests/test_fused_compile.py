@@ -112,21 +112,6 @@ def check(kernel, arch):
     assert programs * (kernel.shared + 1024) <= BLOCK_BYTES[arch] + 1024, kernel
 
 
-@every_target
-@pytest.mark.parametrize(
-    "dtypes", [(BFLOAT16, BFLOAT16, FLOAT32), (FLOAT32, FLOAT32)], ids=["bfloat16", "float32"]
-)
-def test_all_that_well_known_networks_ask_for(arch, dtypes):
-    """On sm_90 each kernel that Triton tells from the others, elsewhere as many as cover them."""
-    wanted = [] if arch == 90 else [Covering()]
-    compiled = kernels(arch, lambda: of_the_suite(*dtypes), *wanted)
-    for kernel in compiled:
-        check(kernel, arch)
-    assert {kernel.name for kernel in compiled} == {"product", "finish"}
-    products = [kernel.arguments for kernel in compiled if kernel.name == "product"]
-    assert {given["ROWS"] for given in products} == {32, 64, 128}
-
-
 ODD = [  # what no well-known network asks for: sizes that are no multiples of 16, above all
     linear("few", 1000, 50, 30),
     linear("inputs", 40_000, 1000, 1024),
@@ -139,14 +124,13 @@ ODD = [  # what no well-known network asks for: sizes that are no multiples of 1
 ]
 
 
-def odd(dtype, weight_dtype):
+def odd_ones(dtype, weight_dtype):
     for problem in ODD:
-        for share in (0.5, 0.1):
-            dy, x, weight, k, bias, geometry = asked(problem, share, dtype, weight_dtype)
-            ask(dy, x, weight, k, bias, geometry)
-            if geometry:
-                ask(dy, x, weight.contiguous(), k, bias, geometry)
-    # every second pixel in a dilated kernel; then of images of one dimension
+        dy, x, weight, k, bias, geometry = asked(problem, 0.5, dtype, weight_dtype)
+        ask(dy, x, weight, k, bias, geometry)
+        if geometry:
+            ask(dy, x, weight.contiguous(), k, bias, geometry)
+    # a dilated kernel; then images of one dimension
     dy, x, weight, k, bias, geometry = asked(conv("", 64, 64, 128, 3), 0.5, dtype, weight_dtype)
     ask(dy, x, weight, k, bias, geometry._replace(padding=(2, 2), dilation=(2, 2)))
     line = Conv((1,), (1,), (1,), False, (0,), 1)
@@ -159,12 +143,24 @@ def odd(dtype, weight_dtype):
 
 @every_target
 @pytest.mark.parametrize(
-    "dtypes", [(FLOAT16, FLOAT32), (FLOAT32, FLOAT32)], ids=["float16", "float32"]
+    ("dtype", "weight_dtypes"),
+    [(BFLOAT16, (BFLOAT16, FLOAT32)), (FLOAT32, (FLOAT32,))],
+    ids=["bfloat16", "float32"],
 )
-def test_odd_ones(arch, dtypes, tf32_switch):
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    for kernel in kernels(arch, lambda: odd(*dtypes), Covering()):
+def test_all_that_can_be_asked_for(arch, dtype, weight_dtypes, tf32_switch):
+    """On sm_90 each kernel that Triton tells from the others, elsewhere as many as cover them."""
+
+    def ask_all():
+        of_the_suite(dtype, *weight_dtypes)
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        odd_ones(dtype, FLOAT32)
+
+    compiled = kernels(arch, ask_all, *([] if arch == 90 else [Covering()]))
+    for kernel in compiled:
         check(kernel, arch)
+    assert {kernel.name for kernel in compiled} == {"product", "finish"}
+    products = [kernel.arguments for kernel in compiled if kernel.name == "product"]
+    assert {given["ROWS"] for given in products} == {32, 64, 128}
 
 
 @every_target
@@ -178,18 +174,20 @@ def test_float32_follows_the_switch(arch, precision, tf32_switch):
 
 
 @every_target
-@pytest.mark.parametrize("share", [0.1, 0.2, 0.7])
+@pytest.mark.parametrize("share", [0.1, 0.7])
 @pytest.mark.parametrize(
-    "problem", [linear("", 4096, 256, 256), conv("", 64, 256, 256, 3)], ids=["linear", "conv"]
+    ("problem", "dtype"),
+    [(linear("", 4096, 256, 256), BFLOAT16), (conv("", 64, 256, 256, 3), FLOAT16)],
+    ids=["linear", "conv"],
 )
-def test_machine_code(arch, share, problem):
-    """The assembler keeps to what it is asked for, in tiles of 32, 64 and 128 rows."""
-    product, finish = kernels(arch, lambda: ask(*asked(problem, share, BFLOAT16, BFLOAT16)))
+def test_machine_code(arch, share, problem, dtype):
+    """The assembler keeps to what it is asked for, in tiles of 32 and of 128 rows."""
+    product, finish = kernels(arch, lambda: ask(*asked(problem, share, dtype, dtype)))
     assert product.count(TENSOR_CORES[arch] if product.arguments["ROWS"] > 32 else "HMMA")
     assert product.count("LDGSTS", "128") == product.asks(WIDE, "0x10")
     assert product.count("STG", "128")
     assert not product.count("LDG", "U16")
-    assert finish.count("STG", "64")  # of four bfloat16: a warp writes a whole row of its tile
+    assert finish.count("STG", "64")  # of four values: a warp writes a whole row of its tile
     assert finish.count("LDG", "128") == 4  # as many parts are under way at a time
     assert not finish.count("LDG", "U16")
 
