@@ -17,6 +17,7 @@ from neq_kernels.problem import Problem
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INT32 = 2**31
+WARPS = 8  # that work on a processor at a time
 POINTWISE = Conv((1, 1), (0, 0), (1, 1), False, (0, 0), 1)
 
 
@@ -56,14 +57,23 @@ def cost(problem: Problem) -> float:
     return 1.0 if works else inf
 
 
-def tile(arch: int, dtype: torch.dtype, precision: str, k: int, columns: int, bias: bool) -> Tile:
-    """For ``k`` active rows of so many weights: as large as the registers allow without a spill."""
+def tile(
+    arch: int, dtype: torch.dtype, precision: str, k: int, columns: int, spare: bool, pieces: bool
+) -> Tile:
+    """For ``k`` active rows of so many weights: as large as the registers allow without a spill.
+
+    ``spare``: there are some to spare, as dY comes in pairs, and no sums of a bias and no addresses
+    of dW's values are in them.
+    ``pieces``: X is read in pieces of 16 bytes, and not each of its values at its own address.
+    """
     if dtype is torch.float32 and precision == "ieee":
         return Tile(64, 64, 16, 4, 3)  # without tensor cores
     # whatever its size, a tile costs as much as 16 more rows or 32 more columns
     rows = min((128, 64, 32), key=lambda rows: ceil(k / rows) * (rows + 16))
-    wide = 90 <= arch < 120  # other tensor cores take what they multiply from registers
-    wide = wide and dtype is not torch.float32 and rows == 128 and not bias
+    if not pieces:
+        return Tile(rows, 64, 32, 8 if rows > 32 else 4, 4)
+    # other tensor cores than those of 90 to 119 take what they multiply from registers
+    wide = 90 <= arch < 120 and rows == 128 and spare
     widths = (256, 128, 64) if wide else (128, 64)
     width = min(widths, key=lambda width: ceil(columns / width) * (width + 32))
     return Tile(rows, width, 32, 8 if rows * width >= 128**2 else 4, 3 if width == 256 else 4)
@@ -140,11 +150,14 @@ def _wgrad(
     (T, n), C = dy.shape, x.shape[-1]
     columns = height * width * C
 
-    precision = "tf32" if precision == "tf32" else "ieee"
+    # nobody asks for that of 16-bit values: the switch is to compile nothing new
+    precision = "tf32" if precision == "tf32" and dy.dtype is torch.float32 else "ieee"
     arch, processors = gpu(dy.device)
-    t = tile(arch, dy.dtype, precision, k, columns, bias)
+    pairs = dy.element_size() == 2 and n % 2 == 0 and dy.stride(0) % 2 == 0 == dy.data_ptr() % 4
+    spare, pieces = pairs and not bias and dw.stride(1) == 1, _in_pieces(x, x_strides)
+    t = tile(arch, dy.dtype, precision, k, columns, spare, pieces)
     across, steps = ceil(columns / t.columns), ceil(T / t.depth)
-    cut = parts(ceil(k / t.rows) * across, steps, processors * 8 // t.warps, overhead=8)
+    cut = parts(ceil(k / t.rows) * across, steps, processors * WARPS // t.warps, overhead=8)
     split = cut > 1
     padded = ceil((k if split else n) / t.rows) * t.rows
 
@@ -153,7 +166,6 @@ def _wgrad(
     if split:
         to_dw = dy.new_empty((cut, padded, columns), dtype=torch.float32)
         to_db = dy.new_empty((cut, padded if bias else 0), dtype=torch.float32)
-    pairs = dy.element_size() == 2 and n % 2 == 0 and dy.stride(0) % 2 == 0 == dy.data_ptr() % 4
     if pairs:
         dy = dy.view(torch.int32)
     with torch.cuda.device_of(dy):
@@ -174,6 +186,11 @@ def _wgrad(
 def _adjacent(t: Tensor) -> Tensor:
     """With the elements of its last dimension side by side."""
     return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _in_pieces(x: Tensor, strides: tuple[int, ...]) -> bool:
+    """Whether Triton sees that X can be read 16 bytes at a time: it looks for multiples of 16."""
+    return not any(number % 16 for number in (x.data_ptr(), x.shape[-1], *strides))
 
 
 def _evenly_spaced(x: Tensor) -> bool:

@@ -15,7 +15,8 @@ from torch import Tensor
 from neq_kernels.gpu import gpu, parts
 
 ELEMENTS, WARPS = 2048, 4  # of a tile, and to work on it: a thread reads 64 bytes of bfloat16
-PROGRAMS = 5  # that the registers of a processor suffice for
+# that the registers of a processor suffice for, by the dtype of the sums
+PROGRAMS = {torch.float32: 5, torch.float64: 3}
 
 
 # one kernel for all sizes, as far as they don't change its code
@@ -96,7 +97,7 @@ def row_similarity(y: Tensor, y_: Tensor) -> Tensor:
         u = unit(y, y_, width)
     p, n, q = sides(before, width, after)
     blocks, steps = samples * ceil(width / n), ceil(before / p) * ceil(after / q)
-    cut = parts(blocks, steps, PROGRAMS * gpu(y.device).processors, overhead=2)
+    cut = parts(blocks, steps, PROGRAMS[wide] * gpu(y.device).processors, overhead=2)
     out = y.new_empty((cut, 3, samples, width), dtype=wide)
     with torch.cuda.device_of(y):
         _sums[blocks, cut](

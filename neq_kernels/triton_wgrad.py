@@ -50,7 +50,8 @@ def product(
 ):
     j = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    row = tl.load(rows + tl.minimum(j, n - 1))  # what surplus lanes gather is never stored
+    # in a register each; what surplus lanes gather is never stored
+    row = tl.load(rows + tl.minimum(j, n - 1)).to(tl.int32)
     step = tl.arange(0, DEPTH)
     start = tl.program_id(2) * tl.full((), part, tl.int64)
     left = tl.minimum(T - start, part).to(tl.int32)
@@ -99,7 +100,7 @@ def product(
         gathered = tl.load(dy_at, mask=(step < left - done)[:, None], other=0)  # [DEPTH, ROWS]
         dy_at += dy_step
         if PAIRS:
-            half = gathered >> (row % 2 * 16).to(tl.int32)[None, :]
+            half = gathered >> (row % 2 * 16)[None, :]
             gathered = half.to(tl.int16).to(x.dtype.element_ty, bitcast=True)
         total = tl.dot(tl.trans(gathered), read, total, input_precision=PRECISION)
         if BIAS:
@@ -174,4 +175,4 @@ def _weight_at(row, column, C, kernel_width, strides):
     """[rows, columns]: where the weights lie. A column is (kernel row, kernel column, channel)."""
     tap = column // C
     along = tap // kernel_width * strides[1] + tap % kernel_width * strides[2]
-    return (row * strides[0])[:, None] + (along + column % C * strides[3])[None, :]
+    return (row.to(tl.int64) * strides[0])[:, None] + (along + column % C * strides[3])[None, :]

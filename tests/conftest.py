@@ -9,7 +9,7 @@ settings.register_profile("few", max_examples=10)  # where each may compile a ke
 
 collect_ignore = [] if shutil.which("nvcc") else ["test_cuda_compile.py"]
 if find_spec("triton") is None:
-    names = ["cuda_compile", "fused", "grouped", "interpreter", "other_gpus"]
+    names = ["cuda_compile", "fused", "fused_compile", "grouped", "interpreter", "other_gpus"]
     names += ["triton_compile", "triton_similarity", "triton_step"]
     collect_ignore += [f"test_{name}.py" for name in names]
 elif torch.cuda.is_available():

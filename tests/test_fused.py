@@ -105,7 +105,7 @@ def test_conv_exact(device, dtypes, case, deal):
 @on_devices
 @pytest.mark.parametrize("dtypes", DTYPES[-1:])
 @pytest.mark.parametrize("parts", [1, 3])
-@pytest.mark.parametrize("inputs", [50, 130])
+@pytest.mark.parametrize("inputs", [50, 112, 144])
 @pytest.mark.parametrize("active", [3, 40, 120])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 def test_every_tile(device, dtypes, parts, inputs, active, bias):
@@ -213,15 +213,16 @@ def test_parts_fill_the_gpu_and_bound_the_scratch():
 
 
 def test_tiles_waste_little():
-    def rows_and_columns(arch, k, columns, bias):
-        return fused.tile(arch, torch.bfloat16, "ieee", k, columns, bias)[:2]
+    def rows_and_columns(arch, k, columns, spare, pieces=True):
+        return fused.tile(arch, torch.bfloat16, "ieee", k, columns, spare, pieces)[:2]
 
-    rows = {k: rows_and_columns(90, k, 128, True)[0] for k in (1, 32, 33, 64, 128, 130)}
+    rows = {k: rows_and_columns(90, k, 128, False)[0] for k in (1, 32, 33, 64, 128, 130)}
     assert rows == {1: 32, 32: 32, 33: 64, 64: 64, 128: 128, 130: 64}
-    columns = {n: rows_and_columns(90, 128, n, False)[1] for n in (9, 64, 128, 256, 384, 4096)}
+    columns = {n: rows_and_columns(90, 128, n, True)[1] for n in (9, 64, 128, 256, 384, 4096)}
     assert columns == {9: 64, 64: 64, 128: 128, 256: 256, 384: 128, 4096: 256}
-    assert rows_and_columns(80, 128, 4096, False) == (128, 128)
-    assert rows_and_columns(90, 128, 4096, True) == (128, 128)
+    assert rows_and_columns(80, 128, 4096, True) == (128, 128)
+    assert rows_and_columns(90, 128, 4096, False) == (128, 128)
+    assert rows_and_columns(90, 128, 4096, True, pieces=False) == (128, 64)
 
 
 def test_cost_claims_nothing_and_rules_out_what_the_kernel_cannot_do():

@@ -3,142 +3,52 @@
 What launches them is run, on the shapes that lead to each of its tiles; the launches only compile.
 """
 
+from math import prod
 from unittest import mock
 
 import pytest
 import torch
-from aot import launches
-from triton.runtime.jit import JITFunction
+from aot import kernels, launches
 
-from neq_kernels import fused, grouped, similarity, triton_similarity, triton_step
+from neq_kernels import grouped, similarity, triton_similarity, triton_step
 from neq_kernels.geometry import Conv
-from neq_kernels.gpu import Gpu
 from neq_kernels.hyper import SGD, AdamW
 
-TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}  # of tiles with 64 rows or more
-BLOCK_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # of shared memory, at most
 CONV = Conv((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
-NEURONS = 256
-
-every_target = pytest.mark.parametrize("arch", TENSOR_CORES, ids="sm_{}".format)
-every_tile = pytest.mark.parametrize(
-    ("k", "inputs"), [(k, inputs) for k in (20, 40, 200) for inputs in (64, 256)]
-)
-
-
-def linear(dtype, k, inputs, samples=4096, bias=True):
-    shapes = (samples, NEURONS), (samples, inputs), (NEURONS, inputs)
-    tensors = (torch.empty(shape, dtype=dtype) for shape in shapes)
-    return lambda: fused.linear_wgrad(*tensors, torch.arange(NEURONS), k, bias)
-
-
-def conv(dtype, k, inputs):
-    """3 x 3, or 1 x 1 of every second pixel where the tile is to be narrow."""
-    size, geometry = (3, CONV) if inputs > 64 else (1, CONV._replace(stride=(2, 2), padding=(0, 0)))
-    out = 14 // geometry.stride[0]
-    shapes = (1, NEURONS, out, out), (1, inputs, 14, 14), (NEURONS, inputs, size, size)
-    tensors = (
-        torch.empty(shape, dtype=dtype).to(memory_format=torch.channels_last) for shape in shapes
-    )
-    return lambda: fused.conv_wgrad(*tensors, torch.arange(NEURONS), k, False, geometry)
-
-
-def kernels(arch, call):
-    gpu = mock.Mock(return_value=Gpu(arch, 132))
-    with (
-        mock.patch.object(fused, "gpu", gpu),
-        mock.patch.object(grouped, "gpu", gpu),
-        mock.patch.object(triton_similarity, "gpu", gpu),
-        launches(arch) as compiled,
-    ):
-        call()
-    for kernel in compiled:
-        assert kernel.local_bytes == 0, f"{kernel.name} spills registers"
-        assert kernel.shared <= BLOCK_BYTES[arch], kernel.name
-    return compiled
-
-
-def check_product(kernel, arch, k=64):
-    """It multiplies on tensor cores; all of dY and X comes asynchronously, X 16 bytes at a time,
-    and so leaves dW or its parts."""
-    assert kernel.count(TENSOR_CORES[arch] if k > 32 else "HMMA")
-    assert kernel.count("LDGSTS", "128")
-    assert kernel.count("STG", "128")
-    assert not kernel.count("LDG", "U16")
-
-
-@pytest.fixture
-def tf32_switch():
-    before = torch.backends.cuda.matmul.fp32_precision
-    yield
-    torch.backends.cuda.matmul.fp32_precision = before
-
-
-@every_target
-@every_tile
-def test_linear(arch, k, inputs):
-    """Cut into parts and with a bias, then whole and without."""
-    product, finish = kernels(arch, linear(torch.bfloat16, k, inputs))
-    check_product(product, arch, k)
-    assert finish.count("STG", "64")  # of four bfloat16: a warp writes a whole row of its tile
-    assert finish.count("LDG", "128") == 4  # as many parts are under way at a time
-    assert not finish.count("LDG", "U16")
-    (product,) = kernels(arch, linear(torch.bfloat16, k, inputs, samples=200, bias=False))
-    check_product(product, arch, k)
-
-
-@every_target
-@every_tile
-def test_conv(arch, k, inputs):
-    (product,) = kernels(arch, conv(torch.bfloat16, k, inputs))
-    check_product(product, arch, k)
-
-
-@every_target
-@pytest.mark.parametrize("problem", [linear, conv])
-def test_float16(arch, problem):
-    product = kernels(arch, problem(torch.float16, 200, 256))[0]
-    check_product(product, arch)
-
-
-@every_target
-@pytest.mark.parametrize("k", [40, 200])
-def test_float32_follows_the_switch(arch, k, tf32_switch):
-    """Of TF32: with it tensor cores, without it none."""
-    for precision, cores in (("tf32", True), ("ieee", False)):
-        torch.backends.cuda.matmul.fp32_precision = precision
-        product = kernels(arch, linear(torch.float32, k, 256))[0]
-        assert bool(product.count(TENSOR_CORES[arch])) == cores
-        assert product.count("LDGSTS")
+every_target = pytest.mark.parametrize("arch", [80, 90, 100], ids="sm_{}".format)
 
 
 @every_target
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize(
-    ("dtype", "size", "inputs"),
+    ("dtype", "kernel", "inputs", "stride", "bias"),
     [
-        (torch.bfloat16, 3, 1),
-        (torch.bfloat16, 7, 1),
-        (torch.float32, 7, 1),
-        (torch.float16, 3, 4),
+        (torch.bfloat16, (3, 3), 1, 1, True),
+        (torch.bfloat16, (7, 7), 1, 1, True),
+        (torch.float32, (7, 7), 1, 1, True),
+        (torch.float16, (3, 3), 4, 1, True),
+        (torch.bfloat16, (8, 8), 1, 2, True),  # the most weights
+        (torch.float32, (1, 9), 7, 1, False),
     ],
     ids=str,
 )
-def test_grouped(arch, layout, dtype, size, inputs):
+def test_grouped(arch, layout, dtype, kernel, inputs, stride, bias):
     """A step reads a value of dY once, one of X for each weight, and multiplies them once; so many
     programs run at a time as were counted on."""
-    channels, padding = 64 * inputs, (size // 2,) * 2
-    shapes = (2, channels, 28, 28), (2, channels, 28, 28), (channels, inputs, size, size)
+    channels, padding = 64 * inputs, tuple(side // 2 for side in kernel)
+    geometry = CONV._replace(stride=(stride, stride), padding=padding, groups=64)
+    x, weight = (2, channels, 28, 28), torch.empty(channels, inputs, *kernel)
+    shapes = geometry.output(x, weight), x, weight.shape
     dy, x, weight = (torch.empty(s, dtype=dtype).to(memory_format=layout) for s in shapes)
-    geometry = CONV._replace(padding=padding, groups=64)
     rows = torch.arange(channels)
     correlate, _ = kernels(
-        arch, lambda: grouped.conv_wgrad(dy, x, weight, rows, 40, True, geometry)
+        arch, lambda: grouped.conv_wgrad(dy, x, weight, rows, 40, bias, geometry)
     )
-    weights, of_rows = inputs * size**2, 1
-    assert correlate.count("LDG") == weights + 1 + of_rows
+    weights, of_rows = inputs * prod(kernel), 1
+    assert weights <= grouped.MOST_WEIGHTS
+    assert correlate.asks("ld.global") == weights + 1 + of_rows
     if arch < 100:  # which multiplies in pairs
-        assert correlate.count("FFMA") == weights
+        assert correlate.asks("fma.rn") == weights
     assert correlate.registers * grouped.LANES * grouped.programs(weights) <= 2**16
 
 
@@ -153,6 +63,8 @@ def test_a_gpu_compares_outputs_by_the_kernel():
         (torch.bfloat16, torch.bfloat16, 9850, 1000, 1),
         (torch.float32, torch.float32, 50, 64, 3136),
         (torch.float32, torch.bfloat16, 51200, 64, 1),
+        (torch.float64, torch.float64, 51200, 64, 1),
+        (torch.float64, torch.bfloat16, 51200, 64, 1),
     ],
     ids=str,
 )
@@ -163,7 +75,8 @@ def test_row_similarity(arch, dtype, other, before, neurons, after):
     (kernel,) = kernels(arch, lambda: triton_similarity.row_similarity(y, y_))
     assert kernel.count("LDG", "128") == kernel.count("LDG") > 0
     threads = 32 * triton_similarity.WARPS
-    assert kernel.registers * threads * triton_similarity.PROGRAMS <= 2**16
+    programs = triton_similarity.PROGRAMS[torch.promote_types(dtype, torch.float32)]
+    assert kernel.registers * threads * programs <= 2**16
 
 
 @every_target
@@ -175,16 +88,27 @@ def test_row_similarity_of_planes_that_are_not_aligned(arch, pixels, bits):
     assert kernel.count("LDG", bits) == kernel.count("LDG") > 0
 
 
-def steps(kind, dtype, shape, active):
-    """One step of parameters of this shape, of which so many rows are active."""
-    p, g, m, v, v_max = ([torch.empty(shape, dtype=dtype) for _ in active] for _ in range(5))
+def steps(kind, dtype, shape, active, shift=0, **options):
+    """One step of parameters of this shape, of which so many rows are active; ``shift`` elements
+    lie between where memory begins and the tensors."""
+    size = prod(shape)
+    p, g, m, v, v_max = (
+        [torch.empty(size + shift, dtype=dtype)[shift:].view(shape) for _ in active]
+        for _ in range(5)
+    )
     rows = [torch.arange(shape[0]) for _ in active], [torch.tensor(k) for k in active]
     lr = torch.tensor(0.1)
     if kind == "sgd":
-        return lambda: triton_step.sgd_rows_(p, g, m, *rows, SGD(lr, 0.9, 0, 0.1, *[False] * 3))
-    options = AdamW(lr, 0.9, 0.99, 1e-8, 0.1, True, False)
+        sgd = SGD(lr, 0.9, 0, 0.1, *[False] * 3)._replace(**options)
+        return lambda: triton_step.sgd_rows_(p, g, m if sgd.momentum else [], *rows, sgd)
+    adamw = AdamW(lr, 0.9, 0.99, 1e-8, 0.1, True, False)._replace(**options)
     taken = [torch.tensor(1.0) for _ in active]
-    return lambda: triton_step.adamw_rows_(p, g, m, v, v_max, taken, *rows, options)
+    v_max = v_max if adamw.amsgrad else []
+    return lambda: triton_step.adamw_rows_(p, g, m, v, v_max, taken, *rows, adamw)
+
+
+def three_run_at_a_time(kernel):
+    return 3 * kernel.registers * 32 * triton_step.WARPS <= 2**16
 
 
 @every_target
@@ -200,10 +124,48 @@ def test_steps(arch, kind, dtype):
     rows, scalars = 4, 1 if kind == "sgd" else 2  # of each unit of a thread; lr, steps
     assert kernel.count("LDG") - kernel.count("LDG", "128") == rows + scalars
     assert kernel.count("STG") == kernel.count("STG", "128") > 0
-    assert 3 * kernel.registers * 32 * triton_step.WARPS <= 2**16
+    assert three_run_at_a_time(kernel)
     if kind == "sgd" and (dtype is torch.float32 or arch < 100):
         assert not kernel.count("FFMA")
         assert kernel.count("FMUL")
+
+
+@every_target
+@pytest.mark.parametrize(
+    ("kind", "lists", "options"),
+    [
+        ("sgd", 3, {}),
+        ("sgd", 2, {"momentum": 0.0, "maximize": True}),
+        ("sgd", 2, {"first": True}),
+        ("sgd", 3, {"nesterov": True}),
+        ("sgd", 2, {"first": True, "nesterov": True, "maximize": True}),
+        ("adamw", 5, {}),
+        ("adamw", 4, {"amsgrad": False, "maximize": True}),
+    ],
+)
+def test_steps_by_numbers(arch, kind, lists, options):
+    """As they are by default: learning rate and steps taken come from the CPU. ``lists``: so many
+    of them are read, 16 bytes at a time."""
+    (kernel,) = kernels(arch, steps(kind, torch.float16, (64, 576), [5, 9], **options))
+    units = 4  # of a thread
+    assert kernel.asks("ld.global", "v4.b32") == units * lists
+    assert kernel.asks("ld.global") == units * (lists + 1)  # and the rows
+    assert kernel.asks("st.global") == kernel.asks("st.global", "v4.b32") > 0
+    assert three_run_at_a_time(kernel)
+    if kind == "sgd":
+        assert not kernel.asks("fma")
+
+
+@every_target
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+@pytest.mark.parametrize(
+    ("dtype", "shift"), [(torch.float32, 1), (torch.float16, 1), (torch.float64, 0)], ids=str
+)
+def test_steps_of_what_is_not_aligned_or_twice_as_wide(arch, kind, dtype, shift):
+    (kernel,) = kernels(arch, steps(kind, dtype, (64, 576), [5, 9], shift))
+    assert three_run_at_a_time(kernel)
+    if shift:
+        assert not kernel.asks("ld.global", "v")
 
 
 @pytest.mark.parametrize(
@@ -225,47 +187,20 @@ def test_rows_are_read_in_units_to_which_all_their_tensors_are_aligned(dtype, wi
     assert launch.settings["UNIT"] == unit
 
 
-@pytest.fixture
-def compiles():
-    """Counts the kernels that had to be compiled, for sm_90."""
-    compiler = JITFunction._do_compile
-    with (
-        launches(90),
-        mock.patch("aot._read"),
-        mock.patch.object(fused, "gpu", return_value=Gpu(90, 132)),
-        mock.patch.object(triton_similarity, "gpu", return_value=Gpu(90, 132)),
-        mock.patch.object(JITFunction, "_do_compile", autospec=True) as compiles,
-    ):
-        compiles.side_effect = compiler
-        yield compiles
-
-
-def test_other_masks_and_batches_compile_nothing_new(compiles):
-    linear(torch.float16, 48, 64)()
-    before = compiles.call_count
-    for k, samples in ((41, 4096), (64, 3008), (33, 9600)):
-        linear(torch.float16, k, 64, samples)()
-    assert compiles.call_count == before
-
-
-def test_outputs_of_other_sizes_compile_nothing_new(compiles):
-    def compare(positions, neurons):
-        y = torch.empty(1, positions, neurons, 1, dtype=torch.float16)
-        triton_similarity.row_similarity(y, y)
-
-    compare(4096, 64)
-    before = compiles.call_count
-    for sizes in ((100, 64), (9999, 40), (77, 56)):
-        compare(*sizes)
-    assert compiles.call_count == before
+def test_outputs_of_other_sizes_compile_nothing_new():
+    with launches(90) as compiled:
+        for positions, neurons in ((4096, 64), (100, 64), (9999, 40), (77, 56)):
+            y = torch.empty(1, positions, neurons, 1, dtype=torch.float16)
+            triton_similarity.row_similarity(y, y)
+        assert len(compiled) == 1
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
-def test_other_parameters_and_rows_compile_nothing_new(kind, compiles):
-    steps(kind, torch.float16, (64, 48), [1])()
-    before = compiles.call_count
-    for shape, active in (((64, 48), [2]), ((128, 16), [16, 1, 40]), ((9, 8), [3] * 70)):
-        steps(kind, torch.float16, shape, active)()
-    assert compiles.call_count == before
-    steps(kind, torch.float16, (64, 44), [2])()  # in units half as large
-    assert compiles.call_count == before + 1
+def test_other_parameters_and_rows_compile_nothing_new(kind):
+    with launches(90) as compiled:
+        sizes = ((64, 48), [1]), ((64, 48), [2]), ((128, 16), [16, 1, 40]), ((9, 8), [3] * 70)
+        for shape, active in sizes:
+            steps(kind, torch.float16, shape, active)()
+        assert len(compiled) == 1
+        steps(kind, torch.float16, (64, 44), [2])()  # in units half as large
+        assert len(compiled) == 2

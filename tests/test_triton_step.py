@@ -98,28 +98,28 @@ def shapes():
     return st.lists(shape, min_size=1, max_size=5)
 
 
-@on_devices
-@settings(deadline=None, max_examples=40)
-@given(
+GEOMETRY = (  # shapes, share, dtype, layout, shift
     shapes(),
     st.sampled_from([0.0, 0.3, 0.5, 1.0]),
     st.sampled_from(DTYPES),
     st.sampled_from(["plain", "channels_last"]),
     st.integers(0, 3),
 )
+
+
+@on_devices
+@settings(deadline=None, max_examples=40)
+@given(*GEOMETRY)
 def test_sgd_of_any_geometry(device, shapes, share, dtype, layout, shift):
     given = problem(1, share, dtype, device, layout, shapes, shift)
     check_sgd((0.9, 0.1, 0.01, False, False, False), dtype, given)
 
 
-@on_devices
-@in_dtypes
-@pytest.mark.parametrize("options", ADAMW_OPTIONS, ids=str)
-def test_adamw(device, dtype, options, scalars):
-    """The moments have the bits of the reference; the parameters are as near to float64 as torch's
-    fused step."""
+def check_adamw(options, dtype, given, device):
+    """The moments have the bits of the reference. Gives of each parameter its active rows, in
+    float64, as they are, as torch's fused step has them, and as they should be."""
     amsgrad, maximize, decay = options
-    (p, g, m, v, v_max), rows, counts = problem(3, 0.5, dtype, device)
+    (p, g, m, v, v_max), rows, counts = given
     v_max = v_max if amsgrad else []
     steps = [torch.tensor(float(i % 2), device=device) for i in range(len(p))]
     mine = [p, g, m, v, v_max, steps]
@@ -137,13 +137,34 @@ def test_adamw(device, dtype, options, scalars):
     same(steps, truth[5])
     for moments, expected in zip((m, v, v_max), truth[2:5], strict=True):
         same(moments, [t.to(dtype) for t in expected])
-    for a, b, c, r, k in zip(p, theirs[0], exact[0], rows, counts, strict=True):
-        active = r[:k]
-        error, allowed = ((t - c[active]).norm() for t in (a[active].double(), b.double()))
+    assert all(a[r[k:]].isnan().all() for a, r, k in zip(p, rows, counts, strict=True))
+    active = [r[:k] for r, k in zip(rows, counts, strict=True)]
+    return [
+        (a[r].double(), b.double(), c[r])
+        for a, b, c, r in zip(p, theirs[0], exact[0], active, strict=True)
+    ]
+
+
+@on_devices
+@in_dtypes
+@pytest.mark.parametrize("options", ADAMW_OPTIONS, ids=str)
+def test_adamw(device, dtype, options, scalars):
+    """The parameters are as near to float64 as torch's fused step."""
+    for a, b, c in check_adamw(options, dtype, problem(3, 0.5, dtype, device), device):
         # in float64 the truth itself is rounded
-        rounding = 2 * torch.finfo(torch.float64).eps * c[active].norm()
-        assert error <= 2 * allowed + rounding
-        assert a[r[k:]].isnan().all()
+        rounding = 2 * torch.finfo(torch.float64).eps * c.norm()
+        assert (a - c).norm() <= 2 * (b - c).norm() + rounding
+
+
+@on_devices
+@settings(deadline=None, max_examples=40)
+@given(*GEOMETRY, st.sampled_from(ADAMW_OPTIONS))
+def test_adamw_of_any_geometry(device, shapes, share, dtype, layout, shift, options):
+    """Of parameters so small, torch's error may be none by luck: a few roundings are allowed."""
+    given = problem(3, share, dtype, device, layout, shapes, shift)
+    for a, b, c in check_adamw(options, dtype, given, device):
+        rounding = 4 * torch.finfo(dtype).eps * (1 + c.abs())
+        assert ((a - c).abs() <= 2 * (b - c).abs() + rounding).all()
 
 
 @on_devices
