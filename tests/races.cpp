@@ -151,7 +151,7 @@ void similarity(const std::array<int64_t, 4>& sizes) {
   });
 }
 
-void steps(int64_t neurons, int64_t width) {
+void steps(int64_t neurons, int64_t width, bool transposed) {
   const auto rows = every_third(neurons);
   const int64_t size = neurons * width, k = int64_t(rows.size());
   const Floats start = numbers(3 * size), grad = numbers(size);
@@ -160,7 +160,7 @@ void steps(int64_t neurons, int64_t width) {
       Floats all = start;
       for (float& x : all) x = x * x;  // a second moment is not negative
       Stepped s{all.data(), grad.data(), all.data() + size, all.data() + 2 * size, nullptr,
-                neurons,    width,       rows.data(),       k,                     1};
+                neurons,    width,       transposed,        rows.data(),           k, 1};
       step(std::vector<Stepped>{s}, threads);
       return all;
     });
@@ -189,5 +189,5 @@ int main() {
   similarity({1, 5000, 70, 1});
   similarity({20, 1, 64, 100});
   similarity({1, 1, 300, 900});
-  steps(600, 200);
+  for (const bool transposed : {false, true}) steps(600, 200, transposed);
 }

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -223,3 +224,9 @@ def test_mistakes_are_named(change, message):
     named = {"rows": rows[:3], "stride": stride, "padding": padding, "groups": groups} | change
     with pytest.raises(ValueError, match=message):
         compiled.conv_wgrad(dy, x, weight, bias=bias, dilation=dilation, **named)
+
+
+def test_the_search_for_races_compiles():
+    """``make sanitize`` runs it, which takes too long for here."""
+    source = Path(__file__).with_name("races.cpp")
+    subprocess.run(["c++", "-std=c++20", "-fopenmp", "-fsyntax-only", source], check=True)
