@@ -59,7 +59,9 @@ def laid_out(case, layout):
 
 def check(case, dtypes, device):
     args = case.args(dtypes, device)
-    same(conv_wgrad(*args), exactly(OP, args))
+    dy, x, *rest = args
+    # of an image of one column that lies the other way round, torch's on a CPU reads other values
+    same(conv_wgrad(*args), exactly(OP, (dy.contiguous(), x.contiguous(), *rest)))
 
 
 @st.composite
