@@ -137,12 +137,14 @@ using Pair = std::array<int64_t, 2>;
 // dy [samples, neurons], x [samples, inputs], dw [neurons, inputs]: samples are the pixels of one image.
 void cpu_linear_wgrad(neq::DType dtype, uintptr_t dy, const Pair& dy_size, const Pair& dy_strides,
                       uintptr_t x, const Pair& x_size, const Pair& x_strides, uintptr_t dw,
-                      const Pair& dw_strides, uintptr_t db, uintptr_t rows, int64_t k, int threads,
-                      int split_for) {
+                      const Pair& dw_size, const Pair& dw_strides, uintptr_t db, uintptr_t rows,
+                      int64_t k, int threads, int split_for) {
   const auto [samples, neurons] = dy_size;
   for (const int64_t size : {samples, neurons, x_size[1]})
     require(size >= 1, "a size", size, "at least 1");
   require(x_size[0] == samples, "samples of x", x_size[0], std::to_string(samples));
+  require(x_size[1] == dw_size[1], "inputs of x", x_size[1], std::to_string(dw_size[1]));
+  require(dw_size[0] == neurons, "neurons of dw", dw_size[0], std::to_string(neurons));
   require(threads >= 1, "threads", threads, "at least 1");
   require(split_for >= 1, "split_for", split_for, "at least 1");
   const int64_t* row = ascending(rows, k, neurons);
@@ -214,8 +216,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_has_isa", &neq::cpu::has_isa, py::arg("isa"));
   m.def("cpu_linear_wgrad", &cpu_linear_wgrad, py::arg("dtype"), py::arg("dy"),
         py::arg("dy_size"), py::arg("dy_strides"), py::arg("x"), py::arg("x_size"),
-        py::arg("x_strides"), py::arg("dw"), py::arg("dw_strides"), py::arg("db"), py::arg("rows"),
-        py::arg("k"), py::arg("threads"), py::arg("split_for"));
+        py::arg("x_strides"), py::arg("dw"), py::arg("dw_size"), py::arg("dw_strides"),
+        py::arg("db"), py::arg("rows"), py::arg("k"), py::arg("threads"), py::arg("split_for"));
   m.def("cpu_conv_wgrad", &cpu_conv_wgrad, py::arg("dtype"), py::arg("dy"), py::arg("dy_size"),
         py::arg("dy_strides"), py::arg("x"), py::arg("x_size"), py::arg("x_strides"),
         py::arg("dw"), py::arg("dw_size"), py::arg("dw_strides"), py::arg("db"), py::arg("rows"),

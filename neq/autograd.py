@@ -52,6 +52,7 @@ class RowGrad(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.weight, ctx.order, ctx.length, ctx.conv = weight, order, length, conv
         ctx.count, ctx.plan = count, plan
+        ctx.shape = None if x is None else x.shape
         ctx.bias = bias if bias is not None and bias.requires_grad else None
         # y itself would count as a view made here, and in-place activations are forbidden on those
         return y.detach()
@@ -69,7 +70,7 @@ class RowGrad(torch.autograd.Function):
             db = torch.zeros_like(ctx.bias) if with_bias else None
         elif not is_compiling and not _wanted(ctx):
             dw, db = None, None
-        elif ctx.count and not is_compiling and ops.unseen(dy, x):
+        elif ctx.count and not is_compiling and x.shape == ctx.shape and ops.unseen(dy, x):
             args = (ctx.weight, order, ctx.count, with_bias)
             if ctx.conv is None:
                 dw, db = planner.linear_wgrad(_matrix(dy), _matrix(x), *args, ctx.plan)

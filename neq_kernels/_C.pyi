@@ -39,6 +39,7 @@ def cpu_linear_wgrad(
     x_size: Sequence[int],
     x_strides: Sequence[int],
     dw: int,
+    dw_size: Sequence[int],
     dw_strides: Sequence[int],
     db: int,
     rows: int,

@@ -111,6 +111,7 @@ def linear_wgrad(
         x.shape,
         x.stride(),
         dw.data_ptr(),
+        dw.shape,
         dw.stride(),
         db.data_ptr(),
         rows.contiguous().data_ptr(),

@@ -294,17 +294,21 @@ sgd_rows_ = torch.ops.neq.sgd_rows_.default
 adamw_rows_ = torch.ops.neq.adamw_rows_.default
 
 
-def unseen(*tensors: Tensor) -> bool:
+def unseen(dy: Tensor, x: Tensor) -> bool:
     """Whether nobody looks at operators: no profiler, mode, transform or special tensor.
 
     Then what answers the operators may be asked directly, the planner: without a dispatch of 7 to
-    20 microseconds, and without checks of what is right by construction. Not under a compiler.
+    20 microseconds, and without checks of what is right by construction. Not under a compiler, and
+    not where a hook on saved tensors has brought back another ``x``, for which the checks are.
     """
     return not (
         torch._C._autograd._profiler_enabled()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
-        or any(map(_is_special, tensors))
+        or _is_special(dy)
+        or _is_special(x)
+        or dy.dtype != x.dtype
+        or dy.get_device() != x.get_device()
     )
 
 

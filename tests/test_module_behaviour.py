@@ -6,6 +6,7 @@ import gc
 import io
 import pickle
 import weakref
+from unittest import mock
 
 import pytest
 import torch
@@ -277,6 +278,23 @@ def test_saved_tensors_hooks_see_float_tensors_only(model, hook):
     y.sum().backward()
     assert all(t.is_floating_point() for t in seen)
     assert (layer.weight.grad[layer.active_rows] == 3).all()
+
+
+@each("backend", ["native", "pack"])
+@each(
+    "unpack",
+    [torch.Tensor.bfloat16, lambda x: x[:1], lambda x: x[:, :2], torch.Tensor.double],
+    ids=["dtype", "samples", "inputs", "wider"],
+)
+def test_another_tensor_than_was_saved_is_an_error(backend, unpack):
+    """Where kernels read by address, nobody else would notice."""
+    layer = neq.NEqLinear(6, 8)
+    layer.set_active([1, 2])
+    with mock.patch.object(planner, "planned", return_value=backend):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+            y = layer(torch.ones(3, 6))
+        with pytest.raises((ValueError, RuntimeError), match=r"dtype|size|dimensions|inputs"):
+            y.sum().backward()
 
 
 # What trains, and what does not
