@@ -16,7 +16,7 @@ constexpr int64_t kFewLines = 8;
 // with less to do, the thread waits for memory either way.
 constexpr int64_t kCyclesPerLine = 8;
 // Neurons that are written together.
-constexpr int64_t kWrittenRows = 16;
+constexpr int64_t kWrittenRows = 64;
 
 template <class T>
 class Gradient : Plan {
@@ -297,12 +297,12 @@ class Gradient : Plan {
   // Of neurons [begin, end), at most kWrittenRows: sums to dw, and zeros where there are none.
   void write_rows(Range neurons) const {
     const T* from[kWrittenRows];       // their sums
-    int64_t summed[kWrittenRows] = {};  // all bits set where there are any
+    int64_t summed[kWrittenRows] = {};  // all bits set where there are any, else they are kZeros
     const int64_t* active = std::lower_bound(p.rows, p.rows + p.k, neurons.begin);
-    static constexpr T kZero = 0;
+    alignas(kLineBytes) static constexpr T kZeros[kLineBytes / sizeof(T)] = {};
     for (int64_t neuron = neurons.begin; neuron < neurons.end; ++neuron) {
       const int64_t i = neuron - neurons.begin, j = active - p.rows;
-      from[i] = &kZero;
+      from[i] = kZeros;
       if (j < p.k && *active == neuron) {
         ++active;
         summed[i] = -1;
@@ -315,12 +315,11 @@ class Gradient : Plan {
       static_cast<T*>(p.db)[neuron] = T(total);
     }
     T* row = static_cast<T*>(p.dw) + neurons.begin * p.dw_strides[0];
-    if (p.dw_strides[0] == 1 && !in_place) {  // neurons share cache lines
-      for_each_weight([&](int64_t to, int64_t at) {
-        for (int64_t i = 0; i < neurons.size(); ++i) row[to + i] = from[i][at & summed[i]];
+    if (p.dw_strides[0] == 1 && !in_place)  // neurons share cache lines
+      return for_each_tap([&](int64_t to, int64_t at) {
+        kernels.interleave(from, summed, neurons.size(), at, p.channels, row + to,
+                           p.dw_strides[1]);
       });
-      return;
-    }
     for (int64_t i = 0; i < neurons.size(); ++i, row += p.dw_strides[0])
       if (!summed[i])
         for_each_weight([&](int64_t to, int64_t) { row[to] = 0; });
@@ -346,12 +345,19 @@ class Gradient : Plan {
     const bool channels_last = to[1] == 1;
     const int64_t outer = channels_last ? 1 : p.channels, inner = channels_last ? p.channels : 1;
     for (int64_t o = 0; o < outer; ++o)
-      for (int64_t d = 0; d < p.kernel[D]; ++d)
-        for (int64_t h = 0; h < p.kernel[H]; ++h)
-          for (int64_t w = 0; w < p.kernel[W]; ++w)
-            for (int64_t i = 0; i < inner; ++i)
-              visit((o + i) * to[1] + d * to[2] + h * to[3] + w * to[4],
-                    (o + i) * from[1] + d * from[2] + h * from[3] + w * from[4]);
+      for_each_tap([&](int64_t to_tap, int64_t from_tap) {
+        for (int64_t i = o; i < o + inner; ++i) visit(to_tap + i * to[1], from_tap + i * from[1]);
+      });
+  }
+
+  // Calls visit(where its channels begin in a row of dw, and in a row of sums) for each tap.
+  template <class Visit>
+  void for_each_tap(Visit visit) const {
+    const auto &to = p.dw_strides, &from = sums_strides;
+    for (int64_t d = 0; d < p.kernel[D]; ++d)
+      for (int64_t h = 0; h < p.kernel[H]; ++h)
+        for (int64_t w = 0; w < p.kernel[W]; ++w)
+          visit(d * to[2] + h * to[3] + w * to[4], d * from[2] + h * from[3] + w * from[4]);
   }
 
   const Kernels<T>& kernels;

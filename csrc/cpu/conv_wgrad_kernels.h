@@ -48,6 +48,12 @@ template <class T>
 using PackLine = void (*)(const void* x, int64_t pixels, int64_t x_step, int64_t channels,
                           int64_t x_channel, T* panel, int64_t step);
 
+// out[i * step + j] = rows[j][(at + i) & summed[j]] for `length` values i of n rows j. summed: all bits
+// set, or none where the row is zero: then rows[j] has a cache line of zeros.
+template <class T>
+using Interleave = void (*)(const T* const* rows, const int64_t* summed, int64_t n, int64_t at,
+                            int64_t length, T* out, int64_t step);
+
 constexpr int kMostRows = 8;
 constexpr int kMostVectors = 4;
 constexpr int kDTypes = 4;
@@ -62,6 +68,7 @@ struct Kernels {
   SumRows<T> sum_rows[kMostRows + 1];
   PackRows<T> pack_rows[kDTypes][kMostRows + 1];
   PackLine<T> pack_line[kDTypes];
+  Interleave<T> interleave;
 };
 
 namespace portable {
