@@ -1,6 +1,7 @@
 #include "step.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <stdexcept>
 #include <string>
@@ -17,12 +18,16 @@ struct All {
   T operator()(int64_t, T next, T) const { return next; }
 };
 
-// Those where `active` is not zero: as wide as T, so that a comparison of vectors picks.
+// Those where all bits of `active` are set; where it is zero, none. Picked bit by bit: a condition would
+// become a branch around the arithmetic, and no loop vectors.
 template <class T>
 struct Chosen {
   using Lane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
   const Lane* active;
-  T operator()(int64_t i, T next, T before) const { return active[i] ? next : before; }
+  T operator()(int64_t i, T next, T before) const {
+    const Lane a = active[i];
+    return std::bit_cast<T>((std::bit_cast<Lane>(next) & a) | (std::bit_cast<Lane>(before) & ~a));
+  }
 };
 
 // Each kernel steps a line of `length` elements from `at` on. Its constants are copied to where no
@@ -185,7 +190,7 @@ void step(const std::vector<Stepped>& all, const Options& options, int threads) 
     elements += (s.transposed ? s.neurons : s.k) * s.width;
     if (!s.transposed) continue;
     active[i].resize(s.neurons);
-    for (int64_t j = 0; j < s.k; ++j) active[i][s.rows[j]] = 1;
+    for (int64_t j = 0; j < s.k; ++j) active[i][s.rows[j]] = -1;
   }
   // Waking a thread costs microseconds: each should step 16 Ki elements at least.
   const int team = int(std::clamp<int64_t>(elements >> 14, 1, threads));
