@@ -98,9 +98,10 @@ def _refuse_second_derivative() -> None:
 
 def _wanted(node: Any) -> bool:
     """False inside ``backward(inputs=...)`` or ``autograd.grad`` for neither weight nor bias."""
-    of_weight_and_bias = (n for n, _ in node.next_functions[2:] if n is not None)
+    _, _, (weight, _), (bias, _), *_ = node.next_functions
+    will = torch._C._will_engine_execute_node
     try:
-        return any(map(torch._C._will_engine_execute_node, of_weight_and_bias))
+        return (weight is not None and will(weight)) or (bias is not None and will(bias))
     except RuntimeError:  # which is how it says that autograd.grad was asked for this very leaf
         return True
 

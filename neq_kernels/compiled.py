@@ -71,7 +71,7 @@ def pack_columns(dy: Tensor, rows: Tensor, want_sums: bool) -> tuple[Tensor, Ten
     rows = rows.contiguous()
     (samples, neurons), k = dy.shape, rows.numel()
     packed = dy.new_empty((samples, k))
-    sums = dy.new_empty(k, dtype=_sum_dtype(dy)) if want_sums else None
+    sums = dy.new_empty(k, dtype=sum_dtype(dy)) if want_sums else None
     problem = (
         dtype,
         dy.data_ptr(),
@@ -95,13 +95,12 @@ def pack_columns(dy: Tensor, rows: Tensor, want_sums: bool) -> tuple[Tensor, Ten
 def linear_wgrad(
     dy: Tensor, x: Tensor, weight: Tensor, rows: Tensor, k: int, bias: bool
 ) -> tuple[Tensor, Tensor]:
-    """``conv_wgrad`` of a linear layer: dy [T, n], x [T, inputs]; the first ``k`` of ``rows``.
+    """``conv_wgrad`` of a linear layer: dy [T, n], x [T, inputs].
 
     By itself, as each view on the way would cost 20 microseconds where Python is slow.
     """
     threads, split_for = _threads()
-    dw = fresh_like(weight, _sum_dtype(dy))
-    db = dw.new_empty(len(weight) if bias else 0)
+    dw, db = _sums(dy, weight, bias)
     _C.cpu_linear_wgrad(
         DTYPES[dy.dtype],
         dy.data_ptr(),
@@ -127,6 +126,7 @@ def conv_wgrad(
     x: Tensor,
     weight: Tensor,
     rows: Tensor,
+    k: int,
     bias: bool,
     stride: tuple[int, ...],
     padding: tuple[int, ...],
@@ -136,13 +136,12 @@ def conv_wgrad(
 ) -> tuple[Tensor, Tensor]:
     """dW like ``weight`` and db [n] (or [0] without bias) of a convolution on the CPU.
 
-    Both are float32, or float64 for float64, and zero but for the ascending ``rows``. They are the
-    same bits for the same number of threads, or with ``torch.use_deterministic_algorithms`` any.
+    Both are float32, or float64 for float64, and zero but for the first ``k`` of ``rows``, which
+    ascend. They are the same bits for the same number of threads, or with
+    ``torch.use_deterministic_algorithms`` any.
     """
     threads, split_for = _threads()
-    dw = fresh_like(weight, _sum_dtype(dy))
-    db = dw.new_empty(len(weight) if bias else 0)
-    rows = rows.contiguous()
+    dw, db = _sums(dy, weight, bias)
     _C.cpu_conv_wgrad(
         DTYPES[dy.dtype],
         dy.data_ptr(),
@@ -155,8 +154,8 @@ def conv_wgrad(
         dw.shape,
         dw.stride(),
         db.data_ptr(),
-        rows.data_ptr(),
-        len(rows),
+        rows.contiguous().data_ptr(),
+        k,
         stride,
         padding,
         dilation,
@@ -250,7 +249,7 @@ def _pack_columns_in_torch(
     dy: Tensor, rows: Tensor, want_sums: bool
 ) -> tuple[Tensor, Tensor | None]:
     packed = dy.index_select(1, rows)
-    return packed, packed.sum(0, dtype=_sum_dtype(dy)) if want_sums else None
+    return packed, packed.sum(0, dtype=sum_dtype(dy)) if want_sums else None
 
 
 def _current_stream(device: int) -> int:
@@ -265,5 +264,12 @@ def _threads() -> tuple[int, int]:
     return threads, 8 if torch.are_deterministic_algorithms_enabled() else threads
 
 
-def _sum_dtype(dy: Tensor) -> torch.dtype:
+def _sums(dy: Tensor, weight: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+    """dW and db, not yet computed."""
+    dw = fresh_like(weight, sum_dtype(dy))
+    return dw, dw.new_empty(weight.shape[0] if bias else 0)
+
+
+def sum_dtype(dy: Tensor) -> torch.dtype:
+    """In which the kernels add up."""
     return torch.float64 if dy.dtype is torch.float64 else torch.float32

@@ -54,7 +54,7 @@ def threads():
 def native(args, isa):
     dy, x, weight, rows, count, bias, stride, padding, dilation, _, _, groups = args
     geometry = (stride, padding, dilation, groups)
-    return compiled.conv_wgrad(dy, x, weight, rows[:count], bias, *geometry, isa)
+    return compiled.conv_wgrad(dy, x, weight, rows, int(count), bias, *geometry, isa)
 
 
 def check(case, isa, dtype=torch.float32):
@@ -199,7 +199,7 @@ def test_capability_of_torch_bars_wider_instructions(capability, isa):
         "import torch; from neq_kernels.compiled import conv_wgrad;"
         "dy, x = torch.randn(1, 1, 999), torch.randn(1, 1, 1001);"
         "run = lambda isa: conv_wgrad("
-        "dy, x, torch.empty(1, 1, 3), torch.tensor([0]), False, (1,), (0,), (1,), 1, isa)[0];"
+        "dy, x, torch.empty(1, 1, 3), torch.tensor([0]), 1, False, (1,), (0,), (1,), 1, isa)[0];"
         f"assert torch.equal(run('best'), run('{isa}'))"
     )
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
@@ -222,6 +222,7 @@ def test_capability_of_torch_bars_wider_instructions(capability, isa):
 def test_mistakes_are_named(change, message):
     dy, x, weight, rows, _, bias, stride, padding, dilation, _, _, groups = CASES["1x1"].args()
     named = {"rows": rows[:3], "stride": stride, "padding": padding, "groups": groups} | change
+    named["k"] = len(named["rows"])
     with pytest.raises(ValueError, match=message):
         compiled.conv_wgrad(dy, x, weight, bias=bias, dilation=dilation, **named)
 
