@@ -1,13 +1,14 @@
-"""How much memory a call takes at its worst, and whether what it frees stays with the process."""
+"""How much memory a call takes at its worst; and a process that keeps what it frees."""
 
 import ctypes
+import os
 from collections.abc import Callable
-from pathlib import Path
+from itertools import accumulate
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
-PROCESS = Path("/proc/self")
-MMAP_MAX, MMAP_THRESHOLD, TRIM_THRESHOLD = -4, -3, -1  # of glibc's mallopt
+MMAP_MAX, TRIM_THRESHOLD = -4, -1  # of glibc's mallopt
 
 
 def keep_freed() -> None:
@@ -23,11 +24,11 @@ def keep_freed() -> None:
         libc.mallopt(TRIM_THRESHOLD, -1)  # never
 
 
-def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
-    """The most bytes that ``call`` needs beyond what was there before it; None where nobody tells.
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """The most bytes that torch's allocator has handed out during ``call``, beyond those before it.
 
-    On a GPU those of torch's allocator. On a CPU those of the whole process, which counts what
-    compiled kernels take for themselves, and pages only once they are written.
+    Exact, where the size of a process is not: of that, a heap with other holes makes some percent.
+    What kernels, the vendor's or ours, take from elsewhere while they run is not in it.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -36,29 +37,9 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt"):
-        return None
-    libc.mallopt(MMAP_MAX, 1 << 16)  # as to begin with
-    libc.mallopt(MMAP_THRESHOLD, 64 << 10)  # what is freed leaves the process, and no holes in it
-    try:
-        return min(_peak(call, libc) for _ in range(2))
-    except OSError:  # not Linux, or not allowed
-        return None
-    finally:  # where glibc comes to by itself, once large tensors have been freed
-        libc.mallopt(MMAP_THRESHOLD, 32 << 20)
-        libc.mallopt(TRIM_THRESHOLD, 64 << 20)
-
-
-def _peak(call: Callable[[], object], libc: ctypes.CDLL) -> int:
-    libc.malloc_trim(0)  # or the call would find memory that others have left
-    (PROCESS / "clear_refs").write_text("5")  # forget the highest so far
-    before = _status("VmRSS")
-    call()
-    return max(_status("VmHWM") - before, 0)
-
-
-def _status(name: str) -> int:
-    lines = (PROCESS / "status").read_text().splitlines()
-    kilobytes = next(line.split()[1] for line in lines if line.startswith(f"{name}:"))
-    return 1024 * int(kilobytes)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it prints a line for each start and stop
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    events = profiler.profiler.kineto_results.events()
+    taken = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(accumulate((n for _, n in taken), initial=0))

@@ -2,11 +2,13 @@
 
 import os
 import platform
+import random
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timezone
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from statistics import median, quantiles
 from typing import NamedTuple, TypeVar
@@ -67,26 +69,33 @@ def each_round(
     clock: Callable[[], float] = time.perf_counter,
     fewest: int = FEWEST,
     backlog: int = BACKLOG,
+    together: int = 1,
 ) -> Iterator[dict[Key, list[float]]]:
-    """Time the calls in turns (A B C, A B C, ...), so that whatever drifts meets all alike.
+    """Time the calls in turns, so that whatever drifts meets all alike.
 
-    Spends about ``seconds``; after each round come the times so far, in milliseconds. A call is
-    given the number of its turn, by which it can take other inputs each time than the caches still
-    hold. ``clock`` is a CPU's; a GPU has its own, and first waits for ``backlog`` cycles per call,
-    until all are queued.
+    Each round has another order (A B C, C A B, ...): what a call leaves behind in caches and heap,
+    up to 4 % of a training step, must not always meet the same one. ``together``: so many calls,
+    counted from the first, follow one another in any order. Spends about ``seconds``; after each
+    round come the times so far, in milliseconds. A call is given the number of its turn, by which
+    it can take other inputs each time than the caches still hold. ``clock`` is a CPU's; a GPU has
+    its own, and first waits for ``backlog`` cycles per call, until all are queued.
     """
     if device.type == "cuda":
         one_round = partial(_round_on_gpu, device, backlog)
     else:
         keep_freed()
         one_round = partial(_round_on_cpu, clock)
-    order = list(calls.values())
-    one_round(order, 0)  # warm-up
+    one_round(list(calls.values()), 0)  # warm-up
+    keys, shuffle = [*calls], random.Random(0).shuffle
+    groups = [keys[i : i + together] for i in range(0, len(keys), together)]
     taken: dict[Key, list[float]] = {key: [] for key in calls}
     end, done = time.perf_counter() + seconds, 0
     while done < fewest or (done < MOST and time.perf_counter() < end):
         done += 1
-        for key, span in zip(calls, one_round(order, done * len(order)), strict=True):
+        shuffle(groups)
+        order = [*chain.from_iterable(groups)]
+        spans = one_round([calls[key] for key in order], done * len(order))
+        for key, span in zip(order, spans, strict=True):
             taken[key].append(span)
         yield taken
 

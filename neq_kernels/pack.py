@@ -30,7 +30,7 @@ class Machine(NamedTuple):
 
 # "cpu" fits what was measured (docs/measured-facts.md); "cuda" is an estimate
 MACHINES = {
-    "cpu": Machine(16, 1.1, 4, 8, 15, 20e6),
+    "cpu": Machine(16, 1.1, 4, 8, 15, 40e6),
     "cuda": Machine(64, 1, 175, 0, 175, 1e10),
 }
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench import backward_speed, choices, networks, optimizer_speed, overhead, report
 from bench.problems import MODELS, QUICK, Problem, problems
-from bench.timing import FEWEST, Times, interleave
+from bench.timing import FEWEST, Times, each_round, interleave
 from neq_kernels import ops, planner
 
 CPU = torch.device("cpu")
@@ -322,12 +322,26 @@ def test_interleave():
     heard = []
     calls = {name: lambda turn, name=name: heard.append((name, turn)) for name in "abc"}
     times = interleave(calls, CPU, seconds=1e-9)
-    assert "".join(name for name, _ in heard) == "abc" * (1 + FEWEST)
+    names = "".join(name for name, _ in heard)
+    rounds = [names[i : i + 3] for i in range(0, len(names), 3)]
+    assert len(rounds) == 1 + FEWEST
+    assert all(sorted(each) == ["a", "b", "c"] for each in rounds)
+    assert len(set(rounds)) > 1  # in other orders
     assert [turn for _, turn in heard] == list(range(len(heard)))
     assert all(t.p20 <= t.p50 <= t.p80 for t in times.values())
     brief = len(heard)
     interleave(calls, CPU, seconds=0.01)
     assert len(heard) - brief > brief
+
+
+def test_what_stays_together_while_the_order_changes():
+    heard = []
+    calls = {name: lambda turn, name=name: heard.append(name) for name in "aAbBcC"}
+    *_, taken = each_round(calls, CPU, seconds=1e-9, together=2)
+    assert {len(times) for times in taken.values()} == {FEWEST}
+    pairs = ["".join(heard[i : i + 2]) for i in range(0, len(heard), 2)]
+    assert sorted(pairs) == sorted(["aA", "bB", "cC"] * (1 + FEWEST))
+    assert pairs != ["aA", "bB", "cC"] * (1 + FEWEST)
 
 
 def test_percentiles():
@@ -482,12 +496,13 @@ def test_choices(tiny, tmp_path, monkeypatch, capsys):
         (problem.name, layout) for problem in TINY for layout in problem.layouts
     ]
     for row in rows:
-        assert row["predicted"] == {"dense": 1, "pack": 0.1}
-        assert row["measured"].keys() == {"dense", "pack"}
-        assert (row["measured"]["dense"], row["chosen"]) == (1, "pack")
+        assert row["predicted"].keys() == row["measured"].keys() == {"dense", "pack"}
+        assert (row["predicted"]["pack"], row["chosen"]) == (0.1, "pack")
+        # more than its own time where it zeroes columns
+        assert (row["predicted"]["dense"] > 1) == (row["layout"] == "transposed")
     kinds = ["linear", "linear, transposed", "k x k", "k x k", "depthwise", "depthwise"]
     assert [row["kind"] for row in rows] == kinds
-    assert "of dense's time in the mean of 6 cases" in capsys.readouterr().out
+    assert "of the plain layer's time in the mean of 6 cases" in capsys.readouterr().out
 
 
 def test_summary_of_choices():
