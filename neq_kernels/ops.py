@@ -295,33 +295,32 @@ adamw_rows_ = torch.ops.neq.adamw_rows_.default
 
 
 def unseen(dy: Tensor, x: Tensor) -> bool:
-    """Whether nobody looks at operators: no profiler, mode, transform or special tensor.
+    """Whether nobody looks at operators: no profiler, no mode, no special tensor.
 
     Then what answers the operators may be asked directly, the planner: without a dispatch of 7 to
     20 microseconds, and without checks of what is right by construction. Not under a compiler, and
     not where a hook on saved tensors has brought back another ``x``, for which the checks are.
     """
-    return not (
-        torch._C._autograd._profiler_enabled()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or _is_special(dy)
-        or _is_special(x)
-        or dy.dtype != x.dtype
-        or dy.get_device() != x.get_device()
+    return (
+        dy.dtype is x.dtype
+        and dy.get_device() == x.get_device()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._autograd._profiler_enabled()
+        and _is_ordinary(dy)
+        and _is_ordinary(x)
     )
 
 
 _ordinary: set[int] = set()  # dispatch keys of the devices met
 
 
-def _is_special(t: Tensor) -> bool:
-    """A subclass, or one whose values are not those in memory: negated, conjugated, batched."""
+def _is_ordinary(t: Tensor) -> bool:
+    """No subclass, and its values are those in memory: not negated, conjugated, of a transform."""
     if type(t) is not Tensor:
-        return True
-    keys = torch._C._dispatch_keys(t).raw_repr()
-    if keys in _ordinary:
         return False
-    ordinary = torch._C._dispatch_keys(torch.empty(0, device=t.device)).raw_repr()
-    _ordinary.add(ordinary)
-    return keys != ordinary
+    keys = torch._C._dispatch_keys(t).raw_repr()
+    if keys not in _ordinary:
+        ordinary = torch._C._dispatch_keys(torch.empty(0, device=t.device)).raw_repr()
+        _ordinary.add(ordinary)
+        return keys == ordinary
+    return True
