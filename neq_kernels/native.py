@@ -18,7 +18,7 @@ from neq_kernels.problem import Problem
 # while it is gathered into columns; and during a call, and since dX comes from another one.
 X_FLOPS, DY_FLOPS, DW_FLOPS, TRANSPOSED_DW_FLOPS = 9, 2.5, 20, 8
 CONTIGUOUS_X_FLOPS = 14  # where pixels of images are transposed on the way, and little else happens
-CALL_FLOPS = 22e6
+CALL_FLOPS = 10e6
 LANES = 16  # of a vector, which channels fill or waste
 BUSY = 8  # products that a core needs under way at once
 
