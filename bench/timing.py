@@ -44,22 +44,9 @@ def interleave(
     clock: Callable[[], float] = time.perf_counter,
     backlog: int = BACKLOG,
 ) -> dict[Key, Times]:
-    """What ``rounds`` measures, summed up."""
-    measured = rounds(calls, device, seconds, clock, backlog=backlog)
-    return {key: Times.of(times) for key, times in measured.items()}
-
-
-def rounds(
-    calls: Mapping[Key, Callable[[int], object]],
-    device: torch.device,
-    seconds: float,
-    clock: Callable[[], float] = time.perf_counter,
-    fewest: int = FEWEST,
-    backlog: int = BACKLOG,
-) -> dict[Key, list[float]]:
-    """All the times that ``each_round`` takes."""
-    *_, taken = each_round(calls, device, seconds, clock, fewest, backlog)
-    return taken
+    """What ``each_round`` measures, summed up."""
+    *_, taken = each_round(calls, device, seconds, clock, backlog=backlog)
+    return {key: Times.of(times) for key, times in taken.items()}
 
 
 def each_round(

@@ -479,7 +479,7 @@ def test_the_peak_is_exact():
 FREED = """
 import resource
 import torch
-from bench.timing import rounds
+from bench.timing import interleave
 
 def pages(turn=0):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -487,7 +487,7 @@ def pages(turn=0):
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 print(pages())
-rounds({"call": pages}, torch.device("cpu"), 0.001)
+interleave({"call": pages}, torch.device("cpu"), 0.001)
 print(pages())
 """
 
