@@ -28,7 +28,8 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
     """The most bytes that torch's allocator has handed out during ``call``, beyond those before it.
 
     Exact, where the size of a process is not: of that, a heap with other holes makes some percent.
-    What kernels, the vendor's or ours, take from elsewhere while they run is not in it.
+    What kernels, the vendor's or ours, take from elsewhere while they run is not in it. On a CPU
+    it goes unnoticed if ``call`` frees tensors from before it.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -60,9 +60,9 @@ def each_round(
 ) -> Iterator[dict[Key, list[float]]]:
     """Time the calls in turns, so that whatever drifts meets all alike.
 
-    Each round has another order (A B C, C A B, ...): what a call leaves behind in caches and heap,
-    up to 4 % of a training step, must not always meet the same one. ``together``: so many calls,
-    counted from the first, follow one another in any order. Spends about ``seconds``; after each
+    Each round is shuffled: what a call leaves behind in caches and heap, up to 4 % of a training
+    step, must not always meet the same one. ``together``: so many calls, counted from the first,
+    stay in line, as one. Spends about ``seconds``; after each
     round come the times so far, in milliseconds. A call is given the number of its turn, by which
     it can take other inputs each time than the caches still hold. ``clock`` is a CPU's; a GPU has
     its own, and first waits for ``backlog`` cycles per call, until all are queued.

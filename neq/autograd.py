@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.overrides import has_torch_function_variadic
 
 from neq.rows import Rows
@@ -62,6 +63,11 @@ class RowGrad(torch.autograd.Function):
         is_compiling = torch.compiler.is_compiling()
         if not is_compiling:
             _refuse_second_derivative()
+            if forward_ad._current_level >= 0 and forward_ad.unpack_dual(dy).tangent is not None:
+                raise RuntimeError(
+                    "forward-mode derivatives of a backward pass through a layer with frozen "
+                    "neurons are not supported: use torch.func.grad inside, or set_active(None)"
+                )
         (x,) = ctx.saved_tensors
         order, length = ctx.order, ctx.length
         with_bias = ctx.bias is not None

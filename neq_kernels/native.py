@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from neq_kernels import compiled
+from neq_kernels.dense import unit
 from neq_kernels.geometry import Conv
 from neq_kernels.problem import Problem
 
 # All times are counted in arithmetic of the vendor's dense kernels (docs/measured-facts.md): what
-# they do while a byte of X or dY arrives, while one of dW is written where it lies row by row, and
-# while it is gathered into columns; and during a call, and since dX comes from another one.
-X_FLOPS, DY_FLOPS, DW_FLOPS, TRANSPOSED_DW_FLOPS = 9, 2.5, 20, 8
+# they do while a byte of X or dY arrives; while one of dW is written, where it lies row by row or
+# in columns, whose sums are made elsewhere first; and during a call, and since dX comes from
+# another one.
+X_FLOPS, DY_FLOPS, DW_FLOPS, TRANSPOSED_DW_FLOPS, TRANSPOSED_SUMS_FLOPS = 9, 2.5, 10, 8, 20
 CONTIGUOUS_X_FLOPS = 14  # where pixels of images are transposed on the way, and little else happens
 CALL_FLOPS = 10e6
 LANES = 16  # of a vector, which channels fill or waste
@@ -33,7 +35,7 @@ class Speed(NamedTuple):
 
 
 SPEEDS = {"AVX512": Speed(0.85, 0.85, 1.1, 1.25)}  # by torch's name for the vector instructions
-OTHER_SPEED = Speed(0.55, 1.05, 1.0, 1.15)  # as with AVX2
+OTHER_SPEED = Speed(0.55, 1.05, 1.0, 1.07)  # as with AVX2
 # A large dW costs the vendor a trap for each page that it writes first.
 LARGE = 0.85
 # How much longer it takes where the vendor has matrix instructions for 16 bits.
@@ -64,8 +66,8 @@ def cost(problem: Problem) -> float:
     moving *= min(prod(problem.x), patches)  # strides may leave some of X out
     moving += DY_FLOPS * prod(problem.dy)
     if problem.transposed:
+        moving += (TRANSPOSED_DW_FLOPS + share * TRANSPOSED_SUMS_FLOPS) * prod(problem.weight)
         share *= speed.transposed
-        moving += TRANSPOSED_DW_FLOPS * prod(problem.weight)
     elif problem.conv is None:
         large = prod(problem.weight) * problem.dtype.itemsize > compiled.LARGEST_KEPT
         share *= LARGE if large else speed.linear
@@ -75,7 +77,8 @@ def cost(problem: Problem) -> float:
         if not problem.channels_last:
             moving += DW_FLOPS * prod(problem.weight)
     moving *= problem.dtype.itemsize
-    return slower * (share * waste * idle + (moving + CALL_FLOPS) / problem.flops)
+    computing = share * waste * idle * problem.flops
+    return slower * (computing + moving + CALL_FLOPS) / unit(problem)
 
 
 def _of_groups(problem: Problem, share: float, slower: float) -> float:

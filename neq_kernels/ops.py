@@ -62,6 +62,13 @@ def _check_rows(neurons: int, dy: Tensor, rows: Tensor, count: Tensor, beside: s
         )
 
 
+def _check_alike(dy: Tensor, x: Tensor) -> None:
+    if dy.dtype != x.dtype:
+        raise ValueError(f"dy and x must have one dtype, got {dy.dtype} and {x.dtype}")
+    if dy.device != x.device:
+        raise ValueError(f"dy and x must be on one device, got {dy.device} and {x.device}")
+
+
 def _check_linear(dy: Tensor, x: Tensor, weight: Tensor, rows: Tensor, count: Tensor) -> None:
     if weight.dim() != 2:
         raise ValueError(f"weight must be [neurons, inputs], got {list(weight.shape)}")
@@ -73,8 +80,7 @@ def _check_linear(dy: Tensor, x: Tensor, weight: Tensor, rows: Tensor, count: Te
         )
     if x.shape[-1:] != (inputs,):
         raise ValueError(f"x must end in {inputs} inputs, got {list(x.shape)}")
-    if dy.dtype != x.dtype:
-        raise ValueError(f"dy and x must have one dtype, got {dy.dtype} and {x.dtype}")
+    _check_alike(dy, x)
     _check_rows(neurons, dy, rows, count)
 
 
@@ -96,8 +102,7 @@ def _check_conv(
             f"weight {list(weight.shape)} with groups={conv.groups} maps {in_channels} channels "
             f"to {out_channels}, got x {list(x.shape)} and dy {list(dy.shape)}"
         )
-    if dy.dtype != x.dtype:
-        raise ValueError(f"dy and x must have one dtype, got {dy.dtype} and {x.dtype}")
+    _check_alike(dy, x)
     _check_rows(out_channels, dy, rows, count)
 
 
@@ -295,7 +300,7 @@ adamw_rows_ = torch.ops.neq.adamw_rows_.default
 
 
 def unseen(dy: Tensor, x: Tensor) -> bool:
-    """Whether nobody looks at operators: no profiler, no mode, no special tensor.
+    """Whether nobody looks at operators: no profiler, mode, transform or special tensor.
 
     Then what answers the operators may be asked directly, the planner: without a dispatch of 7 to
     20 microseconds, and without checks of what is right by construction. Not under a compiler, and
@@ -303,7 +308,8 @@ def unseen(dy: Tensor, x: Tensor) -> bool:
     """
     return (
         dy.dtype is x.dtype
-        and dy.get_device() == x.get_device()
+        and dy.device == x.device
+        and not torch._C._are_functorch_transforms_active()  # it would wrap what is compared with
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._autograd._profiler_enabled()
         and _is_ordinary(dy)
@@ -315,7 +321,7 @@ _ordinary: set[int] = set()  # dispatch keys of the devices met
 
 
 def _is_ordinary(t: Tensor) -> bool:
-    """No subclass, and its values are those in memory: not negated, conjugated, of a transform."""
+    """No subclass, and its values are those in memory: not negated, not conjugated."""
     if type(t) is not Tensor:
         return False
     keys = torch._C._dispatch_keys(t).raw_repr()

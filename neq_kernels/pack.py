@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from neq_kernels.compiled import fresh_like, pack_columns
-from neq_kernels.dense import channel_sum, vendor_conv_wgrad
+from neq_kernels.dense import channel_sum, unit, vendor_conv_wgrad
 from neq_kernels.geometry import Conv
 from neq_kernels.problem import Problem
 
@@ -56,7 +56,8 @@ def cost(problem: Problem) -> float:
     moving *= problem.dtype.itemsize
     if problem.device == "cpu" and problem.dtype.itemsize < 4:
         moving *= HALF_PRECISION
-    return machine.of_rows * share + (moving + machine.call_flops) / problem.flops
+    computing = machine.of_rows * share * problem.flops
+    return (computing + moving + machine.call_flops) / unit(problem)
 
 
 def _granules(k: int, neurons: int, device: str) -> int:

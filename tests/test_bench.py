@@ -498,8 +498,7 @@ def test_choices(tiny, tmp_path, monkeypatch, capsys):
     for row in rows:
         assert row["predicted"].keys() == row["measured"].keys() == {"dense", "pack"}
         assert (row["predicted"]["pack"], row["chosen"]) == (0.1, "pack")
-        # more than its own time where it zeroes columns
-        assert (row["predicted"]["dense"] > 1) == (row["layout"] == "transposed")
+        assert row["predicted"]["dense"] > 1  # the frozen rows are zeroed besides
     kinds = ["linear", "linear, transposed", "k x k", "k x k", "depthwise", "depthwise"]
     assert [row["kind"] for row in rows] == kinds
     assert "of the plain layer's time in the mean of 6 cases" in capsys.readouterr().out

@@ -283,8 +283,14 @@ def test_saved_tensors_hooks_see_float_tensors_only(model, hook):
 @each("backend", ["native", "pack"])
 @each(
     "unpack",
-    [torch.Tensor.bfloat16, lambda x: x[:1], lambda x: x[:, :2], torch.Tensor.double],
-    ids=["dtype", "samples", "inputs", "wider"],
+    [
+        torch.Tensor.bfloat16,
+        torch.Tensor.double,
+        lambda x: x[:1],
+        lambda x: x[:, :2],
+        lambda x: x.to("meta"),
+    ],
+    ids=["narrower", "wider", "samples", "inputs", "device"],
 )
 def test_another_tensor_than_was_saved_is_an_error(backend, unpack):
     """Where kernels read by address, nobody else would notice."""
@@ -293,8 +299,32 @@ def test_another_tensor_than_was_saved_is_an_error(backend, unpack):
     with mock.patch.object(planner, "planned", return_value=backend):
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
             y = layer(torch.ones(3, 6))
-        with pytest.raises((ValueError, RuntimeError), match=r"dtype|size|dimensions|inputs"):
+        with pytest.raises(
+            (ValueError, RuntimeError), match=r"dtype|size|dimensions|inputs|device"
+        ):
             y.sum().backward()
+
+
+@each("transform", ["vjp", "functionalize", "jvp"])
+def test_a_transform_around_a_backward_pass(transform):
+    """Of a graph made outside; after one without, which has taught what an ordinary tensor is."""
+    layer = neq.NEqLinear(6, 8)
+    layer.set_active([1, 2])
+    with mock.patch.object(planner, "planned", return_value="native"):
+        y = layer(torch.arange(18.0).view(3, 6))
+        dy = torch.arange(24.0).view(3, 8)
+
+        def backward(dy):
+            return torch.autograd.grad(y, layer.weight, dy, retain_graph=True)[0]
+
+        expected = backward(dy)
+        if transform == "vjp":
+            assert torch.equal(torch.func.vjp(backward, dy)[0], expected)
+        elif transform == "functionalize":
+            assert torch.equal(torch.func.functionalize(backward)(dy), expected)
+        else:
+            with pytest.raises(RuntimeError, match="forward-mode derivatives of a backward pass"):
+                torch.func.jvp(backward, (dy,), (dy,))
 
 
 # What trains, and what does not

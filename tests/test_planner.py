@@ -10,8 +10,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import FLOAT32, conv_case, linear_case, meta, problem_of
 
-from neq_kernels import conv_wgrad, linear_wgrad, machine, planner
+from neq_kernels import compiled, conv_wgrad, linear_wgrad, machine, planner
 from neq_kernels.geometry import Conv
+from neq_kernels.problem import Problem
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -114,6 +115,21 @@ def test_pack_is_predicted_for_few_rows_of_a_large_layer_only(native):
     assert choose(LARGE) == "pack"
     assert choose(replace(LARGE, active=frozenset(range(1000)))) == "dense"
     assert choose(LINEAR) == "dense"
+
+
+def transposed(samples, active):
+    sizes = (samples, 2304), (samples, 768), (2304, 768)
+    bucket = -(-active * planner.BUCKETS // 2304)
+    return Problem("linear_wgrad", "cpu", torch.float32, *sizes, False, None, bucket, True)
+
+
+@pytest.mark.parametrize("active", [1152, 1728, 2303])
+def test_transposed_weights_are_dense_for_few_samples_only(active):
+    """To write dW, and the sums elsewhere first, takes longer than the vendor takes for all."""
+    for samples in 1, 2, 8, 32:
+        assert planner.predict(transposed(samples, active)) == "dense"
+    if active < 2303 and compiled.why_not("cpu") is None:
+        assert planner.predict(transposed(512, active)) == "native"
 
 
 @pytest.mark.parametrize(("device", "groups"), [("cpu", 2), ("cuda", 2), ("cuda", 32)])
