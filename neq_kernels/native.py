@@ -18,7 +18,7 @@ from neq_kernels.problem import Problem
 # they do while a byte of X or dY arrives; while one of dW is written, where it lies row by row or
 # in columns, whose sums are made elsewhere first; and during a call, and since dX comes from
 # another one.
-X_FLOPS, DY_FLOPS, DW_FLOPS, TRANSPOSED_DW_FLOPS, TRANSPOSED_SUMS_FLOPS = 9, 2.5, 10, 8, 20
+X_FLOPS, DY_FLOPS, DW_FLOPS, TRANSPOSED_DW_FLOPS, TRANSPOSED_SUMS_FLOPS = 9, 2.5, 10, 14, 20
 CONTIGUOUS_X_FLOPS = 14  # where pixels of images are transposed on the way, and little else happens
 CALL_FLOPS = 10e6
 LANES = 16  # of a vector, which channels fill or waste
