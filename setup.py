@@ -26,6 +26,7 @@ SOURCES = [
     "csrc/cpu/pack.cpp",
     "csrc/cpu/similarity.cpp",
     "csrc/cpu/step.cpp",
+    "csrc/cpu/zero.cpp",
 ]
 CUDA_SOURCES = ["csrc/bindings_cuda.cpp", "csrc/cuda/conv_wgrad.cu", "csrc/cuda/pack.cu"]
 CUDA_TARGETS = [80, 90, 100]

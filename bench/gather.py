@@ -13,11 +13,13 @@ from torch import Tensor
 
 from neq_kernels import planner
 from neq_kernels.geometry import Conv
+from neq_kernels.problem import as_matrix
 
 
 def linear_wgrad(
     dy: Tensor, x: Tensor, weight: Tensor, rows: Tensor, k: int, bias: bool
 ) -> tuple[Tensor, Tensor]:
+    dy, x = as_matrix(dy), as_matrix(x)
     some_dy = dy[:, rows[:k]]
     some_dw = (x.t() @ some_dy).t() if weight.stride(0) == 1 else some_dy.t() @ x
     return _scatter(weight, rows[:k], some_dw, some_dy.sum(0) if bias else None)

@@ -13,60 +13,62 @@ void check(const char* what, const char* error) {
   if (error) throw std::runtime_error(std::string(what) + " on CUDA: " + error);
 }
 
-int64_t cuda_pack_scratch_bytes(DType dtype, int64_t samples, int64_t k) {
-  require(samples >= 0, "samples", samples, "at least 0");
+int64_t cuda_pack_scratch_bytes(const Tensor& dy, int64_t k) {
+  require(dy.dims() == 2, "dimensions of dy", dy.dims(), "2");
   require(k >= 0, "k", k, "at least 0");
-  return cuda::pack_scratch_bytes(dtype, samples, k);
+  return cuda::pack_scratch_bytes(dy.dtype(), dy.size(0), k);
 }
 
-void cuda_pack_columns(DType dtype, uintptr_t dy, int64_t samples, int64_t neurons, int64_t stride,
-                       uintptr_t rows, int64_t k, uintptr_t packed, uintptr_t sums,
-                       uintptr_t scratch, int device, uintptr_t stream) {
-  check_pack(samples, neurons, stride, k);
+// scratch: so many bytes as ``cuda_pack_scratch_bytes`` says, if sums are wanted.
+void cuda_pack_columns(const Tensor& dy, const Tensor& rows, const Tensor& packed,
+                       const std::optional<Tensor>& sums, const Tensor& scratch, int device,
+                       uintptr_t stream) {
+  check_pack(dy, rows, packed, sums);
   require(device >= 0, "device", device, "at least 0");
   check("pack_columns",
-        cuda::pack_columns(dtype, pointer<const void>(dy), samples, stride,
-                           pointer<const int64_t>(rows), k, pointer<void>(packed),
-                           pointer<void>(sums), pointer<void>(scratch), device,
-                           pointer<void>(stream)));
+        cuda::pack_columns(dy.dtype(), dy.data(), dy.size(0), dy.stride(0),
+                           rows.data<const int64_t>(), rows.size(0), packed.data(),
+                           sums ? sums->data() : nullptr, scratch.data(), device,
+                           reinterpret_cast<void*>(stream)));
 }
 
 cuda::Size2 size2(const Ints& given) { return {int(given[0]), int(given[1])}; }
 
-// From sizes and strides [images, channels, lines, columns]. Along a single one nobody steps.
-cuda::Images images(uintptr_t data, const Ints& size, const Ints& strides) {
+// [images, channels, lines, columns]. Along a single one nobody steps.
+cuda::Images images(const Tensor& t) {
   int64_t step[4];
-  for (int i = 0; i < 4; ++i) step[i] = size[i] > 1 ? strides[i] : 0;
+  for (int i = 0; i < 4; ++i) step[i] = t.size(i) > 1 ? t.stride(i) : 0;
   constexpr int64_t most = std::numeric_limits<int>::max();
-  require(strides[1] == 1, "stride of channels", strides[1], "1");
-  require(size[1] % 8 == 0, "neurons or channels", size[1], "a multiple of 8");
-  require(data % 16 == 0, "address", int64_t(data), "a multiple of 16");
+  require(t.stride(1) == 1, "stride of channels", t.stride(1), "1");
+  require(t.size(1) % 8 == 0, "neurons or channels", t.size(1), "a multiple of 8");
+  const auto address = reinterpret_cast<uintptr_t>(t.data());
+  require(address % 16 == 0, "address", int64_t(address), "a multiple of 16");
   for (const int i : {0, 2, 3})
     require(step[i] >= 0 && step[i] % 8 == 0, "a stride", step[i], "a multiple of 8");
-  const int64_t extent = (size[2] * step[2] + size[3] * step[3]) / 8;
+  const int64_t extent = (t.size(2) * step[2] + t.size(3) * step[3]) / 8;
   require(extent <= most, "16-byte pieces in an image", extent, "at most " + std::to_string(most));
-  return {pointer<const void>(data), step[0] / 8, int(step[2] / 8), int(step[3] / 8)};
+  return {t.data(), step[0] / 8, int(step[2] / 8), int(step[3] / 8)};
 }
 
-void cuda_conv_wgrad(DType dtype, uintptr_t dy, const Ints& dy_size, const Ints& dy_strides,
-                     uintptr_t x, const Ints& x_size, const Ints& x_strides, DType weight_dtype,
-                     uintptr_t dw, const Ints& dw_size, const Ints& dw_strides, uintptr_t db,
-                     uintptr_t rows, int64_t k, const Ints& stride, const Ints& padding,
+void cuda_conv_wgrad(const Tensor& dy, const Tensor& x, const Tensor& dw, const Tensor& db,
+                     const Tensor& rows, int64_t k, const Ints& stride, const Ints& padding,
                      const Ints& dilation, const Ints& tile, int octets, int slices, int64_t parts,
-                     uintptr_t partial_dw, uintptr_t partial_db, int device, uintptr_t stream) {
-  check_conv(dy_size, dy_strides, x_size, x_strides, dw_size, dw_strides, stride, padding, dilation,
-             1);
+                     const Tensor& partial_dw, const Tensor& partial_db, int device,
+                     uintptr_t stream) {
+  check_conv(dy, x, dw, stride, padding, dilation, 1);
   require(stride.size() == 2, "spatial dimensions", int64_t(stride.size()), "2");
+  const DType dtype = dy.dtype();
   require(dtype == DType::float16 || dtype == DType::bfloat16, "bytes of an element of dy",
           bytes_of(dtype), "2");
-  const int64_t neurons = dy_size[1], taps = dw_size[2] * dw_size[3];
-  require(k >= 1 && k <= neurons, "k", k, "between 1 and neurons = " + std::to_string(neurons));
+  const int64_t neurons = dy.size(1), taps = dw.size(2) * dw.size(3);
+  require_indices(rows);
+  require(k >= 1 && k <= rows.size(0) && k <= neurons, "k", k, "between 1 and neurons = " + std::to_string(neurons));
   require(tile.size() == 2, "dimensions of a tile", int64_t(tile.size()), "2");
-  int64_t tiles = dy_size[0];
+  int64_t tiles = dy.size(0);
   for (int i = 0; i < 2; ++i) {
-    require(tile[i] >= 1 && tile[i] <= dy_size[i + 2], "a tile's size", tile[i],
-            "between 1 and the output's, " + std::to_string(dy_size[i + 2]));
-    tiles *= ceil_div(dy_size[i + 2], tile[i]);
+    require(tile[i] >= 1 && tile[i] <= dy.size(i + 2), "a tile's size", tile[i],
+            "between 1 and the output's, " + std::to_string(dy.size(i + 2)));
+    tiles *= ceil_div(dy.size(i + 2), tile[i]);
   }
   require(octets >= 1 && octets <= 4, "octets", octets, "between 1 and 4");
   require(slices >= 1 && slices * taps <= 36, "slices", slices,
@@ -77,41 +79,37 @@ void cuda_conv_wgrad(DType dtype, uintptr_t dy, const Ints& dy_size, const Ints&
 
   cuda::ConvWgrad problem{};
   problem.dtype = dtype;
-  problem.weight_dtype = weight_dtype;
-  problem.images = int(dy_size[0]);
+  problem.weight_dtype = dw.dtype();
+  problem.images = int(dy.size(0));
   problem.neurons = int(neurons);
-  problem.channels = int(x_size[1]);
+  problem.channels = int(x.size(1));
   problem.k = int(k);
-  problem.input = {int(x_size[2]), int(x_size[3])};
-  problem.output = {int(dy_size[2]), int(dy_size[3])};
-  problem.kernel = {int(dw_size[2]), int(dw_size[3])};
+  problem.input = {int(x.size(2)), int(x.size(3))};
+  problem.output = {int(dy.size(2)), int(dy.size(3))};
+  problem.kernel = {int(dw.size(2)), int(dw.size(3))};
   problem.stride = size2(stride);
   problem.padding = size2(padding);
   problem.dilation = size2(dilation);
-  problem.dy = images(dy, dy_size, dy_strides);
-  problem.x = images(x, x_size, x_strides);
-  problem.dw = pointer<void>(dw);
-  std::copy(dw_strides.begin(), dw_strides.end(), problem.dw_strides);
-  problem.db = pointer<void>(db);
-  problem.rows = pointer<const int64_t>(rows);
-  problem.partial_dw = pointer<float>(partial_dw);
-  problem.partial_db = pointer<float>(partial_db);
+  problem.dy = images(dy);
+  problem.x = images(x);
+  problem.dw = dw.data();
+  std::ranges::copy(dw.strides(), problem.dw_strides);
+  problem.db = bias_gradient(db, dw.dtype(), neurons);
+  problem.rows = rows.data<const int64_t>();
+  problem.partial_dw = partial_dw.data<float>();
+  problem.partial_db = partial_db.data<float>();
   problem.plan = {size2(tile), octets, slices, int(parts)};
-  check("conv_wgrad", cuda::conv_wgrad(problem, device, pointer<void>(stream)));
+  check("conv_wgrad", cuda::conv_wgrad(problem, device, reinterpret_cast<void*>(stream)));
 }
 
 }  // namespace
 
 void bind_cuda(py::module_& m) {
-  m.def("cuda_pack_scratch_bytes", &cuda_pack_scratch_bytes, py::arg("dtype"), py::arg("samples"),
-        py::arg("k"));
-  m.def("cuda_pack_columns", &cuda_pack_columns, py::arg("dtype"), py::arg("dy"),
-        py::arg("samples"), py::arg("neurons"), py::arg("stride"), py::arg("rows"), py::arg("k"),
+  m.def("cuda_pack_scratch_bytes", &cuda_pack_scratch_bytes, py::arg("dy"), py::arg("k"));
+  m.def("cuda_pack_columns", &cuda_pack_columns, py::arg("dy"), py::arg("rows"),
         py::arg("packed"), py::arg("sums"), py::arg("scratch"), py::arg("device"),
         py::arg("stream"));
-  m.def("cuda_conv_wgrad", &cuda_conv_wgrad, py::arg("dtype"), py::arg("dy"), py::arg("dy_size"),
-        py::arg("dy_strides"), py::arg("x"), py::arg("x_size"), py::arg("x_strides"),
-        py::arg("weight_dtype"), py::arg("dw"), py::arg("dw_size"), py::arg("dw_strides"),
+  m.def("cuda_conv_wgrad", &cuda_conv_wgrad, py::arg("dy"), py::arg("x"), py::arg("dw"),
         py::arg("db"), py::arg("rows"), py::arg("k"), py::arg("stride"), py::arg("padding"),
         py::arg("dilation"), py::arg("tile"), py::arg("octets"), py::arg("slices"),
         py::arg("parts"), py::arg("partial_dw"), py::arg("partial_db"), py::arg("device"),

@@ -25,6 +25,7 @@ from neq.rows import Rows
 from neq_kernels import ops, planner
 from neq_kernels.dense import zero_frozen_
 from neq_kernels.geometry import Conv
+from neq_kernels.unseen import unseen
 
 
 class RowGrad(torch.autograd.Function):
@@ -76,10 +77,10 @@ class RowGrad(torch.autograd.Function):
             db = torch.zeros_like(ctx.bias) if with_bias else None
         elif not is_compiling and not _wanted(ctx):
             dw, db = None, None
-        elif ctx.count and not is_compiling and x.shape == ctx.shape and ops.unseen(dy, x):
+        elif not is_compiling and ctx.count and _as_expected(dy, x, ctx) and unseen(dy, x):
             args = (ctx.weight, order, ctx.count, with_bias)
             if ctx.conv is None:
-                dw, db = planner.linear_wgrad(_matrix(dy), _matrix(x), *args, ctx.plan)
+                dw, db = planner.linear_wgrad(dy, x, *args, ctx.plan)
             else:
                 dw, db = planner.conv_wgrad(dy, x, *args, ctx.conv, ctx.plan)
         elif ctx.conv is None:
@@ -89,9 +90,9 @@ class RowGrad(torch.autograd.Function):
         return dy, None, dw, db if with_bias else None, None, None, None, None, None
 
 
-def _matrix(t: Tensor) -> Tensor:
-    """[..., n] as [T, n]."""
-    return t.flatten(0, -2) if t.dim() > 1 else t[None]
+def _as_expected(dy: Tensor, x: Tensor, node: Any) -> bool:
+    """A hook on saved tensors may bring back another ``x``, which the operators would refuse."""
+    return dy.dtype is x.dtype and dy.device == x.device and x.shape == node.shape
 
 
 def _refuse_second_derivative() -> None:

@@ -1,12 +1,8 @@
-# Addresses are those of Tensor.data_ptr(); 0 for sums or db asks for none.
+# What takes tensors checks what a wrong one would break: devices, dtypes, sizes, rows out of range.
 
 from collections.abc import Sequence
 
-class DType:
-    float32: DType
-    float64: DType
-    bfloat16: DType
-    float16: DType
+from torch import Tensor
 
 class Isa:
     best: Isa
@@ -16,50 +12,29 @@ class Isa:
 
 has_cuda: bool
 
-def cpu_prefer_large_pages(begin: int, bytes: int) -> None: ...
-def cpu_row_similarity(
-    dtype: DType,
-    y: int,
-    strides: Sequence[int],
-    dtype_: DType,
-    y_: int,
-    strides_: Sequence[int],
-    sizes: Sequence[int],
-    out: int,
-    isa: Isa,
-    threads: int,
-) -> None: ...
 def cpu_has_isa(isa: Isa) -> bool: ...
+def cpu_prefer_large_pages(t: Tensor) -> None: ...
+def cpu_zero_rows(t: Tensor, rows: Tensor, dim: int, threads: int) -> bool: ...
+def cpu_pack_columns(
+    dy: Tensor, rows: Tensor, packed: Tensor, sums: Tensor | None, threads: int
+) -> None: ...
+def cpu_row_similarity(y: Tensor, y_: Tensor, out: Tensor, isa: Isa, threads: int) -> None: ...
 def cpu_linear_wgrad(
-    dtype: DType,
-    dy: int,
-    dy_size: Sequence[int],
-    dy_strides: Sequence[int],
-    x: int,
-    x_size: Sequence[int],
-    x_strides: Sequence[int],
-    dw: int,
-    dw_size: Sequence[int],
-    dw_strides: Sequence[int],
-    db: int,
-    rows: int,
+    dy: Tensor,
+    x: Tensor,
+    dw: Tensor,
+    db: Tensor,
+    rows: Tensor,
     k: int,
     threads: int,
     split_for: int,
 ) -> None: ...
 def cpu_conv_wgrad(
-    dtype: DType,
-    dy: int,
-    dy_size: Sequence[int],
-    dy_strides: Sequence[int],
-    x: int,
-    x_size: Sequence[int],
-    x_strides: Sequence[int],
-    dw: int,
-    dw_size: Sequence[int],
-    dw_strides: Sequence[int],
-    db: int,
-    rows: int,
+    dy: Tensor,
+    x: Tensor,
+    dw: Tensor,
+    db: Tensor,
+    rows: Tensor,
     k: int,
     stride: Sequence[int],
     padding: Sequence[int],
@@ -69,34 +44,30 @@ def cpu_conv_wgrad(
     threads: int,
     split_for: int,
 ) -> None: ...
-def cpu_pack_columns(
-    dtype: DType,
-    dy: int,
-    samples: int,
-    neurons: int,
-    stride: int,
-    rows: int,
-    k: int,
-    packed: int,
-    sums: int,
-    threads: int,
-) -> None: ...
 def cpu_sgd_rows(
-    dtype: DType,
-    all: list[tuple[int, ...]],  # of 10
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    rows: list[Tensor],
+    counts: list[Tensor],
     lr: float,
     momentum: float,
     dampening: float,
     weight_decay: float,
     nesterov: bool,
     maximize: bool,
-    begin: bool,
+    first: bool,
     threads: int,
 ) -> None: ...
 def cpu_adamw_rows(
-    dtype: DType,
-    all: list[tuple[int, ...]],  # of 10
-    counts: list[float],
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    rows: list[Tensor],
+    counts: list[Tensor],
     lr: float,
     beta1: float,
     beta2: float,
@@ -105,20 +76,22 @@ def cpu_adamw_rows(
     maximize: bool,
     threads: int,
 ) -> None: ...
+def cuda_pack_scratch_bytes(dy: Tensor, k: int) -> int: ...
+def cuda_pack_columns(
+    dy: Tensor,
+    rows: Tensor,
+    packed: Tensor,
+    sums: Tensor | None,
+    scratch: Tensor,
+    device: int,
+    stream: int,
+) -> None: ...
 def cuda_conv_wgrad(
-    dtype: DType,
-    dy: int,
-    dy_size: Sequence[int],
-    dy_strides: Sequence[int],
-    x: int,
-    x_size: Sequence[int],
-    x_strides: Sequence[int],
-    weight_dtype: DType,
-    dw: int,
-    dw_size: Sequence[int],
-    dw_strides: Sequence[int],
-    db: int,
-    rows: int,
+    dy: Tensor,
+    x: Tensor,
+    dw: Tensor,
+    db: Tensor,
+    rows: Tensor,
     k: int,
     stride: Sequence[int],
     padding: Sequence[int],
@@ -127,23 +100,8 @@ def cuda_conv_wgrad(
     octets: int,
     slices: int,
     parts: int,
-    partial_dw: int,
-    partial_db: int,
-    device: int,
-    stream: int,
-) -> None: ...
-def cuda_pack_scratch_bytes(dtype: DType, samples: int, k: int) -> int: ...
-def cuda_pack_columns(
-    dtype: DType,
-    dy: int,
-    samples: int,
-    neurons: int,
-    stride: int,
-    rows: int,
-    k: int,
-    packed: int,
-    sums: int,
-    scratch: int,
+    partial_dw: Tensor,
+    partial_db: Tensor,
     device: int,
     stream: int,
 ) -> None: ...

@@ -24,10 +24,8 @@ else:
     )
     _devices = frozenset(("cpu", "cuda") if _C.has_cuda else ("cpu",))
 
-DTYPES: dict[torch.dtype, "_C.DType"] = {}  # what the kernels take
-if _devices:
-    for _name in ("float32", "float64", "bfloat16", "float16"):
-        DTYPES[getattr(torch, _name)] = getattr(_C.DType, _name)
+# what the kernels take
+DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16} if _devices else set()
 
 
 def why_not(device: str) -> str | None:
@@ -45,7 +43,7 @@ def fresh_like(t: Tensor, dtype: torch.dtype) -> Tensor:
     """``torch.empty_like``; on a CPU, what comes fresh from the system comes in large pages."""
     out = torch.empty_like(t, dtype=dtype)
     if out.nbytes > LARGEST_KEPT and out.is_cpu and "cpu" in _devices:
-        _C.cpu_prefer_large_pages(out.data_ptr(), out.nbytes)
+        _C.cpu_prefer_large_pages(out)
     return out
 
 
@@ -63,108 +61,20 @@ def pack_columns(dy: Tensor, rows: Tensor, want_sums: bool) -> tuple[Tensor, Ten
     device = dy.get_device()  # -1: the CPU, or no memory at all
     if rows.get_device() != device or rows.is_cpu != dy.is_cpu:
         raise ValueError(f"rows must be on the device of dy, {dy.device}, got {rows.device}")
-    dtype = DTYPES.get(dy.dtype)
-    stride, adjacent = dy.stride()
     there = "cpu" if dy.is_cpu else "cuda" if dy.is_cuda else "elsewhere"
-    if dtype is None or adjacent != 1 or there not in _devices:
+    if dy.dtype not in DTYPES or dy.stride(1) != 1 or there not in _devices:
         return _pack_columns_in_torch(dy, rows, want_sums)
-    rows = rows.contiguous()
-    (samples, neurons), k = dy.shape, rows.numel()
+    samples, k = dy.shape[0], rows.numel()
     packed = dy.new_empty((samples, k))
     sums = dy.new_empty(k, dtype=sum_dtype(dy)) if want_sums else None
-    problem = (
-        dtype,
-        dy.data_ptr(),
-        samples,
-        neurons,
-        stride,
-        rows.data_ptr(),
-        k,
-        packed.data_ptr(),
-        0 if sums is None else sums.data_ptr(),
-    )
+    problem = dy, rows.contiguous(), packed, sums
     if device < 0:
         _C.cpu_pack_columns(*problem, torch.get_num_threads())
     else:
-        size = _C.cuda_pack_scratch_bytes(dtype, samples, k) if want_sums else 0
+        size = _C.cuda_pack_scratch_bytes(dy, k) if want_sums else 0
         scratch = dy.new_empty(size, dtype=torch.uint8)
-        _C.cuda_pack_columns(*problem, scratch.data_ptr(), device, _current_stream(device))
+        _C.cuda_pack_columns(*problem, scratch, device, _current_stream(device))
     return packed, sums
-
-
-def linear_wgrad(
-    dy: Tensor, x: Tensor, weight: Tensor, rows: Tensor, k: int, bias: bool
-) -> tuple[Tensor, Tensor]:
-    """``conv_wgrad`` of a linear layer: dy [T, n], x [T, inputs].
-
-    By itself, as each view on the way would cost 20 microseconds where Python is slow.
-    """
-    threads, split_for = _threads()
-    dw, db = _sums(dy, weight, bias)
-    _C.cpu_linear_wgrad(
-        DTYPES[dy.dtype],
-        dy.data_ptr(),
-        dy.shape,
-        dy.stride(),
-        x.data_ptr(),
-        x.shape,
-        x.stride(),
-        dw.data_ptr(),
-        dw.shape,
-        dw.stride(),
-        db.data_ptr(),
-        rows.contiguous().data_ptr(),
-        k,
-        threads,
-        split_for,
-    )
-    return dw, db
-
-
-def conv_wgrad(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    rows: Tensor,
-    k: int,
-    bias: bool,
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    dilation: tuple[int, ...],
-    groups: int,
-    isa: str = "best",
-) -> tuple[Tensor, Tensor]:
-    """dW like ``weight`` and db [n] (or [0] without bias) of a convolution on the CPU.
-
-    Both are float32, or float64 for float64, and zero but for the first ``k`` of ``rows``, which
-    ascend. They are the same bits for the same number of threads, or with
-    ``torch.use_deterministic_algorithms`` any.
-    """
-    threads, split_for = _threads()
-    dw, db = _sums(dy, weight, bias)
-    _C.cpu_conv_wgrad(
-        DTYPES[dy.dtype],
-        dy.data_ptr(),
-        dy.shape,
-        dy.stride(),
-        x.data_ptr(),
-        x.shape,
-        x.stride(),
-        dw.data_ptr(),
-        dw.shape,
-        dw.stride(),
-        db.data_ptr(),
-        rows.contiguous().data_ptr(),
-        k,
-        stride,
-        padding,
-        dilation,
-        groups,
-        getattr(_C.Isa, isa),
-        threads,
-        split_for,
-    )
-    return dw, db
 
 
 def cuda_conv_wgrad(
@@ -193,56 +103,18 @@ def cuda_conv_wgrad(
     partial_dw = dy.new_empty((parts, padded, weight[0].numel()), dtype=torch.float32)
     partial_db = dy.new_empty((parts, padded if bias else 0), dtype=torch.float32)
     device = dy.get_device()
-    _C.cuda_conv_wgrad(
-        DTYPES[dy.dtype],
-        dy.data_ptr(),
-        dy.shape,
-        dy.stride(),
-        x.data_ptr(),
-        x.shape,
-        x.stride(),
-        DTYPES[dw.dtype],
-        dw.data_ptr(),
-        dw.shape,
-        dw.stride(),
-        db.data_ptr(),
-        rows.data_ptr(),
-        k,
-        stride,
-        padding,
-        dilation,
-        tile,
-        octets,
-        slices,
-        parts,
-        partial_dw.data_ptr(),
-        partial_db.data_ptr(),
-        device,
-        _current_stream(device),
-    )
+    problem = dy, x, dw, db, rows, k, stride, padding, dilation
+    plan = tile, octets, slices, parts, partial_dw, partial_db
+    _C.cuda_conv_wgrad(*problem, *plan, device, _current_stream(device))
     return dw, db
 
 
-def row_similarity(y: Tensor, y_: Tensor, isa: str = "best") -> Tensor:
-    """[3, samples, neurons] from two of [samples, positions, neurons, positions], on the CPU.
+def zero_rows_(t: Tensor, rows: Tensor, dim: int) -> bool:
+    """``t.index_fill_(dim, rows, 0)`` on the CPU, unless ``t`` doesn't fill its memory: then False.
 
-    float64, the same bits for any number of threads. The last dimension longer than 1 of both must
-    be adjacent in memory.
+    torch goes value by value.
     """
-    out = y.new_empty((3, y.shape[0], y.shape[2]), dtype=torch.float64)
-    _C.cpu_row_similarity(
-        DTYPES[y.dtype],
-        y.data_ptr(),
-        y.stride(),
-        DTYPES[y_.dtype],
-        y_.data_ptr(),
-        y_.stride(),
-        y.shape,
-        out.data_ptr(),
-        getattr(_C.Isa, isa),
-        torch.get_num_threads(),
-    )
-    return out
+    return _C.cpu_zero_rows(t, rows.contiguous(), dim, torch.get_num_threads())
 
 
 def _pack_columns_in_torch(
@@ -256,18 +128,6 @@ def _current_stream(device: int) -> int:
     # the public torch.cuda.current_stream takes microseconds
     stream: int = torch._C._cuda_getCurrentRawStream(device)
     return stream
-
-
-def _threads() -> tuple[int, int]:
-    """How many there are, and for how many to split the work, on which the bits depend."""
-    threads = torch.get_num_threads()
-    return threads, 8 if torch.are_deterministic_algorithms_enabled() else threads
-
-
-def _sums(dy: Tensor, weight: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
-    """dW and db, not yet computed."""
-    dw = fresh_like(weight, sum_dtype(dy))
-    return dw, dw.new_empty(weight.shape[0] if bias else 0)
 
 
 def sum_dtype(dy: Tensor) -> torch.dtype:

@@ -8,8 +8,10 @@ from math import prod
 import torch
 from torch import Tensor
 
+from neq_kernels import compiled
 from neq_kernels.geometry import Conv
-from neq_kernels.problem import Problem
+from neq_kernels.problem import Problem, as_matrix
+from neq_kernels.unseen import unseen
 
 # Arithmetic that a CPU does while a byte of dW is written; is zeroed with its row, which torch does
 # value by value; or is in a matrix some columns of which are zeroed (docs/measured-facts.md).
@@ -46,6 +48,7 @@ def as_weight(dw: Tensor, weight: Tensor) -> Tensor:
 def linear_wgrad(
     dy: Tensor, x: Tensor, weight: Tensor, rows: Tensor, k: int, bias: bool
 ) -> tuple[Tensor, Tensor]:
+    dy, x = as_matrix(dy), as_matrix(x)
     if weight.stride(0) == 1:  # a transposed weight, [inputs, n] in memory
         dw = as_weight((x.t() @ dy).t(), weight)
     else:
@@ -80,8 +83,21 @@ def zero_frozen_(dw: Tensor, frozen: Tensor, dim: int, conv: Conv | None = None)
         dw.masked_fill_(conv.spread(mask.index_fill_(0, frozen, True), dw), 0)
     elif dw.dim() == 2 and dw.stride(dim) == 1 and not dw.requires_grad:
         _zero_columns(dw if dim == 1 else dw.t(), frozen)
+    elif _zeroed_in_memory(dw, frozen, dim):
+        torch.autograd.graph.increment_version(dw)
     else:
         dw.index_fill_(dim, frozen, 0)
+
+
+def _zeroed_in_memory(dw: Tensor, frozen: Tensor, dim: int) -> bool:
+    """Done by the compiled kernel, where it can: torch goes value by value."""
+    return (
+        dw.is_cpu
+        and dw.dtype in compiled.DTYPES
+        and not (dw.requires_grad or torch.compiler.is_compiling())
+        and unseen(dw)
+        and compiled.zero_rows_(dw, frozen, dim)
+    )
 
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from neq_kernels.geometry import Conv, in_two_dimensions
 from neq_kernels.gpu import gpu, parts, triton_is_there
-from neq_kernels.problem import Problem
+from neq_kernels.problem import Problem, as_matrix
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INT32 = 2**31
@@ -82,6 +82,7 @@ def tile(
 def linear_wgrad(
     dy: Tensor, x: Tensor, weight: Tensor, rows: Tensor, k: int, bias: bool
 ) -> tuple[Tensor, Tensor]:
+    dy, x = as_matrix(dy), as_matrix(x)
     dw = torch.empty_like(weight)
     precision = torch.backends.cuda.matmul.fp32_precision
     image = dy[None, None], x[None, None], dw[:, :, None, None]  # of one row

@@ -12,7 +12,10 @@ from torch import Tensor
 from neq_kernels import compiled
 from neq_kernels.dense import unit
 from neq_kernels.geometry import Conv
-from neq_kernels.problem import Problem
+from neq_kernels.problem import Problem, as_matrix
+
+if compiled.why_not("cpu") is None:
+    from neq_kernels import _C
 
 # All times are counted in arithmetic of the vendor's dense kernels (docs/measured-facts.md): what
 # they do while a byte of X or dY arrives; while one of dW is written, where it lies row by row or
@@ -99,24 +102,41 @@ def _of_groups(problem: Problem, share: float, slower: float) -> float:
 def linear_wgrad(
     dy: Tensor, x: Tensor, weight: Tensor, rows: Tensor, k: int, bias: bool
 ) -> tuple[Tensor, Tensor]:
-    converts = _converts(dy, weight)
-    gradients = compiled.linear_wgrad(dy, x, weight, rows, k, bias)
-    return _in_dtype(weight.dtype, *gradients) if converts else gradients
+    if dy.dim() > 5:
+        dy, x = as_matrix(dy), as_matrix(x)
+    dw, db = _sums(dy, weight, bias)
+    converts = dw.dtype is not weight.dtype
+    _C.cpu_linear_wgrad(dy, x, dw, db, rows.contiguous(), k, *_threads())
+    # no Python from here on that isn't needed: after the kernel each line takes microseconds
+    return (dw.to(weight.dtype), db.to(weight.dtype)) if converts else (dw, db)
 
 
 def conv_wgrad(
-    dy: Tensor, x: Tensor, weight: Tensor, rows: Tensor, k: int, bias: bool, conv: Conv
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    k: int,
+    bias: bool,
+    conv: Conv,
+    isa: str = "best",
 ) -> tuple[Tensor, Tensor]:
-    converts = _converts(dy, weight)
-    geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
-    gradients = compiled.conv_wgrad(dy, x, weight, rows, k, bias, *geometry)
-    return _in_dtype(weight.dtype, *gradients) if converts else gradients
+    """The same bits for the same number of threads, or with deterministic algorithms for any."""
+    dw, db = _sums(dy, weight, bias)
+    converts = dw.dtype is not weight.dtype
+    geometry = conv.stride, conv.padding, conv.dilation, conv.groups
+    args = dy, x, dw, db, rows.contiguous(), k, *geometry, getattr(_C.Isa, isa)
+    _C.cpu_conv_wgrad(*args, *_threads())
+    return (dw.to(weight.dtype), db.to(weight.dtype)) if converts else (dw, db)
 
 
-def _converts(dy: Tensor, weight: Tensor) -> bool:
-    """Asked before the kernel runs: after it each line of Python costs many microseconds."""
-    return compiled.sum_dtype(dy) is not weight.dtype
+def _sums(dy: Tensor, weight: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+    """dW like ``weight`` and db [n], or [0] without bias: not yet computed."""
+    dw = compiled.fresh_like(weight, compiled.sum_dtype(dy))
+    return dw, dw.new_empty(weight.shape[0] if bias else 0)
 
 
-def _in_dtype(dtype: torch.dtype, dw: Tensor, db: Tensor) -> tuple[Tensor, Tensor]:
-    return dw.to(dtype), db.to(dtype)
+def _threads() -> tuple[int, int]:
+    """How many there are, and for how many to split the work, on which the bits depend."""
+    threads = torch.get_num_threads()
+    return threads, 8 if torch.are_deterministic_algorithms_enabled() else threads

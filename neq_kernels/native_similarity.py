@@ -3,16 +3,25 @@
 csrc/cpu/similarity.cpp. It computes in float64.
 """
 
+import torch
 from torch import Tensor
 
 from neq_kernels import chunked, compiled
 
+if compiled.why_not("cpu") is None:
+    from neq_kernels import _C
 
-def row_similarity(y: Tensor, y_: Tensor) -> Tensor:
-    """[3, samples, neurons] from two of [samples, positions, neurons, positions]."""
+
+def row_similarity(y: Tensor, y_: Tensor, isa: str = "best") -> Tensor:
+    """[3, samples, neurons] from two of [samples, positions, neurons, positions].
+
+    The same bits for any number of threads.
+    """
     if y.dtype not in compiled.DTYPES or y_.dtype not in compiled.DTYPES:
         return chunked.row_similarity(y, y_)
     inner = 3 if y.shape[3] > 1 else 2
     if y.stride(inner) != 1 or y_.stride(inner) != 1:
         y, y_ = y.contiguous(), y_.contiguous()
-    return compiled.row_similarity(y, y_)
+    out = y.new_empty((3, y.shape[0], y.shape[2]), dtype=torch.float64)
+    _C.cpu_row_similarity(y, y_, out, getattr(_C.Isa, isa), torch.get_num_threads())
+    return out

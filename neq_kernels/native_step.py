@@ -3,8 +3,6 @@
 Packing them would move each twice more.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -14,7 +12,7 @@ from neq_kernels.hyper import SGD, AdamW
 if compiled.why_not("cpu") is None:
     from neq_kernels import _C
 
-DTYPES = {torch.float32, torch.float64} & compiled.DTYPES.keys()
+DTYPES = {torch.float32, torch.float64} & compiled.DTYPES
 
 
 def sgd_rows_(
@@ -25,9 +23,10 @@ def sgd_rows_(
     counts: list[Tensor],
     options: SGD,
 ) -> None:
-    dtype, lr = compiled.DTYPES[params[0].dtype], options.lr.item()
-    table = _table(rows, counts, params, grads, momentum_buffers, [], [])
-    _C.cpu_sgd_rows(dtype, table, lr, *options[1:], torch.get_num_threads())
+    lr, momentum, dampening, weight_decay, nesterov, maximize, first = options
+    lists = params, grads, momentum_buffers, rows, counts
+    numbers = lr.item(), momentum, dampening, weight_decay
+    _C.cpu_sgd_rows(*lists, *numbers, nesterov, maximize, first, torch.get_num_threads())
     torch.autograd.graph.increment_version([*params, *momentum_buffers])
 
 
@@ -44,25 +43,11 @@ def adamw_rows_(
 ) -> None:
     moments = exp_avgs, exp_avg_sqs, max_exp_avg_sqs
     torch._foreach_add_(steps, 1)
-    dtype, taken = compiled.DTYPES[params[0].dtype], [step.item() for step in steps]
-    table = _table(rows, counts, params, grads, *moments)
     lr, beta1, beta2, eps, weight_decay, _, maximize = options
+    lists = params, grads, *moments, steps, rows, counts
     numbers = lr.item(), beta1, beta2, eps, weight_decay
-    _C.cpu_adamw_rows(dtype, table, taken, *numbers, maximize, torch.get_num_threads())
+    _C.cpu_adamw_rows(*lists, *numbers, maximize, torch.get_num_threads())
     torch.autograd.graph.increment_version([t for ts in (params, *moments) for t in ts])
-
-
-def _table(
-    rows: list[Tensor], counts: list[Tensor], *lists: Sequence[Tensor]
-) -> list[tuple[int, ...]]:
-    """For each parameter the addresses of its tensors (0 where a list is empty) and of its rows,
-    then its neurons, their width, how many are active, and whether it is transposed in memory.
-    """
-    addresses = [[t.data_ptr() for t in ts] if ts else [0] * len(rows) for ts in lists]
-    return [
-        (*tensors, r.data_ptr(), n := r.numel(), p.numel() // (n or 1), int(k), is_transposed(p))
-        for p, r, k, *tensors in zip(lists[0], rows, counts, *addresses, strict=True)
-    ]
 
 
 def is_transposed(p: Tensor) -> bool:

@@ -214,8 +214,6 @@ def _linear_wgrad(
     k = int(count)
     if k == 0:
         return _nothing(weight, len(rows) if bias else 0)
-    samples = dy.shape[:-1].numel()  # not -1, which is ambiguous where a size is 0
-    dy, x = dy.reshape(samples, dy.shape[-1]), x.reshape(samples, x.shape[-1])
     return planner.linear_wgrad(dy, x, weight, rows, k, bias)
 
 
@@ -297,36 +295,3 @@ conv_wgrad = torch.ops.neq.conv_wgrad.default
 row_similarity = torch.ops.neq.row_similarity.default
 sgd_rows_ = torch.ops.neq.sgd_rows_.default
 adamw_rows_ = torch.ops.neq.adamw_rows_.default
-
-
-def unseen(dy: Tensor, x: Tensor) -> bool:
-    """Whether nobody looks at operators: no profiler, mode, transform or special tensor.
-
-    Then what answers the operators may be asked directly, the planner: without a dispatch of 7 to
-    20 microseconds, and without checks of what is right by construction. Not under a compiler, and
-    not where a hook on saved tensors has brought back another ``x``, for which the checks are.
-    """
-    return (
-        dy.dtype is x.dtype
-        and dy.device == x.device
-        and not torch._C._are_functorch_transforms_active()  # it would wrap what is compared with
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._autograd._profiler_enabled()
-        and _is_ordinary(dy)
-        and _is_ordinary(x)
-    )
-
-
-_ordinary: set[int] = set()  # dispatch keys of the devices met
-
-
-def _is_ordinary(t: Tensor) -> bool:
-    """No subclass, and its values are those in memory: not negated, not conjugated."""
-    if type(t) is not Tensor:
-        return False
-    keys = torch._C._dispatch_keys(t).raw_repr()
-    if keys not in _ordinary:
-        ordinary = torch._C._dispatch_keys(torch.empty(0, device=t.device)).raw_repr()
-        _ordinary.add(ordinary)
-        return keys == ordinary
-    return True

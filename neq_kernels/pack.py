@@ -13,7 +13,7 @@ from torch import Tensor
 from neq_kernels.compiled import fresh_like, pack_columns
 from neq_kernels.dense import channel_sum, unit, vendor_conv_wgrad
 from neq_kernels.geometry import Conv
-from neq_kernels.problem import Problem
+from neq_kernels.problem import Problem, as_matrix
 
 
 class Machine(NamedTuple):
@@ -69,6 +69,7 @@ def _granules(k: int, neurons: int, device: str) -> int:
 def linear_wgrad(
     dy: Tensor, x: Tensor, weight: Tensor, rows: Tensor, k: int, bias: bool
 ) -> tuple[Tensor, Tensor]:
+    dy, x = as_matrix(dy), as_matrix(x)
     packed = _granules(k, len(rows), dy.device.type)
     dy_packed, db = pack_columns(dy, rows[:packed], bias)  # [T, packed]
     # [packed, inputs], in the order in memory in which it is scattered

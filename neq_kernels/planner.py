@@ -60,7 +60,7 @@ def linear_wgrad(
     bias: bool,
     plan: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """dy [T, n], x [T, inputs], weight [n, inputs]; the first ``k`` of ``rows`` [n] are active.
+    """dy [..., n], x [..., inputs], weight [n, inputs]; the first ``k`` of ``rows`` [n] are active.
 
     plan: what ``planned`` said to the same tensors, if it was asked.
     """

@@ -65,3 +65,8 @@ class Problem:
 def is_transposed(weight: Tensor) -> bool:
     """Is a linear layer's weight [n, inputs] kept as [inputs, n], as GPT-2 keeps it?"""
     return weight.dim() == 2 and weight.stride(0) == 1 < weight.stride(1)
+
+
+def as_matrix(t: Tensor) -> Tensor:
+    """[..., n] as [T, n]."""
+    return t.flatten(0, -2) if t.dim() > 1 else t[None]

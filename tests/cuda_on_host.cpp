@@ -322,4 +322,7 @@ void multiply_add(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
 #include "../csrc/cuda/conv_wgrad.cu"
 #include "../csrc/cuda/pack.cu"
 
-PYBIND11_MODULE(cuda_on_host, m) { neq::bind_cuda(m); }
+PYBIND11_MODULE(cuda_on_host, m) {
+  neq::Tensor::find_torch();
+  neq::bind_cuda(m);
+}

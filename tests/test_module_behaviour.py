@@ -305,6 +305,20 @@ def test_another_tensor_than_was_saved_is_an_error(backend, unpack):
             y.sum().backward()
 
 
+def test_a_saved_tensor_without_memory_is_an_error():
+    def freed(x):
+        x.untyped_storage().resize_(0)
+        return x
+
+    layer = neq.NEqLinear(6, 8)
+    layer.set_active([1, 2])
+    with mock.patch.object(planner, "planned", return_value="native"):
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, freed):
+            y = layer(torch.ones(3, 6))
+        with pytest.raises(ValueError, match="a tensor must have memory"):
+            y.sum().backward()
+
+
 @each("transform", ["vjp", "functionalize", "jvp"])
 def test_a_transform_around_a_backward_pass(transform):
     """Of a graph made outside; after one without, which has taught what an ordinary tensor is."""

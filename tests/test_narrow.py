@@ -234,10 +234,24 @@ def test_cost_claims_nothing_and_rules_out_what_the_kernel_cannot_do():
         assert narrow.cost(problem) == math.inf
 
 
-SIZES = {"dy_size": (2, 40, 9, 7), "x_size": (2, 32, 9, 7), "dw_size": (40, 32, 3, 3)}
-STRIDES = {"dy_strides": (2520, 1, 280, 40), "x_strides": (2016, 1, 224, 32)}
-PROBLEM = SIZES | STRIDES | {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "k": 4}
+def pixels(*size, dtype=torch.bfloat16):
+    return torch.zeros(size, dtype=dtype).to(memory_format=torch.channels_last)
+
+
+def strided(size, strides):
+    """A tensor of which only the description is read."""
+    memory = torch._C._construct_storage_from_data_pointer(1 << 20, torch.device("cpu"), 1 << 40)
+    return torch.empty(0, dtype=torch.bfloat16).set_(memory, 0, size, strides)
+
+
+DY, X = pixels(2, 40, 9, 7), pixels(2, 32, 9, 7)
+OFF = torch.zeros(X.numel() + 4, dtype=torch.bfloat16)[4:].as_strided(X.shape, X.stride())
+PROBLEM = {
+    "dy": DY, "x": X, "dw": pixels(40, 32, 3, 3), "db": torch.empty(0), "rows": torch.arange(40),
+    "k": 4, "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1),
+}  # fmt: skip
 PLAN = {"tile": (9, 7), "octets": 1, "slices": 2, "parts": 2}
+PARTS = {"partial_dw": torch.empty(0), "partial_db": torch.empty(0), "device": 0, "stream": 0}
 
 
 @pytest.mark.parametrize(
@@ -245,15 +259,27 @@ PLAN = {"tile": (9, 7), "octets": 1, "slices": 2, "parts": 2}
     [
         ({"k": 0}, "k must be between 1 and neurons = 40, got 0"),
         ({"k": 41}, "k must be between 1 and neurons = 40, got 41"),
-        ({"dtype": "float32"}, "bytes of an element of dy must be 2, got 4"),
-        ({"x": 8}, "address must be a multiple of 16, got 8"),
-        ({"dy_strides": (2520, 2, 280, 40)}, "stride of channels must be 1, got 2"),
-        ({"dy_strides": (2520, 1, 280, 41)}, "a stride must be a multiple of 8, got 41"),
-        ({"x_strides": (2016, 1, 2**33, 32)}, "16-byte pieces in an image must be at most 2147"),
+        ({"rows": torch.arange(3)}, "k must be between 1 and neurons = 40, got 4"),
+        ({"rows": torch.arange(40).int()}, "rows must be contiguous int64 of one dimension"),
+        ({"dy": DY.float(), "x": X.float()}, "bytes of an element of dy must be 2, got 4"),
+        ({"x": OFF}, "address must be a multiple of 16, got "),
         (
-            {"x_size": (2, 36, 9, 7), "dw_size": (40, 36, 3, 3)},
+            {"dy": strided(DY.shape, (5040, 2, 560, 80))},
+            "stride of channels must be 1, got 2",
+        ),
+        (
+            {"dy": strided(DY.shape, (2520, 1, 280, 41))},
+            "a stride must be a multiple of 8, got 41",
+        ),
+        (
+            {"x": strided(X.shape, (2016, 1, 2**33, 32))},
+            "16-byte pieces in an image must be at most 2147",
+        ),
+        (
+            {"x": pixels(2, 36, 9, 7), "dw": pixels(40, 36, 3, 3)},
             "neurons or channels must be a multiple of 8, got 36",
         ),
+        ({"db": torch.empty(40)}, "db must be of the dtype of the sums"),
         ({"tile": (9,)}, "dimensions of a tile must be 2, got 1"),
         ({"tile": (9, 8)}, "a tile's size must be between 1 and the output's, 7, got 8"),
         ({"tile": (0, 7)}, "a tile's size must be between 1 and the output's, 9, got 0"),
@@ -265,11 +291,8 @@ PLAN = {"tile": (9, 7), "octets": 1, "slices": 2, "parts": 2}
     ],
 )
 def test_arguments_out_of_range(cuda_on_host, change, message):
-    names = "dy", "x", "dw", "db", "rows", "partial_dw", "partial_db", "device", "stream"
-    args = dict.fromkeys(names, 0) | PROBLEM | PLAN | {"dtype": "bfloat16"} | change
-    args["dtype"] = args["weight_dtype"] = getattr(compiled._C.DType, args["dtype"])
     with pytest.raises(ValueError, match=message):
-        cuda_on_host.cuda_conv_wgrad(**args, dw_strides=(288, 1, 96, 32))
+        cuda_on_host.cuda_conv_wgrad(**PROBLEM | PLAN | PARTS | change)
 
 
 @on_devices

@@ -12,8 +12,10 @@ import torch
 from hypothesis import strategies as st
 from strategies import LAYOUTS, conv_case, linear_case, on_random, same, some_of
 
-from neq_kernels import compiled, linear_wgrad, planner, reference
+from neq_kernels import linear_wgrad, planner, reference
+from neq_kernels import native as kernel
 from neq_kernels.compiled import _C
+from neq_kernels.geometry import Conv
 
 ISAS = [name for name in ("avx512", "avx2", "portable") if _C.cpu_has_isa(getattr(_C.Isa, name))]
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -52,16 +54,15 @@ def threads():
 
 
 def native(args, isa):
-    dy, x, weight, rows, count, bias, stride, padding, dilation, _, _, groups = args
-    geometry = (stride, padding, dilation, groups)
-    return compiled.conv_wgrad(dy, x, weight, rows, int(count), bias, *geometry, isa)
+    dy, x, weight, rows, count, bias, *geometry = args
+    return kernel.conv_wgrad(dy, x, weight, rows, int(count), bias, Conv.of(*geometry), isa)
 
 
 def check(case, isa, dtype=torch.float32):
     dy, x, weight, *rest = case.args()
     sums = torch.float64 if dtype is torch.float64 else torch.float32
     expected = reference.conv_wgrad(dy.to(sums), x.to(sums), weight.to(sums), *rest)
-    same(native((dy.to(dtype), x.to(dtype), weight, *rest), isa), expected, isa)
+    same(native((dy.to(dtype), x.to(dtype), weight.to(sums), *rest), isa), expected, isa)
 
 
 @on_isas
@@ -196,10 +197,11 @@ def test_capability_of_torch_bars_wider_instructions(capability, isa):
         return
     # the widths of vectors add up differently
     code = (
-        "import torch; from neq_kernels.compiled import conv_wgrad;"
+        "import torch; from neq_kernels.native import Conv, conv_wgrad;"
         "dy, x = torch.randn(1, 1, 999), torch.randn(1, 1, 1001);"
-        "run = lambda isa: conv_wgrad("
-        "dy, x, torch.empty(1, 1, 3), torch.tensor([0]), 1, False, (1,), (0,), (1,), 1, isa)[0];"
+        "conv = Conv((1,), (0,), (1,), False, (0,), 1);"
+        "args = dy, x, torch.empty(1, 1, 3), torch.tensor([0]), 1, False, conv;"
+        "run = lambda isa: conv_wgrad(*args, isa)[0];"
         f"assert torch.equal(run('best'), run('{isa}'))"
     )
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
@@ -217,14 +219,61 @@ def test_capability_of_torch_bars_wider_instructions(capability, isa):
         ({"stride": (1,)}, "dimensions must be 3, got 4"),
         ({"stride": (0, 1)}, "stride must be at least 1, got 0"),
         ({"padding": (-1, 1)}, "padding must be at least 0, got -1"),
+        ({"k": 4}, "k must be between 0 and 3, got 4"),
+        ({"x": torch.ones(3, 64, 8, 9).double()}, "x must be of dy's dtype"),
+        ({"dw": torch.ones(36, 64, 1, 1).double()}, "dw must be of the dtype of sums"),
+        ({"db": torch.ones(35)}, "db must be empty, or one for each neuron"),
+        ({"db": torch.ones(36).double()}, "db must be of the dtype of the sums"),
+        ({"threads": 0}, "threads must be at least 1, got 0"),
     ],
 )
 def test_mistakes_are_named(change, message):
-    dy, x, weight, rows, _, bias, stride, padding, dilation, _, _, groups = CASES["1x1"].args()
-    named = {"rows": rows[:3], "stride": stride, "padding": padding, "groups": groups} | change
-    named["k"] = len(named["rows"])
+    dy, x, weight, rows, _, _, stride, padding, dilation, _, _, groups = CASES["1x1"].args()
+    args = {"dy": dy, "x": x, "dw": weight, "db": weight.new_empty(36), "rows": rows[:3]}
+    args |= {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups} | change
     with pytest.raises(ValueError, match=message):
-        compiled.conv_wgrad(dy, x, weight, bias=bias, dilation=dilation, **named)
+        _C.cpu_conv_wgrad(
+            **{"k": len(args["rows"]), "isa": _C.Isa.best, "threads": 1, "split_for": 1} | args
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.ones(2, 5, 7)}, "dimensions of x must be as many as those of dy, 2, got 3"),
+        ({"x": torch.ones(4, 7)}, "samples of x must be 5, got 4"),
+        ({"x": torch.ones(5, 8)}, "inputs of x must be 7, got 8"),
+        ({"x": torch.ones(5, 7).half()}, "x must be of dy's dtype"),
+        ({"dy": torch.ones(5, 5)}, "neurons of dy must be 6, got 5"),
+        ({"dy": torch.ones(0, 6), "x": torch.ones(0, 7)}, "a size must be at least 1, got 0"),
+        ({"dw": torch.ones(6, 7, 1)}, "dimensions of dw must be 2, got 3"),
+        ({"rows": torch.tensor([6])}, "rows must be ascending, between 0 and .* = 6, got 6"),
+    ],
+)
+def test_mistakes_of_linear_layers_are_named(change, message):
+    args = {"dy": torch.ones(5, 6), "x": torch.ones(5, 7), "dw": torch.ones(6, 7)} | change
+    rows = torch.tensor([2])
+    args = {"db": torch.ones(0), "rows": rows, "k": 1, "threads": 1, "split_for": 1} | args
+    with pytest.raises(ValueError, match=message):
+        _C.cpu_linear_wgrad(**args)
+
+
+def apart(shape):
+    """Small integers, no two dimensions of which follow one another in memory."""
+    return torch.randint(-4, 5, [2 * size for size in shape]).float()[
+        tuple(slice(0, 2 * size, 2) for size in shape)
+    ]
+
+
+@pytest.mark.parametrize(
+    "shape", [(), (5,), (1, 5), (3, 4), (2, 3, 4), (2, 3, 1, 4), (3, 2, 2, 2, 3)]
+)
+@pytest.mark.parametrize("views", [(apart, apart), (apart, torch.ones), (torch.ones, apart)])
+def test_samples_of_many_dimensions(shape, views):
+    dy, x = (view((*shape, size)) for view, size in zip(views, (6, 20), strict=True))
+    args = dy, x, torch.empty(6, 20), torch.tensor([1, 3, 4, 0, 2, 5])
+    mine = kernel.linear_wgrad(*args, 3, True)
+    same(mine, reference.linear_wgrad(*args, torch.tensor(3), True))
 
 
 def test_the_search_for_races_compiles():

@@ -1,5 +1,6 @@
 """``row_similarity`` by the CPU's own kernel: each instruction set."""
 
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from strategies import LAYOUTS
 
-from neq_kernels import chunked, compiled, native_similarity, reference, row_similarity
+from neq_kernels import chunked, native_similarity, reference, row_similarity
 from neq_kernels.compiled import _C
 
 ISAS = [name for name in ("avx512", "avx2", "portable") if _C.cpu_has_isa(getattr(_C.Isa, name))]
@@ -27,8 +28,8 @@ def threads():
 
 def by(isa):
     """Inside, the operator runs on these instructions."""
-    kernel = compiled.row_similarity
-    return mock.patch.object(compiled, "row_similarity", lambda y, y_: kernel(y, y_, isa))
+    kernel = native_similarity.row_similarity
+    return mock.patch.object(native_similarity, "row_similarity", partial(kernel, isa=isa))
 
 
 def integers(shape, dtype, layout="contiguous"):
@@ -107,5 +108,15 @@ def test_strides_that_the_kernel_cannot_take_are_copied_or_named():
     y = torch.ones(1, 3, 4, 10)[..., ::2]
     sums = torch.full((3, 1, 4), 15.0, dtype=torch.float64)
     assert torch.equal(native_similarity.row_similarity(y, y), sums)
+    args = y, y, torch.empty_like(sums), _C.Isa.best, 1
     with pytest.raises(ValueError, match="innermost stride must be 1, got 2"):
-        compiled.row_similarity(y, y)
+        _C.cpu_row_similarity(*args)
+    y = y.contiguous()
+    for change, message in (
+        ((y, y[..., :4]), "both outputs must be of one size, with 4 dimensions"),
+        ((y, y, sums[:, 0]), r"out must be contiguous float64 \[3, samples, neurons\]"),
+        ((y, y, sums.float()), "out must be contiguous float64"),
+        ((y, y, sums, _C.Isa.best, 0), "threads must be at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _C.cpu_row_similarity(*change, *args[len(change) :])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
 from neq_kernels import compiled
 from neq_kernels.compiled import pack_columns
@@ -70,13 +71,11 @@ def test_exact(shape, dtype, device):
 
 def by_cuda_on_host(module, dy, rows, want_sums=True):
     """What the CUDA kernel, compiled for a CPU, writes into memory that begins as NaN."""
-    (samples, neurons), k, kind = dy.shape, len(rows), compiled.DTYPES[dy.dtype]
-    packed = dy.new_full((samples, k), torch.nan)
+    k = len(rows)
+    packed = dy.new_full((len(dy), k), torch.nan)
     sums = dy.new_full((k,), torch.nan, dtype=torch.promote_types(dy.dtype, torch.float32))
-    scratch = torch.empty(module.cuda_pack_scratch_bytes(kind, samples, k), dtype=torch.uint8)
-    problem = kind, dy.data_ptr(), samples, neurons, dy.stride(0), rows.data_ptr(), k
-    outputs = packed.data_ptr(), sums.data_ptr() if want_sums else 0, scratch.data_ptr()
-    module.cuda_pack_columns(*problem, *outputs, 0, 0)
+    scratch = torch.empty(module.cuda_pack_scratch_bytes(dy, k), dtype=torch.uint8)
+    module.cuda_pack_columns(dy, rows, packed, sums if want_sums else None, scratch, 0, 0)
     return packed, sums
 
 
@@ -237,22 +236,47 @@ def test_rows_out_of_range():
             pack_columns(torch.ones(4, 6), torch.tensor(rows), True)
 
 
+PACKED, SUMS = torch.empty(4, 2), torch.empty(2)
+
+
 @pytest.mark.parametrize(
-    ("argument", "value", "allowed"),
+    ("change", "message"),
     [
-        ("samples", -1, "at least 0"),
-        ("neurons", -1, "at least 0"),
-        ("stride", -1, "at least 0"),
-        ("k", -1, "between 0 and neurons = 1"),
-        ("k", 2, "between 0 and neurons = 1"),
-        ("threads", 0, "at least 1"),
+        ({"dy": torch.ones(4, 6, 1)}, "dimensions of dy must be 2, got 3"),
+        ({"dy": torch.ones(6, 4).t()}, "neurons of dy must be adjacent in memory"),
+        ({"dy": torch.ones(4, 6, dtype=torch.int32)}, "must be of a floating-point dtype"),
+        ({"dy": torch.ones(4, 1)}, "k must be between 0 and neurons = 1, got 2"),
+        ({"rows": torch.tensor([0, 2], dtype=torch.int32)}, "rows must be contiguous int64"),
+        ({"rows": torch.tensor([0, 1, 2])[::2]}, "rows must be contiguous int64"),
+        ({"packed": torch.empty(4, 3)}, "packed must be contiguous, .* k columns"),
+        ({"packed": torch.empty(3, 2)}, "packed must be contiguous, a sample"),
+        ({"packed": torch.empty(4, 2, dtype=torch.float64)}, "packed must be .* of dy's dtype"),
+        ({"packed": torch.empty(2, 4).t()}, "packed must be contiguous"),
+        ({"sums": torch.empty(3)}, "sums must be contiguous, one for each of k columns"),
+        ({"sums": torch.empty(2, dtype=torch.float64)}, "sums must be .* of the dtype of sums"),
+        ({"threads": 0}, "threads must be at least 1, got 0"),
     ],
 )
-def test_sizes_out_of_range(argument, value, allowed):
-    sizes = {"samples": 0, "neurons": 1, "stride": 1, "k": 0, "threads": 1} | {argument: value}
-    addresses = dict.fromkeys(("dy", "rows", "packed", "sums"), 0)
-    with pytest.raises(ValueError, match=f"{argument} must be {allowed}, got {value}"):
-        compiled._C.cpu_pack_columns(compiled._C.DType.float32, **sizes, **addresses)
+def test_what_the_kernel_cannot_take(change, message):
+    args = {"dy": torch.ones(4, 6), "rows": torch.tensor([0, 2]), "packed": PACKED, "sums": SUMS}
+    with pytest.raises(ValueError, match=message):
+        compiled._C.cpu_pack_columns(**args | {"threads": 1} | change)
+
+
+def test_tensors_without_memory_are_errors():
+    freed = torch.ones(4, 6)
+    freed.untyped_storage().resize_(0)
+    args = torch.tensor([0, 2]), PACKED, None, 1
+    with pytest.raises(ValueError, match="a tensor must have memory"):
+        compiled._C.cpu_pack_columns(freed, *args)
+    with FakeTensorMode():
+        fake = torch.ones(4, 6)
+    with pytest.raises(ValueError, match="a tensor must have memory"):
+        compiled._C.cpu_pack_columns(fake, *args)
+    with pytest.raises(RuntimeError, match="storage"):
+        compiled._C.cpu_pack_columns(torch.ones(4, 6).to_sparse(), *args)
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        compiled._C.cpu_pack_columns([[1.0]], *args)
 
 
 def test_why_not_knows_two_kinds_of_device():
