@@ -109,14 +109,6 @@ def cuda_conv_wgrad(
     return dw, db
 
 
-def zero_rows_(t: Tensor, rows: Tensor, dim: int) -> bool:
-    """``t.index_fill_(dim, rows, 0)`` on the CPU, unless ``t`` doesn't fill its memory: then False.
-
-    torch goes value by value.
-    """
-    return _C.cpu_zero_rows(t, rows.contiguous(), dim, torch.get_num_threads())
-
-
 def _pack_columns_in_torch(
     dy: Tensor, rows: Tensor, want_sums: bool
 ) -> tuple[Tensor, Tensor | None]:

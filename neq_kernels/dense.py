@@ -13,6 +13,9 @@ from neq_kernels.geometry import Conv
 from neq_kernels.problem import Problem, as_matrix
 from neq_kernels.unseen import unseen
 
+if compiled.why_not("cpu") is None:
+    from neq_kernels import _C
+
 # Arithmetic that a CPU does while a byte of dW is written; is zeroed with its row, which torch does
 # value by value; or is in a matrix some columns of which are zeroed (docs/measured-facts.md).
 WRITE_FLOPS, ROWS_FLOPS, COLUMNS_FLOPS = 10, 25, 8
@@ -96,7 +99,7 @@ def _zeroed_in_memory(dw: Tensor, frozen: Tensor, dim: int) -> bool:
         and dw.dtype in compiled.DTYPES
         and not (dw.requires_grad or torch.compiler.is_compiling())
         and unseen(dw)
-        and compiled.zero_rows_(dw, frozen, dim)
+        and _C.cpu_zero_rows(dw, frozen, dim, torch.get_num_threads())
     )
 
 
