@@ -320,11 +320,18 @@ class Gradient : Plan {
         kernels.interleave(from, summed, neurons.size(), at, p.channels, row + to,
                            p.dw_strides[1]);
       });
+    const int64_t step = p.dw_strides[1];  // of sums it is 1
     for (int64_t i = 0; i < neurons.size(); ++i, row += p.dw_strides[0])
-      if (!summed[i])
-        for_each_weight([&](int64_t to, int64_t) { row[to] = 0; });
+      if (!summed[i] && rows_are_dense)
+        std::fill_n(row, p.channels * p.kernel[D] * p.kernel[H] * p.kernel[W], T(0));
+      else if (!summed[i])
+        for_each_tap([&](int64_t to, int64_t) {
+          for (int64_t c = 0; c < p.channels; ++c) row[to + c * step] = 0;
+        });
       else if (!in_place)
-        for_each_weight([&](int64_t to, int64_t at) { row[to] = from[i][at]; });
+        for_each_tap([&](int64_t to, int64_t at) {
+          for (int64_t c = 0; c < p.channels; ++c) row[to + c * step] = from[i][at + c];
+        });
   }
 
   // The sums of active row j, of all parts.
@@ -335,19 +342,6 @@ class Gradient : Plan {
       for (int64_t e = 0; e < sums_row; ++e) total[e] += more[e];
     }
     return total;
-  }
-
-  // Calls visit(its place in a row of dw, its place in a row of sums) for each weight, in the order
-  // of dw.
-  template <class Visit>
-  void for_each_weight(Visit visit) const {
-    const auto &to = p.dw_strides, &from = sums_strides;
-    const bool channels_last = to[1] == 1;
-    const int64_t outer = channels_last ? 1 : p.channels, inner = channels_last ? p.channels : 1;
-    for (int64_t o = 0; o < outer; ++o)
-      for_each_tap([&](int64_t to_tap, int64_t from_tap) {
-        for (int64_t i = o; i < o + inner; ++i) visit(to_tap + i * to[1], from_tap + i * from[1]);
-      });
   }
 
   // Calls visit(where its channels begin in a row of dw, and in a row of sums) for each tap.

@@ -114,6 +114,13 @@ void Plan::choose_split(const Tiles& tiles, int split_for) {
   in_place = pixel_parts == 1 && tap_channels % lanes == 0 && p.dw_strides[1] == 1;
   for (const int dim : {D, H, W})
     in_place &= p.kernel[dim] == 1 || p.dw_strides[dim + 2] == sums_strides[dim + 2];
+
+  int64_t weights = p.channels, last = (p.channels - 1) * p.dw_strides[1];  // of a row
+  for (const int dim : {D, H, W}) {
+    weights *= p.kernel[dim];
+    last += (p.kernel[dim] - 1) * p.dw_strides[dim + 2];
+  }
+  rows_are_dense = last + 1 == weights;
 }
 
 Chunk Plan::chunk(int64_t i) const {

@@ -69,6 +69,7 @@ struct Plan {
   bool window;              // the taps along the width count as channels
   bool packs_x, packs_dy;   // else they are read in place
   bool in_place;            // sums are made in dw itself
+  bool rows_are_dense;      // those of dw
   Size3 taps;               // that tiles take one by one
   int64_t tap_channels;     // of each of them
   int64_t vectors, blocks;  // of its channels
