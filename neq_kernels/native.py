@@ -21,8 +21,8 @@ if compiled.why_not("cpu") is None:
 # they do while a byte of X or dY arrives; while one of dW is written, where it lies row by row or
 # in columns, whose sums are made elsewhere first; and during a call, and since dX comes from
 # another one.
-X_FLOPS, DY_FLOPS, DW_FLOPS, TRANSPOSED_DW_FLOPS, TRANSPOSED_SUMS_FLOPS = 9, 2.5, 10, 14, 20
-CONTIGUOUS_X_FLOPS = 14  # where pixels of images are transposed on the way, and little else happens
+X_FLOPS, DY_FLOPS, DW_FLOPS, TRANSPOSED_DW_FLOPS, TRANSPOSED_SUMS_FLOPS = 9, 2.5, 5, 14, 20
+CONTIGUOUS_X_FLOPS = 11  # where pixels of images are transposed on the way, and little else happens
 CALL_FLOPS = 10e6
 LANES = 16  # of a vector, which channels fill or waste
 BUSY = 8  # products that a core needs under way at once
@@ -38,7 +38,7 @@ class Speed(NamedTuple):
 
 
 SPEEDS = {"AVX512": Speed(0.85, 0.85, 1.1, 1.25)}  # by torch's name for the vector instructions
-OTHER_SPEED = Speed(0.55, 1.05, 1.0, 1.07)  # as with AVX2
+OTHER_SPEED = Speed(0.55, 0.95, 1.0, 1.07)  # as with AVX2
 # A large dW costs the vendor a trap for each page that it writes first.
 LARGE = 0.85
 # How much longer it takes where the vendor has matrix instructions for 16 bits.
