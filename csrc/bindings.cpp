@@ -45,7 +45,7 @@ bool is_transposed(const Tensor& t) {
 
 bool lie_alike(const Tensor& a, const Tensor& b) {
   if (!std::ranges::equal(a.sizes(), b.sizes()) || a.dtype() != b.dtype()) return false;
-  for (int d = 0; d < a.dims(); ++d)
+  for (int d = 0; d < a.dims() && a.numel() > 0; ++d)
     if (a.size(d) > 1 && a.stride(d) != b.stride(d)) return false;
   return true;
 }

@@ -99,7 +99,7 @@ def _zeroed_in_memory(dw: Tensor, frozen: Tensor, dim: int) -> bool:
         and dw.dtype in compiled.DTYPES
         and not (dw.requires_grad or torch.compiler.is_compiling())
         and unseen(dw)
-        and _C.cpu_zero_rows(dw, frozen, dim, torch.get_num_threads())
+        and _C.cpu_zero_rows(dw, frozen.contiguous(), dim, torch.get_num_threads())
     )
 
 

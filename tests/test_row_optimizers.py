@@ -252,6 +252,33 @@ def test_the_kernel_refuses_rows_beyond_the_parameter():
         ops.sgd_rows_(*one(rows=[torch.tensor([0, 4, 1, 2])]))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grads": []}, "a list must be one tensor for each of 1 parameters, got 0"),
+        ({"momentum_buffers": [torch.ones(4, 3)] * 2}, "a list must be one tensor .*, got 2"),
+        ({"grads": [torch.ones(3, 4).t()]}, "gradient and state must be like their parameter in"),
+        ({"grads": [torch.ones(4, 4)]}, "gradient and state must be like their parameter"),
+        ({"grads": [torch.ones(4, 3).double()]}, "gradient and state must be like their parameter"),
+        ({"params": [torch.tensor(1.0)]}, "dimensions of a parameter must be at least 1, got 0"),
+        ({"rows": [torch.arange(5)]}, "rows must be one for each neuron, got 5"),
+        ({"rows": [torch.arange(4).int()]}, "rows must be contiguous int64 of one dimension"),
+        ({"counts": [torch.tensor(5)]}, "count must be between 0 and neurons = 4, got 5"),
+        ({"counts": [torch.tensor([2, 2])]}, "a tensor must have one value"),
+        ({"threads": 0}, "threads must be at least 1, got 0"),
+    ],
+)
+def test_the_kernel_refuses_what_it_would_misread(change, message):
+    p, g = torch.ones(4, 3), torch.ones(4, 3)
+    lists = {"params": [p], "grads": [g], "momentum_buffers": []}
+    lists |= {"rows": [torch.arange(4)], "counts": [torch.tensor(2)]}
+    numbers = dict.fromkeys(("lr", "momentum", "dampening", "weight_decay"), 0.5)
+    flags = dict.fromkeys(("nesterov", "maximize", "first"), False) | {"threads": 1}
+    with pytest.raises(ValueError, match=message):
+        native_step._C.cpu_sgd_rows(**lists | numbers | flags | change)
+    assert p.eq(1).all()
+
+
 def test_autograd_sees_the_step():
     """A backward that needs the old weight fails, as it does after a step of torch's."""
     args = one()

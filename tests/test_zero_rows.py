@@ -99,6 +99,13 @@ def by_compiled_code(t):
     return kernel.called
 
 
+def test_rows_with_gaps_in_memory():
+    t = values((9, 40))
+    expected = zeroed(t)
+    dense.zero_frozen_(t, torch.stack([ROWS, ROWS + 1], 1)[:, 0], 0)
+    assert same(t, expected)
+
+
 def test_a_change_that_autograd_notices():
     t = values((9, 40))
     version = t._version
