@@ -28,7 +28,7 @@ sanitize: $(VENV)/.deps build/sanitize/races
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize/lib PYTHONSAFEPATH=1 \
 		$(BIN)/python -m pytest --capture=sys tests/test_pack_columns.py tests/test_native.py \
-		tests/test_native_similarity.py tests/test_row_optimizers.py \
+		tests/test_native_similarity.py tests/test_row_optimizers.py tests/test_zero_rows.py \
 		tests/test_narrow.py::test_exact_however_cut $(ARGS)
 	build/sanitize/races
 

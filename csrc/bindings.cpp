@@ -43,6 +43,12 @@ bool is_transposed(const Tensor& t) {
   return t.dims() == 2 && !t.is_contiguous() && t.stride(0) == 1 && t.stride(1) == t.size(0);
 }
 
+// Does each neuron of a parameter lie in one piece, or is it such a matrix?
+bool can_be_stepped(const Tensor& p) {
+  const bool outermost = p.size(0) < 2 || p.stride(0) * p.size(0) == p.numel();
+  return p.numel() == 0 || is_transposed(p) || (p.fills_its_memory() && outermost);
+}
+
 bool lie_alike(const Tensor& a, const Tensor& b) {
   if (!std::ranges::equal(a.sizes(), b.sizes()) || a.dtype() != b.dtype()) return false;
   for (int d = 0; d < a.dims() && a.numel() > 0; ++d)
@@ -72,6 +78,7 @@ std::vector<neq::cpu::Stepped> stepped(const Tensors& params, const Tensors& gra
     const auto state = [&](const Tensors& list) { return list.empty() ? nullptr : like_p(list[i]); };
     require(p.dims() >= 1, "dimensions of a parameter", p.dims(), "at least 1");
     require(p.dtype() == params[0].dtype(), "parameters", "of one dtype");
+    require(can_be_stepped(p), "a parameter", "in memory neuron by neuron, or transposed");
     require_cpu(rows[i], counts[i]);
     const int64_t neurons = p.size(0), k = int64_t(counts[i].value());
     require_indices(rows[i]);
@@ -89,6 +96,8 @@ void cpu_sgd_rows(const Tensors& params, const Tensors& grads, const Tensors& mo
                   const Tensors& rows, const Tensors& counts, double lr, double momentum,
                   double dampening, double weight_decay, bool nesterov, bool maximize, bool first,
                   int threads) {
+  require(momentum == 0 || !momentum_buffers.empty() || params.empty(), "momentum_buffers",
+          "given with momentum");
   const Tensors none;
   const auto all = stepped(params, grads, {&momentum_buffers, &none, &none}, rows, counts);
   checked(threads);
@@ -105,6 +114,9 @@ void cpu_adamw_rows(const Tensors& params, const Tensors& grads, const Tensors& 
                     int threads) {
   auto all =
       stepped(params, grads, {&exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs}, rows, counts);
+  for (const Tensors* moments : {&exp_avgs, &exp_avg_sqs})
+    require(moments->size() == all.size(), "moments", int64_t(moments->size()),
+            "one of each for each parameter");
   require(steps.size() == all.size(), "steps", int64_t(steps.size()), "one for each parameter");
   for (size_t i = 0; i < all.size(); ++i) {
     require_cpu(steps[i]);
@@ -176,6 +188,7 @@ std::vector<int64_t> ascending(const Tensor& rows, int64_t k, int64_t neurons) {
 neq::cpu::ConvWgrad problem_of(const Tensor& dy, const Tensor& x, const Tensor& dw,
                                const Tensor& db, const std::vector<int64_t>& rows) {
   require(dw.dtype() == neq::sum_dtype(dy.dtype()), "dw", "of the dtype of sums");
+  require(dw.fills_its_memory(), "dw", "without gaps and overlaps in memory");
   neq::cpu::ConvWgrad problem{};
   problem.dtype = dy.dtype();
   problem.neurons = dw.size(0);

@@ -64,6 +64,8 @@ inline void check_pack(const Tensor& dy, const Tensor& rows, const Tensor& packe
           "sums", "contiguous, one for each of k columns, of the dtype of sums");
 }
 
+constexpr int64_t kMostStep = 1 << 24;  // products of which with any size are still numbers
+
 // A convolution of dy [images, neurons, pixels], x [images, groups * channels, pixels] and dw [neurons,
 // channels, kernel], in one to three spatial dimensions.
 inline void check_conv(const Tensor& dy, const Tensor& x, const Tensor& dw, const Ints& stride,
@@ -79,6 +81,10 @@ inline void check_conv(const Tensor& dy, const Tensor& x, const Tensor& dw, cons
   for (const Ints* sizes : {&stride, &dilation})
     for (const int64_t size : *sizes) require(size >= 1, "a stride", size, "at least 1");
   for (const int64_t size : padding) require(size >= 0, "padding", size, "at least 0");
+  for (const Ints* sizes : {&stride, &padding, &dilation})
+    for (const int64_t size : *sizes)
+      require(size < kMostStep, "stride, padding or dilation", size,
+              "below " + std::to_string(kMostStep));
   const int64_t neurons = dy.size(1);
   require(x.dtype() == dy.dtype(), "x", "of dy's dtype");
   require(dw.size(0) == neurons, "neurons of dw", dw.size(0), std::to_string(neurons));

@@ -65,7 +65,8 @@ class Tensor {
 
   template <class T = void>
   T* data() const {
-    return static_cast<T*>(described_.data);
+    char* const begin = static_cast<char*>(described_.data);
+    return reinterpret_cast<T*>(begin + described_.byte_offset);
   }
   bool on_cpu() const { return described_.device_type == 1; }
   int dims() const { return described_.dims; }

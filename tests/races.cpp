@@ -17,6 +17,7 @@
 #include "../csrc/cpu/pack.h"
 #include "../csrc/cpu/similarity.h"
 #include "../csrc/cpu/step.h"
+#include "../csrc/cpu/zero.h"
 
 namespace {
 
@@ -138,6 +139,17 @@ void pack(int64_t samples, int64_t neurons) {
   });
 }
 
+void zeros(int64_t lines, int64_t neurons, int64_t width) {
+  const Floats before = numbers(lines * neurons * width);
+  const std::vector<int64_t> rows = {0, 3, 4, neurons - 1};
+  check("zero_rows", [&](int threads) {
+    Floats out = before;
+    zero_rows(out.data(), lines, neurons, width * int64_t(sizeof(float)), rows.data(),
+              int64_t(rows.size()), threads);
+    return out;
+  });
+}
+
 void similarity(const std::array<int64_t, 4>& sizes) {
   const auto [samples, before, neurons, after] = sizes;
   const Floats y = numbers(samples * before * neurons * after);
@@ -185,6 +197,8 @@ int main() {
     conv("conv_wgrad depthwise", 2, 64, 16, 64, 3, 64, channels_last);
   }
   pack(3000, 130);
+  zeros(1, 9, 40000);
+  zeros(60, 12, 600);
   similarity({1, 300, 100, 9});
   similarity({1, 5000, 70, 1});
   similarity({20, 1, 64, 100});

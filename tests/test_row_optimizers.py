@@ -260,6 +260,11 @@ def test_the_kernel_refuses_rows_beyond_the_parameter():
         ({"grads": [torch.ones(3, 4).t()]}, "gradient and state must be like their parameter in"),
         ({"grads": [torch.ones(4, 4)]}, "gradient and state must be like their parameter"),
         ({"grads": [torch.ones(4, 3).double()]}, "gradient and state must be like their parameter"),
+        ({"momentum": 0.5}, "momentum_buffers must be given with momentum"),
+        (
+            {"params": [torch.ones(4, 6)[:, ::2]], "grads": [torch.ones(4, 6)[:, ::2]]},
+            "a parameter must be in memory neuron by neuron, or transposed",
+        ),
         ({"params": [torch.tensor(1.0)]}, "dimensions of a parameter must be at least 1, got 0"),
         ({"rows": [torch.arange(5)]}, "rows must be one for each neuron, got 5"),
         ({"rows": [torch.arange(4).int()]}, "rows must be contiguous int64 of one dimension"),
@@ -272,11 +277,18 @@ def test_the_kernel_refuses_what_it_would_misread(change, message):
     p, g = torch.ones(4, 3), torch.ones(4, 3)
     lists = {"params": [p], "grads": [g], "momentum_buffers": []}
     lists |= {"rows": [torch.arange(4)], "counts": [torch.tensor(2)]}
-    numbers = dict.fromkeys(("lr", "momentum", "dampening", "weight_decay"), 0.5)
+    numbers = {"lr": 0.5, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0}
     flags = dict.fromkeys(("nesterov", "maximize", "first"), False) | {"threads": 1}
     with pytest.raises(ValueError, match=message):
         native_step._C.cpu_sgd_rows(**lists | numbers | flags | change)
     assert p.eq(1).all()
+
+
+def test_the_kernel_refuses_adamw_without_moments():
+    p, rows, counts = [torch.ones(4, 3)], [torch.arange(4)], [torch.tensor(2)]
+    numbers = 0.1, 0.9, 0.99, 1e-8, 0.0, False, 1
+    with pytest.raises(ValueError, match="moments must be one of each for each parameter, got 0"):
+        native_step._C.cpu_adamw_rows(p, p, [], [], [], counts, rows, counts, *numbers)
 
 
 def test_autograd_sees_the_step():

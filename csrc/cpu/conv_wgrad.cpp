@@ -1,6 +1,8 @@
 #include "conv_wgrad.h"
 
 #include <algorithm>
+#include <exception>
+#include <mutex>
 #include <vector>
 
 #include "conv_wgrad_kernels.h"
@@ -34,13 +36,22 @@ class Gradient : Plan {
     const int64_t parts = pixel_parts * block_parts;
     const int team = int(std::min<int64_t>(threads, parts));
     const int64_t written = ceil_div(p.neurons, kWrittenRows);
+    std::exception_ptr error;  // none may leave the threads by itself
+    std::mutex mutex;
 #pragma omp parallel num_threads(team) if (team > 1)
     {
 #pragma omp for schedule(static)
-      for (int64_t i = 0; i < parts; ++i) sum_part(i / block_parts, i % block_parts);
+      for (int64_t i = 0; i < parts; ++i) try {
+          sum_part(i / block_parts, i % block_parts);
+        } catch (...) {
+          const std::lock_guard lock(mutex);
+          error = std::current_exception();
+        }
 #pragma omp for schedule(static)
-      for (int64_t i = 0; i < written; ++i) write_rows(part(p.neurons, i, written));
+      for (int64_t i = 0; i < written; ++i)
+        if (!error) write_rows(part(p.neurons, i, written));
     }
+    if (error) std::rethrow_exception(error);
   }
 
  private:
@@ -63,7 +74,8 @@ class Gradient : Plan {
     const auto& stride = p.x_strides;
     const int64_t begin = std::clamp<int64_t>(to.pixels.begin, 0, p.input[W]);
     const int64_t end = std::clamp<int64_t>(to.pixels.end, begin, p.input[W]);
-    const int64_t zeros = (begin - to.pixels.begin) * to.step, packed = (end - begin) * to.step;
+    const int64_t left = std::clamp<int64_t>(begin - to.pixels.begin, 0, to.pixels.size());
+    const int64_t zeros = left * to.step, packed = (end - begin) * to.step;
     for (int64_t plane = c.planes.begin; plane < c.planes.end; ++plane)
       for (int64_t tap = 0; tap < p.kernel[D]; ++tap, panel += to.plane()) {
         const int64_t depth = input_depth(plane, tap);

@@ -1,14 +1,16 @@
 #include "zero.h"
 
+#include <algorithm>
 #include <cstring>
 
 namespace neq::cpu {
 
-constexpr int64_t kWorthThreads = 1 << 18;  // bytes
+constexpr int64_t kThreadBytes = 128 << 10;  // for waking one to pay
 
 void zero_rows(void* data, int64_t lines, int64_t neurons, int64_t piece, const int64_t* rows,
                int64_t k, int threads) {
-#pragma omp parallel for num_threads(threads) if (lines * k * piece > kWorthThreads)
+  const int team = int(std::clamp<int64_t>(lines * k * piece / kThreadBytes, 1, threads));
+#pragma omp parallel for num_threads(team) if (team > 1)
   for (int64_t i = 0; i < lines * k; ++i)
     std::memset(static_cast<char*>(data) + (i / k * neurons + rows[i % k]) * piece, 0, piece);
 }
