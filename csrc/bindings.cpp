@@ -20,16 +20,13 @@ using neq::require_cpu;
 using neq::require_indices;
 using neq::Tensor;
 
-int checked(int threads) {
-  require(threads >= 1, "threads", threads, "at least 1");
-  return threads;
-}
+void require_threads(int threads) { require(threads >= 1, "threads", threads, "at least 1"); }
 
 void cpu_pack_columns(const Tensor& dy, const Tensor& rows, const Tensor& packed,
                       const std::optional<Tensor>& sums, int threads) {
   require_cpu(dy, rows, packed, sums.value_or(packed));
   neq::check_pack(dy, rows, packed, sums);
-  checked(threads);
+  require_threads(threads);
   py::gil_scoped_release release;
   neq::cpu::pack_columns(dy.dtype(), dy.data(), dy.size(0), dy.size(1), dy.stride(0),
                          rows.data<const int64_t>(), rows.size(0), packed.data(),
@@ -100,7 +97,7 @@ void cpu_sgd_rows(const Tensors& params, const Tensors& grads, const Tensors& mo
           "given with momentum");
   const Tensors none;
   const auto all = stepped(params, grads, {&momentum_buffers, &none, &none}, rows, counts);
-  checked(threads);
+  require_threads(threads);
   if (all.empty()) return;
   py::gil_scoped_release release;
   neq::cpu::sgd_rows(params[0].dtype(), all,
@@ -112,8 +109,7 @@ void cpu_adamw_rows(const Tensors& params, const Tensors& grads, const Tensors& 
                     const Tensors& steps, const Tensors& rows, const Tensors& counts, double lr,
                     double beta1, double beta2, double eps, double weight_decay, bool maximize,
                     int threads) {
-  auto all =
-      stepped(params, grads, {&exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs}, rows, counts);
+  auto all = stepped(params, grads, {&exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs}, rows, counts);
   for (const Tensors* moments : {&exp_avgs, &exp_avg_sqs})
     require(moments->size() == all.size(), "moments", int64_t(moments->size()),
             "one of each for each parameter");
@@ -122,7 +118,7 @@ void cpu_adamw_rows(const Tensors& params, const Tensors& grads, const Tensors& 
     require_cpu(steps[i]);
     all[i].count = steps[i].value();
   }
-  checked(threads);
+  require_threads(threads);
   if (all.empty()) return;
   py::gil_scoped_release release;
   neq::cpu::adamw_rows(params[0].dtype(), all, {lr, beta1, beta2, eps, weight_decay, maximize},
@@ -140,7 +136,7 @@ bool cpu_zero_rows(const Tensor& t, const Tensor& rows, int dim, int threads) {
   for (int64_t j = 0; j < rows.size(0); ++j)
     require(row[j] >= 0 && row[j] < neurons, "rows", row[j],
             "between 0 and neurons = " + std::to_string(neurons));
-  checked(threads);
+  require_threads(threads);
   const int64_t piece = neurons > 1 ? t.stride(dim) : t.numel();
   const int64_t bytes = piece * bytes_of(t.dtype());
   if (bytes < neq::kLineBytes || !t.fills_its_memory()) return false;
@@ -211,7 +207,7 @@ void cpu_conv_wgrad(const Tensor& dy, const Tensor& x, const Tensor& dw, const T
   const auto chosen = ascending(rows, k, dw.size(0));
   require(neq::cpu::has_isa(isa), "isa", int64_t(isa), "one that this processor has");
   require(split_for >= 1, "split_for", split_for, "at least 1");
-  checked(threads);
+  require_threads(threads);
 
   auto problem = problem_of(dy, x, dw, db, chosen);
   problem.samples = dy.size(0);
@@ -272,7 +268,7 @@ void cpu_linear_wgrad(const Tensor& dy, const Tensor& x, const Tensor& dw, const
   require(x.size(last) == dw.size(1), "inputs of x", x.size(last), std::to_string(dw.size(1)));
   const auto chosen = ascending(rows, k, dw.size(0));
   require(split_for >= 1, "split_for", split_for, "at least 1");
-  checked(threads);
+  require_threads(threads);
 
   auto problem = problem_of(dy, x, dw, db, chosen);
   const auto [sizes, of_dy, of_x] = samples_of(dy, x);
@@ -308,7 +304,7 @@ void cpu_row_similarity(const Tensor& y, const Tensor& y_, const Tensor& out, ne
   };
   const auto first = output(y), second = output(y_);
   require(neq::cpu::has_isa(isa), "isa", int64_t(isa), "one that this processor has");
-  checked(threads);
+  require_threads(threads);
   py::gil_scoped_release release;
   neq::cpu::row_similarity(first, second, sizes, out.data<double>(), isa, threads);
 }
