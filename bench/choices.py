@@ -34,7 +34,7 @@ from bench.contenders import Active, Case, active_count
 from bench.problems import Problem, problems
 from bench.report import TOLERATED, Row
 from bench.timing import device_name, environment, interleave
-from neq_kernels import planner
+from neq_kernels.wgrad import planner
 
 Call = Callable[..., object]
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from bench import gather
 from bench.problems import Problem
 from bench.timing import cache_bytes
-from neq_kernels import ops, planner, reference
-from neq_kernels.geometry import Conv
+from neq_kernels import ops, reference
+from neq_kernels.wgrad import planner
+from neq_kernels.wgrad.geometry import Conv
 
 Gradient = tuple[Tensor, Tensor | None]
 Call = Callable[[int], Gradient | None]  # takes the number of its turn

@@ -14,8 +14,8 @@ results, bench/results/<GPU> by default:
     gpu_check.json      the machine, how each part ended, every row of the benchmarks
     backward_speed.png  the weight gradients as a figure
     end_to_end.png      the steps as a figure
-    planner.json        the choices that were measured: as neq_kernels/tables/<GPU>.json they are
-                        everybody's on such a GPU
+    planner.json        the choices that were measured: as
+                        neq_kernels/wgrad/tables/<GPU>.json they hold on every such GPU
     optimizer_speed.json, probe.json    what those benchmarks measured
     *.log               what each part printed
 """
@@ -47,7 +47,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import options, report, step_report
 from bench.timing import device_name, environment
-from neq_kernels import machine
+from neq_kernels.device import names as machine
 
 Row = dict[str, Any]
 
@@ -118,7 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
     if steps:
         step_report.show(steps, facts)
         step_report.plot(steps, facts, out / "end_to_end.png")
-    print(f"more in {out}; {out / 'planner.json'} is to be neq_kernels/tables/{name}.json")
+    print(f"more in {out}; {out / 'planner.json'} is to be neq_kernels/wgrad/tables/{name}.json")
     return int(bool(wrong) or any(outcome.failed for outcome in outcomes))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from neq_kernels import planner
+from neq_kernels.wgrad import planner
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

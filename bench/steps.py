@@ -31,8 +31,9 @@ from bench.networks import Network
 from neq import Account, NeuronLayer
 from neq.modules import _NEqNorm
 from neq.rows import Rows
-from neq_kernels import ops, planner
-from neq_kernels.geometry import Conv
+from neq_kernels import ops
+from neq_kernels.wgrad import planner
+from neq_kernels.wgrad.geometry import Conv
 
 OPTIONS: dict[str, dict[str, float]] = {  # of optimizers; small steps: values stay what they are
     "SGD": {"lr": 1e-6, "momentum": 0.9, "weight_decay": 1e-4},

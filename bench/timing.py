@@ -17,7 +17,7 @@ import torch
 
 import neq
 from bench.memory import keep_freed
-from neq_kernels import machine
+from neq_kernels.device import names as machine
 
 Key = TypeVar("Key")
 FEWEST, MOST = 5, 200  # rounds

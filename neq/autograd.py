@@ -22,10 +22,11 @@ from torch.autograd import forward_ad
 from torch.overrides import has_torch_function_variadic
 
 from neq.rows import Rows
-from neq_kernels import ops, planner
-from neq_kernels.dense import zero_frozen_
-from neq_kernels.geometry import Conv
-from neq_kernels.unseen import unseen
+from neq_kernels import ops
+from neq_kernels.device.bypass import unseen
+from neq_kernels.wgrad import planner
+from neq_kernels.wgrad.dense import zero_frozen_
+from neq_kernels.wgrad.geometry import Conv
 
 
 class RowGrad(torch.autograd.Function):

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from neq._version import __version__
-from neq_kernels import compiled, machine
+from neq_kernels.device import extension as compiled
+from neq_kernels.device import names as machine
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction

@@ -17,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from neq.autograd import is_one_node, mask_grad, mask_node, planned, row_grad
 from neq.rows import Rows, parse
-from neq_kernels.geometry import Conv
+from neq_kernels.wgrad.geometry import Conv
 
 
 class NeuronLayer(nn.Module):

@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neq_kernels import planner, row_step, similarity
-from neq_kernels.geometry import Conv
-from neq_kernels.hyper import SGD, AdamW
+from neq_kernels.similarity import planner as similarity
+from neq_kernels.step import planner as row_step
+from neq_kernels.step.options import SGD, AdamW
+from neq_kernels.wgrad import planner
+from neq_kernels.wgrad.geometry import Conv
 
 _lib = torch.library.Library("neq", "DEF")
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from neq_kernels.geometry import Conv
-from neq_kernels.hyper import SGD, AdamW
+from neq_kernels.step.options import SGD, AdamW
+from neq_kernels.wgrad.geometry import Conv
 
 
 def active_mask(rows: Tensor, count: Tensor) -> Tensor:

@@ -19,8 +19,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from neq_kernels import fused, grouped, triton_similarity
-from neq_kernels.gpu import Gpu
+from neq_kernels.device.gpu import Gpu
+from neq_kernels.similarity import fused as triton_similarity
+from neq_kernels.wgrad import fused, grouped
 
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 PROCESSORS = {80: 108, 86: 84, 90: 132, 100: 148, 120: 188}

@@ -12,7 +12,7 @@ from unittest import mock
 
 import pybind11
 
-from neq_kernels import compiled
+from neq_kernels.device import extension as compiled
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 

@@ -22,8 +22,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import neq
-from neq_kernels import pack, planner
-from neq_kernels.problem import Problem
+from neq_kernels.wgrad import pack, planner
+from neq_kernels.wgrad.problem import Problem
 
 WORLD = 2
 BATCH = 4  # per process

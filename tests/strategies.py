@@ -16,9 +16,10 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import neq_kernels
-from neq_kernels import planner, reference
-from neq_kernels.geometry import Conv
-from neq_kernels.problem import BUCKETS, Problem, is_transposed
+from neq_kernels import reference
+from neq_kernels.wgrad import planner
+from neq_kernels.wgrad.geometry import Conv
+from neq_kernels.wgrad.problem import BUCKETS, Problem, is_transposed
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench import backward_speed, choices, networks, optimizer_speed, overhead, report
 from bench.problems import MODELS, QUICK, Problem, problems
 from bench.timing import FEWEST, Times, each_round, interleave
-from neq_kernels import ops, planner
+from neq_kernels import ops
+from neq_kernels.wgrad import planner
 
 CPU = torch.device("cpu")
 TINY = [

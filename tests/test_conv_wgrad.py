@@ -19,7 +19,8 @@ from strategies import (
     vendor_kernels,
 )
 
-from neq_kernels import conv_wgrad, pack
+from neq_kernels import conv_wgrad
+from neq_kernels.wgrad import pack
 
 OP = "conv_wgrad"
 ROWS = [0, 3, 4, 9, 17]

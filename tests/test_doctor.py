@@ -5,7 +5,8 @@ import torch
 
 import neq
 from neq import doctor
-from neq_kernels import compiled, planner
+from neq_kernels.device import extension as compiled
+from neq_kernels.wgrad import planner
 
 
 def test_command():

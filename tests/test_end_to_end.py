@@ -23,7 +23,8 @@ from bench.networks import LAYOUTS, NETWORKS, Network, images, text
 from bench.problems import MODELS
 from bench.steps import Bench, Gate, Step
 from bench.timing import Times
-from neq_kernels import ops, planner
+from neq_kernels import ops
+from neq_kernels.wgrad import planner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -5,7 +5,9 @@ import torch
 from torch.library import opcheck
 
 import neq
-from neq_kernels import chunked, reference, row_similarity, similarity
+from neq_kernels import reference, row_similarity
+from neq_kernels.similarity import in_torch as chunked
+from neq_kernels.similarity import planner as similarity
 
 LAYOUTS = [
     pytest.param((6, 5), 1, id="linear"),

@@ -24,8 +24,8 @@ from strategies import (
 )
 
 import neq_kernels
-from neq_kernels import fused, planner
-from neq_kernels.gpu import Gpu
+from neq_kernels.device.gpu import Gpu
+from neq_kernels.wgrad import fused, planner
 
 LINEAR = linear_case((7, 10), 33, 40, [1, 2, 5, 8, 13, 21, 34])
 CONV = conv_case(

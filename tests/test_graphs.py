@@ -14,7 +14,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import neq
-from neq_kernels import ops, planner
+from neq_kernels import ops
+from neq_kernels.wgrad import planner
 
 pytestmark = pytest.mark.usefixtures("one_thread", "without_tf32")
 on_devices = pytest.mark.parametrize("device", DEVICES)

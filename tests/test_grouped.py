@@ -22,8 +22,9 @@ from strategies import (
     some_of,
 )
 
-from neq_kernels import conv_wgrad, grouped, planner
-from neq_kernels.gpu import Gpu
+from neq_kernels import conv_wgrad
+from neq_kernels.device.gpu import Gpu
+from neq_kernels.wgrad import grouped, planner
 
 OP = "conv_wgrad"
 CHANNELS = 40

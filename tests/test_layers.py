@@ -24,7 +24,8 @@ from transformers.pytorch_utils import Conv1D
 
 import neq
 from neq.convert import convertible
-from neq_kernels import dense, ops, planner
+from neq_kernels import ops
+from neq_kernels.wgrad import dense, planner
 
 each = pytest.mark.parametrize
 pytestmark = [

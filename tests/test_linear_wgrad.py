@@ -19,7 +19,8 @@ from strategies import (
     vendor_kernels,
 )
 
-from neq_kernels import linear_wgrad, pack
+from neq_kernels import linear_wgrad
+from neq_kernels.wgrad import pack
 
 OP = "linear_wgrad"
 ROWS = [1, 2, 5, 8, 13, 21, 34]

@@ -32,7 +32,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import neq
-from neq_kernels import planner
+from neq_kernels.wgrad import planner
 
 each = pytest.mark.parametrize
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -20,9 +20,11 @@ from strategies import (
     some_of,
 )
 
-from neq_kernels import compiled, conv_wgrad, narrow, planner
-from neq_kernels.geometry import Conv
-from neq_kernels.gpu import Gpu
+from neq_kernels import conv_wgrad
+from neq_kernels.device import extension as compiled
+from neq_kernels.device.gpu import Gpu
+from neq_kernels.wgrad import narrow, planner
+from neq_kernels.wgrad.geometry import Conv
 
 DTYPES = [
     pytest.param((torch.float16, torch.float16), id="float16"),

@@ -12,10 +12,11 @@ import torch
 from hypothesis import strategies as st
 from strategies import LAYOUTS, conv_case, linear_case, on_random, same, some_of
 
-from neq_kernels import linear_wgrad, planner, reference
-from neq_kernels import native as kernel
-from neq_kernels.compiled import _C
-from neq_kernels.geometry import Conv
+from neq_kernels import linear_wgrad, reference
+from neq_kernels.device.extension import _C
+from neq_kernels.wgrad import native as kernel
+from neq_kernels.wgrad import planner
+from neq_kernels.wgrad.geometry import Conv
 
 ISAS = [name for name in ("avx512", "avx2", "portable") if _C.cpu_has_isa(getattr(_C.Isa, name))]
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -199,7 +200,7 @@ def test_capability_of_torch_bars_wider_instructions(capability, isa):
         return
     # the widths of vectors add up differently
     code = (
-        "import torch; from neq_kernels.native import Conv, conv_wgrad;"
+        "import torch; from neq_kernels.wgrad.native import Conv, conv_wgrad;"
         "dy, x = torch.randn(1, 1, 999), torch.randn(1, 1, 1001);"
         "conv = Conv((1,), (0,), (1,), False, (0,), 1);"
         "args = dy, x, torch.empty(1, 1, 3), torch.tensor([0]), 1, False, conv;"

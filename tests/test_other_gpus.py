@@ -6,8 +6,8 @@ import pytest
 import torch
 from aot import kernels
 
-from neq_kernels import fused
-from neq_kernels.geometry import Conv
+from neq_kernels.wgrad import fused
+from neq_kernels.wgrad.geometry import Conv
 
 CONV = Conv((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
-from neq_kernels import compiled
-from neq_kernels.compiled import pack_columns
+from neq_kernels.device import extension as compiled
+from neq_kernels.device.extension import pack_columns
 
 if compiled.why_not("cpu"):
     raise RuntimeError(compiled.why_not("cpu"))
@@ -205,7 +205,7 @@ def test_narrower_instructions(most):
 
 def test_shares_the_threads_of_torch():
     code = (
-        "from neq_kernels import compiled\n"
+        "from neq_kernels.device import extension as compiled\n"
         "print(*{line.split()[-1] for line in open('/proc/self/maps') if 'libgomp' in line})"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

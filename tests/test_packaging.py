@@ -16,7 +16,8 @@ OFFLINE = ["--no-deps", "--no-index", "--no-build-isolation"]
 
 USE = """
 import torch, neq
-from neq_kernels import compiled, planner
+from neq_kernels.device import extension as compiled
+from neq_kernels.wgrad import planner
 assert planner.shipped("A device") == {"a problem": {64: "pack"}}
 model = neq.convert(torch.nn.Linear(4, 6))
 model.set_active([1, 4])
@@ -42,7 +43,7 @@ def sdist(tmp_path_factory):
     # what earlier builds left in the tree would find its way into this one
     left = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "*.so", "__pycache__")
     shutil.copytree(ROOT, tree, ignore=left, dirs_exist_ok=True)
-    tables = tree / "neq_kernels/tables"
+    tables = tree / "neq_kernels/wgrad/tables"
     tables.mkdir(exist_ok=True)
     (tables / "a-device.json").write_text('{"A device": {"a problem": {"64": "pack"}}}')
     run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", folder, tree)
@@ -142,7 +143,8 @@ def test_an_extension_that_does_not_load(tmp_path):
     said = run(
         sys.executable,
         "-c",
-        "from neq_kernels import compiled; print(compiled.__file__, compiled.why_not('cpu'))",
+        "from neq_kernels.device import extension;"
+        "print(extension.__file__, extension.why_not('cpu'))",
         cwd=tmp_path,
     )
     assert said.startswith(str(tmp_path))

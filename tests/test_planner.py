@@ -10,9 +10,12 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import FLOAT32, conv_case, linear_case, meta, problem_of
 
-from neq_kernels import compiled, conv_wgrad, linear_wgrad, machine, planner
-from neq_kernels.geometry import Conv
-from neq_kernels.problem import Problem
+from neq_kernels import conv_wgrad, linear_wgrad
+from neq_kernels.device import extension as compiled
+from neq_kernels.device import names as machine
+from neq_kernels.wgrad import planner
+from neq_kernels.wgrad.geometry import Conv
+from neq_kernels.wgrad.problem import Problem
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import neq
 from examples import cifar10
-from neq_kernels import pack
+from neq_kernels.wgrad import pack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

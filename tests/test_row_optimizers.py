@@ -11,7 +11,11 @@ from torch import nn
 from torch.library import opcheck
 
 import neq
-from neq_kernels import compiled, native_step, ops, pack_step, reference, row_step
+from neq_kernels import ops, reference
+from neq_kernels.device import extension as compiled
+from neq_kernels.step import native as native_step
+from neq_kernels.step import pack as pack_step
+from neq_kernels.step import planner as row_step
 
 if compiled.why_not("cpu"):
     raise RuntimeError(compiled.why_not("cpu"))
@@ -83,20 +87,20 @@ def test_rows_that_lie_apart(backend):
 @pytest.mark.parametrize(
     ("device", "dtype", "elements", "chosen"),
     [
-        ("cpu", torch.float32, 9, "native_step"),
-        ("cpu", torch.bfloat16, 9, "pack_step"),
-        ("cuda", torch.float32, 9, "triton_step"),
-        ("cuda", torch.bfloat16, 9, "triton_step"),
-        ("cuda", torch.float8_e5m2, 9, "pack_step"),
-        ("cuda", torch.float32, 2**31, "pack_step"),
-        ("mps", torch.float32, 9, "pack_step"),
+        ("cpu", torch.float32, 9, "native"),
+        ("cpu", torch.bfloat16, 9, "pack"),
+        ("cuda", torch.float32, 9, "fused"),
+        ("cuda", torch.bfloat16, 9, "fused"),
+        ("cuda", torch.float8_e5m2, 9, "pack"),
+        ("cuda", torch.float32, 2**31, "pack"),
+        ("mps", torch.float32, 9, "pack"),
     ],
     ids=str,
 )
 def test_who_steps(device, dtype, elements, chosen):
     p = mock.Mock(dtype=dtype, is_cpu=device == "cpu", is_cuda=device == "cuda")
     p.numel.return_value = elements
-    assert row_step.backend(p).__name__ == f"neq_kernels.{chosen}"
+    assert row_step.backend(p).__name__ == f"neq_kernels.step.{chosen}"
 
 
 def test_who_steps_a_transposed_matrix():

@@ -5,7 +5,9 @@ from unittest import mock
 import pytest
 import torch
 
-from neq_kernels import chunked, native_similarity, similarity
+from neq_kernels.similarity import in_torch as chunked
+from neq_kernels.similarity import native as native_similarity
+from neq_kernels.similarity import planner as similarity
 
 
 @pytest.mark.parametrize(

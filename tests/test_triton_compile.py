@@ -10,9 +10,12 @@ import pytest
 import torch
 from aot import kernels, launches
 
-from neq_kernels import grouped, similarity, triton_similarity, triton_step
-from neq_kernels.geometry import Conv
-from neq_kernels.hyper import SGD, AdamW
+from neq_kernels.similarity import fused as triton_similarity
+from neq_kernels.similarity import planner as similarity
+from neq_kernels.step import fused as triton_step
+from neq_kernels.step.options import SGD, AdamW
+from neq_kernels.wgrad import grouped
+from neq_kernels.wgrad.geometry import Conv
 
 CONV = Conv((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
 every_target = pytest.mark.parametrize("arch", [80, 90, 100], ids="sm_{}".format)

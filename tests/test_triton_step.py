@@ -11,7 +11,9 @@ from interpreter import DEVICES, INTERPRETED
 from steps import ADAMW_OPTIONS, SGD_OPTIONS, laid_out, lr, same
 from torch.optim.adamw import adamw
 
-from neq_kernels import ops, reference, row_step, triton_step
+from neq_kernels import ops, reference
+from neq_kernels.step import fused as triton_step
+from neq_kernels.step import planner as row_step
 
 DTYPES = [torch.float32, torch.float16, torch.float64]
 if not INTERPRETED:  # the interpreter rounds to bfloat16 towards zero

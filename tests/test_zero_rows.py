@@ -6,8 +6,8 @@ import pytest
 import torch
 from strategies import LAYOUTS
 
-from neq_kernels import dense
-from neq_kernels.compiled import _C
+from neq_kernels.device.extension import _C
+from neq_kernels.wgrad import dense
 
 ROWS = torch.tensor([0, 3, 4, 8])
 SHAPES = [(9, 40), (9, 6, 3, 3), (9, 5, 2, 3, 4), (9, 33), (9, 16, 1), (700, 400)]

@@ -7,7 +7,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from neq_kernels.geometry import Conv
+from neq_kernels.wgrad.geometry import Conv
 
 BUCKETS = 16  # active shares are planned in sixteenths: finer differences change no choice
 

@@ -10,10 +10,10 @@ from math import ceil, inf, prod
 import torch
 from torch import Tensor
 
-from neq_kernels.fused import DTYPES, INT32, add_up
-from neq_kernels.geometry import Conv, in_two_dimensions
-from neq_kernels.gpu import gpu, parts, triton_is_there
-from neq_kernels.problem import Problem
+from neq_kernels.device.gpu import gpu, parts, triton_is_there
+from neq_kernels.wgrad.fused import DTYPES, INT32, add_up
+from neq_kernels.wgrad.geometry import Conv, in_two_dimensions
+from neq_kernels.wgrad.problem import Problem
 
 MOST_WEIGHTS = 64  # of a neuron, whose sums a thread has registers for
 LANES = 128  # of a program, a thread each
@@ -47,7 +47,7 @@ def programs(weights: int) -> int:
 def conv_wgrad(
     dy: Tensor, x: Tensor, weight: Tensor, rows: Tensor, k: int, bias: bool, conv: Conv
 ) -> tuple[Tensor, Tensor]:
-    from neq_kernels import triton_grouped
+    from neq_kernels.wgrad import grouped_kernels as triton_grouped
 
     dw = torch.empty_like(weight)
     db = dw.new_empty(len(rows) if bias else 0)

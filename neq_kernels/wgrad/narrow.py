@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from neq_kernels import compiled
-from neq_kernels.geometry import Conv, in_two_dimensions
-from neq_kernels.gpu import gpu
-from neq_kernels.problem import Problem
+from neq_kernels.device import extension as compiled
+from neq_kernels.device.gpu import gpu
+from neq_kernels.wgrad.geometry import Conv, in_two_dimensions
+from neq_kernels.wgrad.problem import Problem
 
 DTYPES = (torch.bfloat16, torch.float16)
 PIECE = 8  # channels that are copied at a time

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from neq_kernels.geometry import Conv, in_two_dimensions
-from neq_kernels.gpu import gpu, parts, triton_is_there
-from neq_kernels.problem import Problem, as_matrix
+from neq_kernels.device.gpu import gpu, parts, triton_is_there
+from neq_kernels.wgrad.geometry import Conv, in_two_dimensions
+from neq_kernels.wgrad.problem import Problem, as_matrix
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INT32 = 2**31
@@ -117,7 +117,7 @@ def add_up(
     dw: Tensor,  # [n, C, kernel height, kernel width], to be written
     db: Tensor,
 ) -> None:
-    from neq_kernels import triton_wgrad
+    from neq_kernels.wgrad import fused_kernels as triton_wgrad
 
     cut, padded, columns = partial_dw.shape
     n, C, _, width = dw.shape
@@ -139,7 +139,7 @@ def _wgrad(
     precision: str,
 ) -> Tensor:
     """Writes dw, returns db."""
-    from neq_kernels import triton_wgrad
+    from neq_kernels.wgrad import fused_kernels as triton_wgrad
 
     height, width = dw.shape[2:]
     even = height == width == 1 and conv[:2] == POINTWISE[:2] and _evenly_spaced(x)

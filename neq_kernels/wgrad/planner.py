@@ -26,9 +26,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from neq_kernels import dense, fused, grouped, machine, narrow, native, pack
-from neq_kernels.geometry import Conv
-from neq_kernels.problem import BUCKETS, Problem, is_transposed
+from neq_kernels.device import names as machine
+from neq_kernels.wgrad import dense, fused, grouped, narrow, native, pack
+from neq_kernels.wgrad.geometry import Conv
+from neq_kernels.wgrad.problem import BUCKETS, Problem, is_transposed
 
 BACKENDS: dict[str, ModuleType] = {
     "dense": dense,

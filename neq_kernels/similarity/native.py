@@ -6,7 +6,8 @@ csrc/cpu/similarity.cpp. It computes in float64.
 import torch
 from torch import Tensor
 
-from neq_kernels import chunked, compiled
+from neq_kernels.device import extension as compiled
+from neq_kernels.similarity import in_torch as chunked
 
 if compiled.why_not("cpu") is None:
     from neq_kernels import _C

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from neq_kernels.compiled import fresh_like, pack_columns
-from neq_kernels.dense import channel_sum, unit, vendor_conv_wgrad
-from neq_kernels.geometry import Conv
-from neq_kernels.problem import Problem, as_matrix
+from neq_kernels.device.extension import fresh_like, pack_columns
+from neq_kernels.wgrad.dense import channel_sum, unit, vendor_conv_wgrad
+from neq_kernels.wgrad.geometry import Conv
+from neq_kernels.wgrad.problem import Problem, as_matrix
 
 
 class Machine(NamedTuple):

@@ -6,8 +6,8 @@ Packing them would move each twice more.
 import torch
 from torch import Tensor
 
-from neq_kernels import compiled
-from neq_kernels.hyper import SGD, AdamW
+from neq_kernels.device import extension as compiled
+from neq_kernels.step.options import SGD, AdamW
 
 if compiled.why_not("cpu") is None:
     from neq_kernels import _C

@@ -5,8 +5,10 @@ from types import ModuleType
 
 from torch import Tensor
 
-from neq_kernels import chunked, compiled, native_similarity
-from neq_kernels.gpu import triton_is_there
+from neq_kernels.device import extension as compiled
+from neq_kernels.device.gpu import triton_is_there
+from neq_kernels.similarity import in_torch as chunked
+from neq_kernels.similarity import native as native_similarity
 
 
 def row_similarity(current: Tensor, previous: Tensor, channel_dim: int, per_sample: bool) -> Tensor:
@@ -18,7 +20,7 @@ def row_similarity(current: Tensor, previous: Tensor, channel_dim: int, per_samp
 def backend(device: str) -> ModuleType:
     """Its ``row_similarity`` takes what ``fold`` returns, and returns [3, samples, neurons]."""
     if device == "cuda" and triton_is_there():
-        from neq_kernels import triton_similarity
+        from neq_kernels.similarity import fused as triton_similarity
 
         return triton_similarity
     if device == "cpu" and not compiled.why_not("cpu"):

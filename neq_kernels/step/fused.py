@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from neq_kernels.hyper import SGD, AdamW
+from neq_kernels.step.options import SGD, AdamW
 
 MANY = 32  # parameters in a launch
 BASE = tl.constexpr(2**62)  # of the entries of its tuples

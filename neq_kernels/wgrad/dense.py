@@ -8,10 +8,10 @@ from math import prod
 import torch
 from torch import Tensor
 
-from neq_kernels import compiled
-from neq_kernels.geometry import Conv
-from neq_kernels.problem import Problem, as_matrix
-from neq_kernels.unseen import unseen
+from neq_kernels.device import extension as compiled
+from neq_kernels.device.bypass import unseen
+from neq_kernels.wgrad.geometry import Conv
+from neq_kernels.wgrad.problem import Problem, as_matrix
 
 if compiled.why_not("cpu") is None:
     from neq_kernels import _C

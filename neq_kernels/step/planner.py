@@ -11,9 +11,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from neq_kernels import native_step, pack_step
-from neq_kernels.gpu import triton_is_there
-from neq_kernels.hyper import SGD, AdamW
+from neq_kernels.device.gpu import triton_is_there
+from neq_kernels.step import native as native_step
+from neq_kernels.step import pack as pack_step
+from neq_kernels.step.options import SGD, AdamW
 
 INT32 = 2**31
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -38,7 +39,7 @@ def backend(p: Tensor, *others: Tensor) -> ModuleType:
         if whole or all(map(native_step.is_transposed, (p, *others))):
             return native_step
     elif whole and p.is_cuda and p.numel() < INT32 and triton_is_there():
-        from neq_kernels import triton_step
+        from neq_kernels.step import fused as triton_step
 
         if p.dtype in triton_step.DTYPES:
             return triton_step

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
-from neq_kernels.hyper import SGD, AdamW
+from neq_kernels.step.options import SGD, AdamW
 
 
 def sgd_rows_(

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from neq_kernels.gpu import gpu, parts
+from neq_kernels.device.gpu import gpu, parts
 
 ELEMENTS, WARPS = 2048, 4  # of a tile, and to work on it: a thread reads 64 bytes of bfloat16
 # that the registers of a processor suffice for, by the dtype of the sums

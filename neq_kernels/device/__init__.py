@@ -1,0 +1,1 @@
+"""What this machine has: the extension, GPUs, and ways past the dispatcher."""

@@ -1,0 +1,1 @@
+"""Weight gradients of the active rows."""
