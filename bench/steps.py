@@ -29,8 +29,8 @@ from bench import gather
 from bench.contenders import WrongResultError, active_count
 from bench.networks import Network
 from neq import Account, NeuronLayer
-from neq.modules import _NEqNorm
-from neq.rows import Rows
+from neq.layers.active import Rows
+from neq.layers.base import _NEqNorm
 from neq_kernels import ops
 from neq_kernels.wgrad import planner
 from neq_kernels.wgrad.geometry import Conv

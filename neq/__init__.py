@@ -2,12 +2,10 @@
 
 from neq import optim
 from neq._version import __version__
-from neq.accounting import Account, account
 from neq.controller import Controller
-from neq.convert import convert, revert
-from neq.equilibrium import Velocity, similarity
+from neq.cost.flops import Account, account
 from neq.history import History
-from neq.modules import (
+from neq.layers.base import (
     NEqBatchNorm1d,
     NEqBatchNorm2d,
     NEqBatchNorm3d,
@@ -27,6 +25,10 @@ from neq.modules import (
     NEqSyncBatchNorm,
     NeuronLayer,
 )
+from neq.layers.conversion import convert, revert
+from neq.layers.summary import summary
+from neq.measure.equilibrium import Velocity, similarity
+from neq.measure.probes import NoiseProbe, Probe, WeightProbe
 from neq.policies import (
     AdaptiveEps,
     Budget,
@@ -38,8 +40,6 @@ from neq.policies import (
     Policy,
     Random,
 )
-from neq.probes import NoiseProbe, Probe, WeightProbe
-from neq.summary import summary
 
 __all__ = [
     "Account",

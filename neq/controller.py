@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
-from neq.accounting import Account, account
-from neq.convert import convert
-from neq.costs import Unit, parameters, wgrad_flops, wgrad_ms
-from neq.equilibrium import Velocity
+from neq.cost.flops import Account, account
+from neq.cost.units import Unit, parameters, wgrad_flops, wgrad_ms
 from neq.history import EpochRecord, History, layer_record
-from neq.memory import Memory, Where
-from neq.modules import NeuronLayer
+from neq.layers.active import parse
+from neq.layers.base import NeuronLayer
+from neq.layers.conversion import convert
+from neq.measure.equilibrium import Velocity
+from neq.measure.outputs import Memory, Where
+from neq.measure.probes import Inputs, Probe, as_inputs, evaluating
 from neq.optim import Guard, OnThaw, RowOptimizer, unwrapped
 from neq.policies import Equilibrium, Motion, Policy
-from neq.probes import Inputs, Probe, as_inputs, evaluating
-from neq.rows import parse
 
 LeaveAlone = Iterable[str] | Callable[[nn.Module, str], bool] | None
 

@@ -9,7 +9,7 @@ from torch import nn
 import neq
 from examples.resnet import resnet18, resnet32
 from neq import account
-from neq.accounting import Work
+from neq.cost.flops import Work
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

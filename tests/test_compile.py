@@ -21,7 +21,7 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 import neq
-from neq.rows import Rows
+from neq.layers.active import Rows
 
 each = pytest.mark.parametrize
 pytestmark = pytest.mark.usefixtures("one_thread", "fresh_dynamo")

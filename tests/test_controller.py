@@ -16,8 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 import neq
-from neq import memory
-from neq.memory import Where
+from neq.measure import outputs as memory
+from neq.measure.outputs import Where
 
 # everything here is too small for two
 pytestmark = pytest.mark.usefixtures("one_thread")

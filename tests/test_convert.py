@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.rnn import pack_sequence
 
 import neq
-from neq.convert import convertible
+from neq.layers.conversion import convertible
 
 each = pytest.mark.parametrize
 pytestmark = pytest.mark.usefixtures("one_thread")

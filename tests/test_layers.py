@@ -23,7 +23,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import neq
-from neq.convert import convertible
+from neq.layers.conversion import convertible
 from neq_kernels import ops
 from neq_kernels.wgrad import dense, planner
 

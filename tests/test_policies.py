@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import neq
-from neq.rows import parse
+from neq.layers.active import parse
 
 NAN = math.nan
 

@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers.pytorch_utils import Conv1D
 
 import neq
-from neq import memory
-from neq.memory import Memory
-from neq.probes import by_neuron, parameter_rows
+from neq.measure import outputs as memory
+from neq.measure.outputs import Memory
+from neq.measure.probes import by_neuron, parameter_rows
 
 
 def layers_of(model):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import neq
-from neq import rows as neq_rows
+from neq.layers import active as neq_rows
 
 each = pytest.mark.parametrize
 NEURONS = 8

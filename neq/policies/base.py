@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from neq.equilibrium import Recurrence
-from neq.modules import NeuronLayer
+from neq.layers.base import NeuronLayer
+from neq.measure.equilibrium import Recurrence
 
 if TYPE_CHECKING:
     from neq.controller import Controller

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from neq.layers.active import parse
 from neq.policies.base import Motion, Policy, Rows, check_share, top
-from neq.rows import parse
 
 if TYPE_CHECKING:
     from neq.controller import Controller

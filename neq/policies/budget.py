@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
-from neq.costs import Unit
-from neq.equilibrium import Recurrence
+from neq.cost.units import Unit
+from neq.measure.equilibrium import Recurrence
 from neq.policies.base import Motion, Policy, Rows, check_share
 
 if TYPE_CHECKING:

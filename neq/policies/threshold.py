@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from neq.equilibrium import Recurrence
+from neq.measure.equilibrium import Recurrence
 from neq.policies.base import Motion, Policy, Rows
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import has_torch_function_variadic
 
-from neq.rows import Rows
+from neq.layers.active import Rows
 from neq_kernels import ops
 from neq_kernels.device.bypass import unseen
 from neq_kernels.wgrad import planner

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from neq.modules import NeuronLayer, _NEqConv, _NEqNorm
+from neq.layers.base import NeuronLayer, _NEqConv, _NEqNorm
 
 Inputs = tuple[Any, ...] | Mapping[str, Any]
 # given the number of a group of layers, values [samples, ...] and the dimension of its neurons

@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-from neq import modules
-from neq.modules import NeuronLayer
-from neq.rows import Rows
+from neq.layers import base as modules
+from neq.layers.active import Rows
+from neq.layers.base import NeuronLayer
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -44,7 +44,7 @@ def convertible() -> dict[type[nn.Module], type[NeuronLayer]]:
     """Each torch module that neq can stand in for, and the layer that does."""
     layers = {layer.plain: layer for layer in _LAYERS}
     if "transformers.pytorch_utils" in sys.modules:  # else no module can be of its class
-        from neq.transformers_layers import NEqTransformersConv1D
+        from neq.layers.transformers import NEqTransformersConv1D
 
         layers[NEqTransformersConv1D.plain] = NEqTransformersConv1D
     return layers

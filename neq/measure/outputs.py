@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from neq.equilibrium import cosine
+from neq.measure.equilibrium import cosine
 from neq_kernels.ops import row_similarity
 
 Where = Literal["device", "host", "sketch"]

@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from neq.accounting import Account
-from neq.modules import NeuronLayer
-from neq.probes import Inputs, call, evaluating, hooked
+from neq.cost.flops import Account
+from neq.layers.base import NeuronLayer
+from neq.measure.probes import Inputs, call, evaluating, hooked
 
 Unit = Literal["parameters", "flops", "ms"]
 Layers = Mapping[str, list[NeuronLayer]]  # by name: those that share a weight together

@@ -22,9 +22,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.optim import SGD, Adam, Optimizer
 
-from neq.convert import convertible
-from neq.modules import NeuronLayer, _NEqNorm
-from neq.rows import Rows
+from neq.layers.active import Rows
+from neq.layers.base import NeuronLayer, _NEqNorm
+from neq.layers.conversion import convertible
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 
-from neq.autograd import is_one_node, mask_grad, mask_node, planned, row_grad
-from neq.rows import Rows, parse
+from neq.layers.active import Rows, parse
+from neq.layers.autograd import is_one_node, mask_grad, mask_node, planned, row_grad
 from neq_kernels.wgrad.geometry import Conv
 
 

@@ -6,8 +6,8 @@ Apart from ``modules.py`` because it needs the transformers library, which neq d
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from neq.autograd import mask_grad, planned, row_grad
-from neq.modules import NeuronLayer, _autocast, _detach
+from neq.layers.autograd import mask_grad, planned, row_grad
+from neq.layers.base import NeuronLayer, _autocast, _detach
 
 
 class NEqTransformersConv1D(NeuronLayer, Conv1D):  # type: ignore[misc]  # Conv1D is untyped

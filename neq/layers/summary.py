@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from neq.convert import check_module, convertible, obstacle, same_neurons
-from neq.modules import NeuronLayer
+from neq.layers.base import NeuronLayer
+from neq.layers.conversion import check_module, convertible, obstacle, same_neurons
 
 
 @dataclass(frozen=True)

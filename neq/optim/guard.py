@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Adagrad, Optimizer, Rprop
 from torch.optim.optimizer import ParamsT
 
-from neq.modules import NeuronLayer
+from neq.layers.base import NeuronLayer
 from neq_kernels.ops import adamw_rows_, sgd_rows_
 
 OnThaw = Literal["keep", "reset"]

@@ -1,0 +1,1 @@
+"""What other libraries put around models and optimizers."""

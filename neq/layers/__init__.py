@@ -1,0 +1,1 @@
+"""Drop-in layers that train their active neurons only, and converting a model to them."""

@@ -1,0 +1,1 @@
+"""What is measured of each neuron, and on what."""
