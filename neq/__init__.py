@@ -3,9 +3,10 @@
 from neq import optim
 from neq._version import __version__
 from neq.controller import Controller
-from neq.cost.flops import Account, account
+from neq.cost.account import Account
+from neq.cost.flops import account
 from neq.history import History
-from neq.layers.base import (
+from neq.layers import (
     NEqBatchNorm1d,
     NEqBatchNorm2d,
     NEqBatchNorm3d,

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from neq._version import __version__
-from neq_kernels.device import extension as compiled
-from neq_kernels.device import names as machine
+from neq_kernels.device import extension, names
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -50,7 +49,7 @@ def versions() -> dict[str, str]:
 
 def devices() -> dict[str, str]:
     capability = torch.backends.cpu.get_cpu_capability()
-    found = {"cpu": f"{machine.name(torch.device('cpu'))}, {capability}"}
+    found = {"cpu": f"{names.name(torch.device('cpu'))}, {capability}"}
     for i in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(i)
         found[f"cuda:{i}"] = (
@@ -65,12 +64,12 @@ def backends() -> dict[str, str]:
     reasons = {
         "dense": None,
         "pack": None,  # in plain torch where the compiled kernels are missing
-        "native": compiled.why_not("cpu"),
+        "native": extension.why_not("cpu"),
         "fused": _triton_lacks() or gpu_less,
-        "narrow": compiled.why_not("cuda") or gpu_less,
+        "narrow": extension.why_not("cuda") or gpu_less,
         "grouped": _triton_lacks() or gpu_less,
-        "compiled, cpu": compiled.why_not("cpu"),
-        "compiled, cuda": compiled.why_not("cuda") or gpu_less,
+        "compiled, cpu": extension.why_not("cpu"),
+        "compiled, cuda": extension.why_not("cuda") or gpu_less,
     }
     return {name: f"no: {reason}" if reason else "yes" for name, reason in reasons.items()}
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neq.policies.base import Motion
+
 # |v| is counted between these powers of ten; what is slower or faster falls into the end bins
 SPEED_EXPONENTS = tuple(e / 2 for e in range(-12, 1))
 
@@ -122,27 +124,19 @@ class History:
             self.writer.log({"neq/epoch": record.epoch, **figures})
 
 
-def layer_record(
-    name: str,
-    kind: str,
-    trained: Tensor,
-    active: Tensor,
-    phi: Tensor,
-    velocity: Tensor,
-    wgrad_flops: float,
-) -> LayerRecord:
-    """Sum up a layer's neurons. Tensors are [n], on the CPU."""
-    measured = ~velocity.isnan()
-    speed = velocity[measured].abs()
+def layer_record(motion: Motion, active: Tensor, wgrad_flops: float) -> LayerRecord:
+    """Sum up a layer's neurons. ``motion.active``: which trained; ``active``: which will."""
+    measured = ~motion.velocity.isnan()
+    speed = motion.velocity[measured].abs()
     edges = 10.0 ** torch.tensor(SPEED_EXPONENTS, dtype=speed.dtype)
     bins = torch.bucketize(speed, edges).bincount(minlength=len(edges) + 1)
     return LayerRecord(
-        name,
-        kind,
+        motion.name,
+        motion.layer.plain.__name__,
         neurons=len(active),
-        trained=int(trained.sum()),
+        trained=int(motion.active.sum()),
         active=int(active.sum()),
-        phi=float(phi[measured].mean()) if len(speed) else None,
+        phi=float(motion.phi[measured].mean()) if len(speed) else None,
         speed=float(speed.median()) if len(speed) else None,
         speeds=bins.tolist() if len(speed) else [],
         wgrad_flops=wgrad_flops,

@@ -1,11 +1,20 @@
-"""Weight gradients for the active rows of a layer only.
+"""Weight gradients, similarities and optimizer steps for the active neurons of a layer only.
 
-Importing this package registers the ``neq::`` operators. It knows nothing of training: which rows
-are active is the caller's business.
+Importing this package registers the ``neq::`` operators. It knows nothing of training: which
+neurons are active is the caller's business.
 """
 
 from neq_kernels import ops, reference
-from neq_kernels.ops import conv_wgrad, linear_wgrad, row_similarity
+from neq_kernels.ops import adamw_rows_, conv_wgrad, linear_wgrad, row_similarity, sgd_rows_
 from neq_kernels.wgrad import planner
 
-__all__ = ["conv_wgrad", "linear_wgrad", "ops", "planner", "reference", "row_similarity"]
+__all__ = [
+    "adamw_rows_",
+    "conv_wgrad",
+    "linear_wgrad",
+    "ops",
+    "planner",
+    "reference",
+    "row_similarity",
+    "sgd_rows_",
+]

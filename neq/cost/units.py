@@ -8,17 +8,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from neq.cost.flops import Account
+from neq.cost.account import Account
 from neq.layers.base import NeuronLayer
-from neq.measure.probes import Inputs, call, evaluating, hooked
+from neq.layers.groups import Group
+from neq.measure.evaluating import Inputs, call, evaluating, hooked
 
 Unit = Literal["parameters", "flops", "ms"]
-Layers = Mapping[str, list[NeuronLayer]]  # by name: those that share a weight together
+Layers = Mapping[str, Group]  # by name
 
 
 def parameters(layers: Layers) -> dict[str, float]:
     return {
-        name: float(sum(p.numel() for p in _trained(first))) for name, (first, *_) in layers.items()
+        name: float(sum(p.numel() for p in _trained(group.first))) for name, group in layers.items()
     }
 
 

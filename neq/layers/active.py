@@ -1,4 +1,4 @@
-"""Which neurons of one weight are active: the one decision that layers sharing the weight share."""
+"""Which neurons of a weight are active: one decision, for all layers that share the weight."""
 
 from typing import Any, ClassVar
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 
-class Rows:
-    """The active neurons of a weight with ``neurons`` rows. All of them, to begin with."""
+class ActiveSet:
+    """The active ones of a weight's ``neurons``. All of them, to begin with."""
 
     # Has any layer of this process ever been masked? Compiled graphs are specialised on this alone:
     # the plain graph until the first mask, one more for all masks of all layers after it. They
@@ -16,11 +16,15 @@ class Rows:
 
     # A CUDA graph reads the addresses that it was captured with, and keeps nothing alive by itself.
     _captured = False  # was one captured that reads today's tensors?
-    _kept: tuple[Tensor, ...] = ()  # what others read, for as long as these rows live
+    _kept: tuple[Tensor, ...] = ()  # what others read, for as long as this lives
 
-    # what graphs read, with ``length``; shapes are the same whatever the mask
+    # On the layer's device. Compiled graphs read these, whose shapes no mask changes:
     mask: Tensor  # bool [neurons]
-    order: Tensor  # int64 [neurons]: active first, ascending
+    order: Tensor  # int64 [neurons]: the active ones, ascending, then the frozen ones, ascending
+    count: Tensor  # int64 [], on the CPU, so that no kernel waits for it: k as a tensor
+    # Eager layers read these, parts of ``order``:
+    rows: Tensor  # int64 [k]: the active neurons
+    frozen: Tensor  # int64 [neurons - k]
 
     def __init__(self, neurons: int, device: torch.device) -> None:
         self._device = device
@@ -30,11 +34,16 @@ class Rows:
     def set(self, mask: Tensor) -> None:
         """Take a bool mask [neurons]. New tensors each time: a backward pass keeps its own."""
         self._mask = mask.to("cpu", copy=True)
-        self.neurons, self.count = len(mask), int(self._mask.sum())
-        self.length = torch.tensor(self.count, device="cpu")  # int64 []: no kernel waits for it
+        self.neurons, self.k = len(mask), int(self._mask.sum())
+        self.count = torch.tensor(self.k, device="cpu")
         self._place()
-        if self.count < self.neurons:
-            Rows.ever_masked = True
+        if self.k < self.neurons:
+            ActiveSet.ever_masked = True
+
+    @property
+    def everything(self) -> bool:
+        """Are all neurons active?"""
+        return self.k == self.neurons
 
     @torch.inference_mode(False)
     def _place(self) -> None:
@@ -43,11 +52,10 @@ class Rows:
             self._captured = False
         order = torch.argsort(self._mask, descending=True, stable=True)
         self.mask, self.order = self._mask.to(self._device), order.to(self._device)
-        # what eager layers read: parts of it
-        self.active, self.frozen = self.order[: self.count], self.order[self.count :]
+        self.rows, self.frozen = self.order[: self.k], self.order[self.k :]
 
-    def on(self, device: torch.device) -> "Rows":
-        """These rows, to be read now, moved after their layer if it has moved."""
+    def on(self, device: torch.device) -> "ActiveSet":
+        """The same, to be read now, moved after its layer if that has moved."""
         if device != self._device:
             self._device = device
             self._place()
@@ -67,7 +75,7 @@ class Rows:
 
 def _is_capturing(device: torch.device) -> bool:
     """Is what is launched on the device recorded for a CUDA graph, to run again and again?"""
-    # a compiled model's own graphs copy what they read; in one captured by hand nobody asks here
+    # a compiled model's own graphs copy what they read; one captured by hand never comes here
     return (
         device.type == "cuda"
         and not torch.compiler.is_compiling()
@@ -75,7 +83,7 @@ def _is_capturing(device: torch.device) -> bool:
     )
 
 
-def parse(rows: Any, neurons: int, layer: str) -> Tensor:
+def as_mask(rows: Any, neurons: int, layer: str) -> Tensor:
     """The bool mask [neurons] that ``rows`` means: indices, a bool mask, or None for all.
 
     ``layer`` names the layer in errors.

@@ -1,32 +1,74 @@
 """The one idea: a gradient of weight and bias for the active rows, beside a vendor's layer.
 
-y = F.linear(x, W.detach(), b.detach())    # the vendor's forward; its backward gives dX only
-y = row_grad(y, x, W, b, rows, conv)       # the same y; its backward gives dW and db
+y = F.linear(x, W.detach(), b.detach())      # the vendor's forward; its backward gives dX only
+y = row_grad(y, x, W, b, active, conv)       # the same y; its backward gives dW and db
 
 Where no backend beats the dense gradient, nothing beats the vendor's joint backward either:
 
-W, b = mask_grad(W, b, rows)               # the same values; their gradients lose the frozen rows
-y = F.linear(x, W, b)                      # its backward gives dX, dW and db
+W, b = mask_grad(W, b, active)               # the same values; their gradients lose the frozen rows
+y = F.linear(x, W, b)                        # its backward gives dX, dW and db
 
 and where that is one node of the graph, which knows its weight's gradient, more cheaply:
 
-y = mask_node(F.conv2d(x, W, b), rows)     # the same y; the node's dW and db lose the frozen rows
+y = mask_node(F.conv2d(x, W, b), active)     # the same y; the node's dW and db lose the frozen rows
+
+``train_active`` decides between the three.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import has_torch_function_variadic
 
-from neq.layers.active import Rows
-from neq_kernels import ops
-from neq_kernels.device.bypass import unseen
-from neq_kernels.wgrad import planner
+from neq.layers.active import ActiveSet
+from neq_kernels import _torch, ops, planner
+from neq_kernels.device.bypass import may_bypass_dispatcher
 from neq_kernels.wgrad.dense import zero_frozen_
 from neq_kernels.wgrad.geometry import Conv
+
+
+class Call(NamedTuple):
+    """One call of the vendor's kernel, as a layer makes it."""
+
+    run: Callable[[Tensor, Tensor | None], Tensor]  # y [..., n] or [N, n, *pixels] of weight, bias
+    # What the kernel sees of the input: cast, padded, with a batch dimension. None where dW comes
+    # in the pass that computes dX, as in norms: then there are no rows to skip.
+    x: Tensor | None = None
+    weight: Tensor | None = None  # [n, ...] as neq's kernels take it; None: as the layer holds it
+    dim: int = 0  # of the layer's weight, along which its neurons lie
+    conv: Conv | None = None
+    is_one_node: bool = False  # is y one node of autograd's graph, whose gradients are dX, dW, db?
+    is_unbatched: bool = False  # has x a batch dimension that the layer's input lacks?
+
+
+def train_active(call: Call, weight: Tensor, bias: Tensor | None, active: ActiveSet) -> Tensor:
+    """y of the call, batched like its x; of weight and bias only the active neurons train."""
+    run, x, matrix, dim, conv, is_one_node, _ = call
+    if x is not None:
+        matrix = weight if matrix is None else matrix
+        backend = choose_backend(x, matrix, active, conv)
+        if backend != "dense":
+            y = run(weight.detach(), detach(bias))
+            return row_grad(y, x, matrix, bias, active, conv, backend)
+    if is_one_node:
+        return mask_node(run(weight, bias), active, dim, conv)
+    return run(*mask_grad(weight, bias, active, dim, conv))
+
+
+def choose_backend(
+    x: Tensor, weight: Tensor, active: ActiveSet, conv: Conv | None = None
+) -> str | None:
+    """The backend of the weight gradient; "dense" stands for the vendor's joint backward.
+
+    None where it is open yet, as in a graph that must fit every mask.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    return planner.choose(x, weight, active.neurons, active.k, conv)
 
 
 class RowGrad(torch.autograd.Function):
@@ -45,16 +87,16 @@ class RowGrad(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         order: Tensor,
-        length: Tensor,
+        count: Tensor,
         conv: Conv | None,
-        count: int | None,
-        plan: str | None,
+        k: int | None,
+        backend: str | None,
     ) -> Tensor:
         # the rest stays out of the saved tensors: a saved_tensors_hook may round or offload those.
         # The weight's values are not needed, only its layout
         ctx.save_for_backward(x)
-        ctx.weight, ctx.order, ctx.length, ctx.conv = weight, order, length, conv
-        ctx.count, ctx.plan = count, plan
+        ctx.weight, ctx.order, ctx.count, ctx.conv = weight, order, count, conv
+        ctx.k, ctx.backend = k, backend
         ctx.shape = None if x is None else x.shape
         ctx.bias = bias if bias is not None and bias.requires_grad else None
         # y itself would count as a view made here, and in-place activations are forbidden on those
@@ -65,35 +107,37 @@ class RowGrad(torch.autograd.Function):
         is_compiling = torch.compiler.is_compiling()
         if not is_compiling:
             _refuse_second_derivative()
-            if forward_ad._current_level >= 0 and forward_ad.unpack_dual(dy).tangent is not None:
+            if _torch.forward_ad_active() and forward_ad.unpack_dual(dy).tangent is not None:
                 raise RuntimeError(
                     "forward-mode derivatives of a backward pass through a layer with frozen "
                     "neurons are not supported: use torch.func.grad inside, or set_active(None)"
                 )
         (x,) = ctx.saved_tensors
-        order, length = ctx.order, ctx.length
         with_bias = ctx.bias is not None
         if x is None:
             dw = torch.zeros_like(ctx.weight) if ctx.weight.requires_grad else None
             db = torch.zeros_like(ctx.bias) if with_bias else None
         elif not is_compiling and not _wanted(ctx):
             dw, db = None, None
-        elif not is_compiling and ctx.count and _as_expected(dy, x, ctx) and unseen(dy, x):
-            args = (ctx.weight, order, ctx.count, with_bias)
+        elif not is_compiling and _may_bypass_dispatcher(dy, x, ctx):
+            args = (dy, x, ctx.weight, ctx.order, ctx.k, with_bias)
             if ctx.conv is None:
-                dw, db = planner.linear_wgrad(dy, x, *args, ctx.plan)
+                dw, db = planner.linear_wgrad(*args, ctx.backend)
             else:
-                dw, db = planner.conv_wgrad(dy, x, *args, ctx.conv, ctx.plan)
-        elif ctx.conv is None:
-            dw, db = ops.linear_wgrad(dy, x, ctx.weight, order, length, with_bias)
-        else:
-            dw, db = ops.conv_wgrad(dy, x, ctx.weight, order, length, with_bias, *ctx.conv)
+                dw, db = planner.conv_wgrad(*args, ctx.conv, ctx.backend)
+        else:  # the same, by the operators, which check what they are given
+            args = (dy, x, ctx.weight, ctx.order, ctx.count, with_bias)
+            if ctx.conv is None:
+                dw, db = ops.linear_wgrad(*args)
+            else:
+                dw, db = ops.conv_wgrad(*args, *ctx.conv)
         return dy, None, dw, db if with_bias else None, None, None, None, None, None
 
 
-def _as_expected(dy: Tensor, x: Tensor, node: Any) -> bool:
-    """A hook on saved tensors may bring back another ``x``, which the operators would refuse."""
-    return dy.dtype is x.dtype and dy.device == x.device and x.shape == node.shape
+def _may_bypass_dispatcher(dy: Tensor, x: Tensor, node: Any) -> bool:
+    # a hook on saved tensors may bring back another ``x``, which the operators would refuse
+    as_saved = dy.dtype is x.dtype and dy.device == x.device and x.shape == node.shape
+    return bool(node.k) and as_saved and may_bypass_dispatcher(dy, x)
 
 
 def _refuse_second_derivative() -> None:
@@ -107,11 +151,8 @@ def _refuse_second_derivative() -> None:
 def _wanted(node: Any) -> bool:
     """False inside ``backward(inputs=...)`` or ``autograd.grad`` for neither weight nor bias."""
     _, _, (weight, _), (bias, _), *_ = node.next_functions
-    will = torch._C._will_engine_execute_node
-    try:
-        return (weight is not None and will(weight)) or (bias is not None and will(bias))
-    except RuntimeError:  # which is how it says that autograd.grad was asked for this very leaf
-        return True
+    will = _torch.will_execute
+    return (weight is not None and will(weight)) or (bias is not None and will(bias))
 
 
 class MaskGrad(torch.autograd.Function):
@@ -160,37 +201,41 @@ def row_grad(
     x: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
-    rows: Rows,
+    active: ActiveSet,
     conv: Conv | None = None,
-    plan: str | None = None,
+    backend: str | None = None,
 ) -> Tensor:
-    """``y``, as an output of a layer with this weight and bias, of which only ``rows`` train.
+    """``y``, as an output of a layer with this weight and bias, of which only ``active`` train.
 
-    plan: what ``planned`` said of it.
+    ``backend``: what ``choose_backend`` said.
     """
-    x = None if x is None else x.detach()  # its gradient goes through y alone
-    args = (y, x, weight, bias, rows.order, rows.length, conv)
+    x = detach(x)  # its gradient goes through y alone
+    args = (y, x, weight, bias, active.order, active.count, conv)
     is_compiling = torch.compiler.is_compiling()
     apply: Any = RowGrad.apply if is_compiling else _apply
     # a number would make a graph for this mask alone
-    out: Tensor = apply(*args, None if is_compiling else rows.count, plan)
+    out: Tensor = apply(*args, None if is_compiling else active.k, backend)
     return out
 
 
+def detach(p: Tensor | None) -> Tensor | None:
+    return None if p is None else p.detach()
+
+
 def mask_grad(
-    weight: Tensor, bias: Tensor | None, rows: Rows, dim: int = 0, conv: Conv | None = None
+    weight: Tensor, bias: Tensor | None, active: ActiveSet, dim: int = 0, conv: Conv | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """``weight`` and ``bias``, of which only ``rows``, along the weight's ``dim``, train."""
+    """``weight`` and ``bias``, of which only ``active``, along the weight's ``dim``, train."""
     if bias is None or bias.requires_grad:
-        masked: tuple[Tensor, Tensor | None] = _apply_mask(weight, bias, rows.frozen, dim, conv)
+        masked: tuple[Tensor, Tensor | None] = _apply_mask(weight, bias, active.frozen, dim, conv)
         return masked
-    return mask_grad(weight, None, rows, dim, conv)[0], bias
+    return mask_grad(weight, None, active, dim, conv)[0], bias
 
 
-def mask_node(y: Tensor, rows: Rows, dim: int = 0, conv: Conv | None = None) -> Tensor:
-    """``y``, which one node made from (x, weight, bias), and of these only ``rows`` train."""
+def mask_node(y: Tensor, active: ActiveSet, dim: int = 0, conv: Conv | None = None) -> Tensor:
+    """``y``, which one node made of (x, weight, bias); of the last two only ``active`` train."""
     node: Any = y.grad_fn
-    node.register_hook(partial(_mask_node, rows.frozen, dim, conv))
+    node.register_hook(partial(_mask_node, active.frozen, dim, conv))
     return y
 
 
@@ -209,13 +254,3 @@ def _mask_node(
     _refuse_second_derivative()  # dX's node would hand W a gradient that comes by no hook
     dx, dw, db = gradients
     return dx, *_masked(dw, db, frozen, dim, conv)
-
-
-def planned(x: Tensor, weight: Tensor, rows: Rows, conv: Conv | None = None) -> str | None:
-    """Who is to compute the weight gradient: "dense" is for the vendor's joint backward.
-
-    None where it is open yet, as in a graph that must fit every mask.
-    """
-    if torch.compiler.is_compiling():
-        return None
-    return planner.planned(x, weight, rows.neurons, rows.count, conv)

@@ -13,36 +13,17 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-from neq.layers import base as modules
-from neq.layers.active import Rows
+from neq.distributed.sharding import is_dtensor
+from neq.layers import LAYERS
+from neq.layers.active import ActiveSet
 from neq.layers.base import NeuronLayer
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_LAYERS: tuple[type[NeuronLayer], ...] = (
-    modules.NEqLinear,
-    modules.NEqConv1d,
-    modules.NEqConv2d,
-    modules.NEqConv3d,
-    modules.NEqConvTranspose1d,
-    modules.NEqConvTranspose2d,
-    modules.NEqConvTranspose3d,
-    modules.NEqBatchNorm1d,
-    modules.NEqBatchNorm2d,
-    modules.NEqBatchNorm3d,
-    modules.NEqSyncBatchNorm,
-    modules.NEqGroupNorm,
-    modules.NEqLayerNorm,
-    modules.NEqInstanceNorm1d,
-    modules.NEqInstanceNorm2d,
-    modules.NEqInstanceNorm3d,
-    modules.NEqRMSNorm,
-)
-
 
 def convertible() -> dict[type[nn.Module], type[NeuronLayer]]:
     """Each torch module that neq can stand in for, and the layer that does."""
-    layers = {layer.plain: layer for layer in _LAYERS}
+    layers = {layer.plain: layer for layer in LAYERS}
     if "transformers.pytorch_utils" in sys.modules:  # else no module can be of its class
         from neq.layers.transformers import NEqTransformersConv1D
 
@@ -58,10 +39,15 @@ def convert(
 ) -> Model:
     """Make every layer that neq knows a layer with neurons, in place; all of them active.
 
-    filter_fn: given a module and its name, says whether to convert it.
-    classes: the torch classes to convert; by default all that neq knows.
-
     What is left as it was, and why, is in ``neq.summary(model)``.
+
+    Args:
+        model: Any module.
+        filter_fn: Given a module and its name, says whether to convert it.
+        classes: The torch classes to convert; by default all that neq knows.
+
+    Returns:
+        The same model.
     """
     check_module("convert", model)
     known = convertible()
@@ -84,7 +70,7 @@ def convert(
         module.__class__ = known[type(module)]
         module.layer_name = name
         # layers that share a weight share the decision on it
-        module.rows = twin.rows if twin else Rows(module.n_neurons, module.weight.device)
+        module.active = twin.active if twin else ActiveSet(module.n_neurons, module.weight.device)
         decided[id(module.weight)] = module
     return model
 
@@ -99,7 +85,7 @@ def revert(model: Model) -> Model:
     for module in model.modules():
         if isinstance(module, NeuronLayer) and type(module) in layers:
             module.__class__ = module.plain  # type: ignore[assignment]  # another class is the point
-            del module.rows
+            del module.active
             vars(module).pop("layer_name", None)
         elif isinstance(module, NeuronLayer):
             module.set_active(None)
@@ -142,7 +128,7 @@ def obstacle(module: nn.Module) -> str | None:
         return "it has no weight"
     if weight.is_meta:
         return "on the meta device"
-    if type(weight).__name__ not in ("Parameter", "DTensor"):  # a quantized tensor, say
+    if type(weight) is not nn.Parameter and not is_dtensor(weight):  # a quantized tensor, say
         return f"its weight is a {type(weight).__name__}"
     if "forward" in vars(module):
         return "its forward was replaced on the instance"

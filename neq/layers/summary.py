@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from neq._table import aligned
 from neq.layers.base import NeuronLayer
 from neq.layers.conversion import check_module, convertible, obstacle, same_neurons
 
@@ -41,13 +42,7 @@ class Summary:
                 counts = (str(layer.neurons), _percent(layer.active, layer.neurons))
             rows.append((layer.name or "(the model)", layer.kind, *counts, layer.reason))
         rows.append(("total", "", str(self.neurons), _percent(self.active, self.neurons), ""))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = (
-            f"{name:<{widths[0]}}  {kind:<{widths[1]}}  {neurons:>{widths[2]}}  "
-            f"{active:>{widths[3]}}  {reason}".rstrip()
-            for name, kind, neurons, active, reason in rows
-        )
-        return "\n".join(lines)
+        return aligned(rows, right=range(2, 4))
 
 
 def summary(model: nn.Module) -> Summary:
@@ -59,7 +54,7 @@ def summary(model: nn.Module) -> Summary:
     owners = {id(layer.weight): (name, layer) for name, layer in converted}
     for name, module in model.named_modules():
         if isinstance(module, NeuronLayer):
-            counts, reason = (module.n_neurons, module.rows.count), ""
+            counts, reason = (module.n_neurons, module.active.k), ""
         elif isinstance(module, known) or _owns_parameters(module):
             counts, reason = (0, 0), obstacle(module) or "not asked for"
             owner, layer = owners.get(id(module._parameters.get("weight")), ("", None))

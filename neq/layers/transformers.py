@@ -1,16 +1,20 @@
-"""GPT-2's ``Conv1D``: a linear layer whose weight is stored [inputs, neurons].
+"""GPT-2's ``Conv1D``: a linear layer whose weight is stored column-major, as [inputs, neurons].
 
-Apart from ``modules.py`` because it needs the transformers library, which neq does not.
+A file that only ``convert`` imports, since it needs the transformers library, which neq does not.
 """
 
-from torch import Tensor
+from typing import cast
+
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from neq.layers.autograd import mask_grad, planned, row_grad
-from neq.layers.base import NeuronLayer, _autocast, _detach
+from neq.layers.autograd import Call
+from neq.layers.base import NeuronLayer, autocast
 
 
 class NEqTransformersConv1D(NeuronLayer, Conv1D):  # type: ignore[misc]  # Conv1D is untyped
+    """``transformers.pytorch_utils.Conv1D`` that trains only its active neurons."""
+
     plain = Conv1D
 
     @property
@@ -24,10 +28,10 @@ class NEqTransformersConv1D(NeuronLayer, Conv1D):  # type: ignore[misc]  # Conv1
     def spread(self, mask: Tensor) -> Tensor:
         return mask.view(1, -1)
 
-    def _row_wise(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-        x = _autocast(x)
-        plan = planned(x, weight.t(), self.rows)
-        if plan == "dense":
-            return self._vendor(*mask_grad(weight, bias, self.rows, dim=1), x)
-        y = self._vendor(weight.detach(), _detach(bias), x)
-        return row_grad(y, x, weight.t(), bias, self.rows, None, plan)
+    @staticmethod
+    def macs(layer: nn.Module, x: int, y: int) -> int:
+        return y * len(cast(Tensor, layer.weight))
+
+    def _call(self, input: Tensor) -> Call | None:
+        x = autocast(input)
+        return Call(lambda weight, bias: self._vendor(weight, bias, x), x, self.weight.t(), dim=1)

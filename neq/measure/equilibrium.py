@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from neq_kernels.ops import row_similarity
+from neq_kernels import row_similarity
 
 Recurrence = Literal["paper", "released"]
 
@@ -31,11 +31,14 @@ def similarity(
 ) -> Tensor:
     """φ of each neuron, float64 [n]: the cosine of its outputs in two tensors of one shape.
 
-    channel_dim: the dimension that counts the neurons.
-    per_sample: take the cosine of each sample (dimension 0) and average, instead of one cosine
-        over all samples.
-
     Two outputs that are both zero are alike (1); one zero output is like nothing (0).
+
+    Args:
+        current: Outputs [samples, ...] of now.
+        previous: Those of the same samples an epoch before.
+        channel_dim: The dimension that counts the neurons.
+        per_sample: Take the cosine of each sample (dimension 0) and average, instead of one cosine
+            over all samples.
     """
     phi = cosine(row_similarity(current, previous, channel_dim, per_sample))
     return phi.mean(0) if per_sample else phi

@@ -1,26 +1,31 @@
 """The outputs of the epoch before, and how much those of this epoch resemble them."""
 
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
+from neq.measure.base import Where
 from neq.measure.equilibrium import cosine
-from neq_kernels.ops import row_similarity
+from neq_kernels import row_similarity
 
-Where = Literal["device", "host", "sketch"]
 POSITIONS = 1024  # per neuron and batch, in a sketch
 
 
-class Memory:
-    """Keeps each group's outputs until the next pass, and sums up what they have in common.
-
-    where: ``"device"`` keeps them beside the model; ``"host"`` in (pinned) main memory;
-        ``"sketch"`` beside the model, at most ``POSITIONS`` positions of each neuron and batch (or
-        one per sample, where there are more samples), chosen at random once.
-    keeps_precision: keep them as they are; otherwise in bfloat16, unless they have 16 bits already.
+class KeptOutputs:
+    """The outputs of each group, kept until the next pass, which is compared with them.
 
     Both sides of a comparison are what was kept: outputs that don't change are exactly alike.
+
+    Args:
+        neurons: How many each group has.
+        devices: Where each group is.
+        where: ``"device"`` keeps outputs beside the model; ``"host"`` in (pinned) main memory;
+            ``"sketch"`` beside the model, at most ``POSITIONS`` positions of each neuron and batch
+            (or one per sample, where there are more samples), chosen at random once.
+        per_sample: Compare sample by sample, and average.
+        keeps_precision: Keep outputs as they are; otherwise in bfloat16, unless they have 16 bits
+            already.
     """
 
     def __init__(
@@ -54,7 +59,7 @@ class Memory:
         ]
         self._compared = [0] * len(self.neurons)
 
-    def see(self, group: int, y: Tensor, channel_dim: int) -> None:
+    def observe(self, group: int, y: Tensor, channel_dim: int) -> None:
         """Take an output [samples, ...]. Its dimension ``channel_dim`` counts the neurons."""
         if y.numel() == 0:
             return  # an expert without tokens, say: nothing to go by

@@ -1,18 +1,13 @@
 """Spend a fixed budget on the neurons that move most for their price."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import torch
 
 from neq.cost.units import Unit
 from neq.measure.equilibrium import Recurrence
-from neq.policies.base import Motion, Policy, Rows, check_share
-
-if TYPE_CHECKING:
-    from neq.controller import Controller
+from neq.policies.base import Choice, Motion, Policy, Training, check_share
 
 
 class Budget(Policy):
@@ -22,11 +17,14 @@ class Budget(Policy):
     falls short of it by less than the next neuron's cost. A neuron's cost is its share of its
     layer's, also in a norm, whose weight gradient is computed for all neurons or none.
 
-    share: of what training everything would cost; or
-    amount: in units.
-    unit: ``"parameters"``, ``"flops"`` of the weight gradients of one step, or the ``"ms"`` that
-        they take, measured when the Controller is made (and then part of the saved state). Both are
-        for a step on the Controller's ``example_inputs``.
+    Args:
+        share: The budget as a share of what training everything would cost; or
+        amount: the budget in units.
+        unit: ``"parameters"``, ``"flops"`` of the weight gradients of one step, or the ``"ms"``
+            that they take, measured when the Controller is made (and then part of the saved state).
+            Both are for a step on the Controller's ``example_inputs``.
+        mu: The momentum of the velocity.
+        recurrence: The paper's or the released code's.
     """
 
     def __init__(
@@ -48,13 +46,13 @@ class Budget(Policy):
         self.amount, self.unit, self.mu, self.recurrence = amount, unit, mu, recurrence
         self.costs: dict[str, float] = {}  # of one neuron of each layer, in units
 
-    def attach(self, control: Controller) -> None:
-        totals = control.costs(self.unit)
+    def attach(self, training: Training) -> None:
+        totals = training.costs(self.unit)
         self.costs = {
-            name: totals[name] / layers[0].n_neurons for name, layers in control.layers.items()
+            name: totals[name] / group.n_neurons for name, group in training.layers.items()
         }
 
-    def choose(self, layers: Sequence[Motion], epoch: int) -> Sequence[Rows]:
+    def choose(self, layers: Sequence[Motion], epoch: int) -> Sequence[Choice]:
         sizes = [len(layer) for layer in layers]
         costs = torch.tensor([self.costs[layer.name] for layer in layers], dtype=torch.float64)
         cost = costs.repeat_interleave(torch.tensor(sizes))
@@ -66,7 +64,7 @@ class Budget(Policy):
         active = torch.zeros(len(cost), dtype=torch.bool)
         # sums of the same costs in another order differ in their last bits
         active[order[spent <= budget * (1 + 1e-12)]] = True
-        rows: list[Rows] = list(active.split(sizes))
+        rows: list[Choice] = list(active.split(sizes))
         return rows
 
     def state_dict(self) -> dict[str, Any]:

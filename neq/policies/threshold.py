@@ -1,9 +1,7 @@
-"""Who is at equilibrium rests: a threshold on the velocity, fixed or learned."""
-
-from __future__ import annotations
+"""Neurons at equilibrium are frozen: a threshold on the velocity, fixed or learned."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,20 +9,19 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from neq.measure.equilibrium import Recurrence
-from neq.policies.base import Motion, Policy, Rows
-
-if TYPE_CHECKING:
-    from neq.controller import Controller
+from neq.policies.base import Choice, Motion, Policy, Training
 
 
 class Equilibrium(Policy):
-    """A neuron rests while |v| < eps, and trains again when it isn't.
+    """A neuron is frozen while |v| < eps, and trains again when it isn't.
 
-    eps, mu: as published, 1e-3 and 0.5 for classification, 0.02 and 0.5 for segmentation.
-    recurrence: the paper's or the released code's; the latter also rests at |v| = eps.
-    per_sample: average φ over samples, as the released code does.
-    hysteresis: a resting neuron trains again only from |v| >= (1 + hysteresis) · eps.
-    pinning: a neuron that rests once rests for good.
+    Args:
+        eps: The threshold. As published, 1e-3 for classification and 0.02 for segmentation.
+        mu: The momentum of the velocity; 0.5 as published.
+        recurrence: The paper's or the released code's; the latter also freezes at |v| = eps.
+        per_sample: Average φ over samples, as the released code does.
+        hysteresis: A frozen neuron trains again only from |v| >= (1 + hysteresis) · eps.
+        pinning: A neuron that was frozen once stays frozen.
     """
 
     def __init__(
@@ -44,20 +41,20 @@ class Equilibrium(Policy):
         self.hysteresis, self.pinning = hysteresis, pinning
 
     @classmethod
-    def released(cls, eps: float = 1e-3, mu: float = 0.5) -> Equilibrium:
+    def released(cls, eps: float = 1e-3, mu: float = 0.5) -> "Equilibrium":
         """As in the code published with the paper, whose φ and velocity are other ones."""
         return cls(eps, mu, recurrence="released", per_sample=True)
 
-    def choose(self, layers: Sequence[Motion], epoch: int) -> Sequence[Rows]:
+    def choose(self, layers: Sequence[Motion], epoch: int) -> Sequence[Choice]:
         return [self._active(layer) for layer in layers]
 
     def _active(self, layer: Motion) -> Tensor:
         speed = layer.velocity.abs()
-        rests = torch.full_like(speed, self.eps)
-        rests[~layer.active] *= 1 + self.hysteresis
+        limit = torch.full_like(speed, self.eps)
+        limit[~layer.active] *= 1 + self.hysteresis
         # a NaN, not measured, compares as false: it trains
-        resting = speed <= rests if self.recurrence == "released" else speed < rests
-        return ~resting & layer.active if self.pinning else ~resting
+        frozen = speed <= limit if self.recurrence == "released" else speed < limit
+        return ~frozen & layer.active if self.pinning else ~frozen
 
 
 class AdaptiveEps(Equilibrium):
@@ -66,10 +63,14 @@ class AdaptiveEps(Equilibrium):
     An update w ← w - u is made where |v| exceeds eps. Taking the step function there as identity in
     the backward pass, dL/deps at a step is Σ g · u: this step's gradient times the update made by
     the last step, over the neurons that train. While successive updates agree, eps falls and more
-    neurons train; when they undo each other, it rises. Who trains is decided after each epoch, from
-    eps as all of its steps have left it. Costs a copy of the layers' parameters.
+    neurons train; when they undo each other, it rises. Which neurons train is decided after each
+    epoch, from eps as all of its steps have left it. Costs a copy of the layers' parameters.
 
-    eps: where it starts. rate: its learning rate. Other options are those of ``Equilibrium``.
+    Args:
+        eps: Where it starts.
+        mu: The momentum of the velocity.
+        rate: The learning rate of eps.
+        **options: Those of ``Equilibrium``.
     """
 
     def __init__(self, eps: float = 0.05, mu: float = 0.5, *, rate: float = 1e-4, **options: Any):
@@ -79,18 +80,18 @@ class AdaptiveEps(Equilibrium):
         self.rate = rate
         self._descent: list[_Descent] = []
 
-    def attach(self, control: Controller) -> None:
-        if not control.optimizers:
+    def attach(self, training: Training) -> None:
+        if not training.optimizers:
             raise ValueError(
                 "AdaptiveEps learns from the optimizer's steps: give the Controller its optimizer"
             )
         learned = {
             p
-            for layers in control.layers.values()
-            for p in (layers[0].weight, layers[0].bias)
+            for group in training.layers.values()
+            for p in (group.first.weight, group.first.bias)
             if p is not None
         }
-        for optimizer in control.optimizers:
+        for optimizer in training.optimizers:
             owned = [p for group in optimizer.param_groups for p in group["params"] if p in learned]
             if owned:
                 self._descent.append(_Descent(optimizer, owned))
@@ -100,7 +101,7 @@ class AdaptiveEps(Equilibrium):
             descent.handle.remove()
         self._descent = []
 
-    def choose(self, layers: Sequence[Motion], epoch: int) -> Sequence[Rows]:
+    def choose(self, layers: Sequence[Motion], epoch: int) -> Sequence[Choice]:
         slope = sum(descent.take() for descent in self._descent)
         self.eps = max(0.0, self.eps - self.rate * slope)
         return super().choose(layers, epoch)

@@ -1,15 +1,15 @@
 """``row_similarity`` on the CPU: both outputs read once, in the order in which they lie there.
 
-csrc/cpu/similarity.cpp. It computes in float64.
+csrc/cpu/similarity/similarity.cpp. It computes in float64.
 """
 
 import torch
 from torch import Tensor
 
-from neq_kernels.device import extension as compiled
-from neq_kernels.similarity import in_torch as chunked
+from neq_kernels.device import extension
+from neq_kernels.similarity import in_torch
 
-if compiled.why_not("cpu") is None:
+if extension.why_not("cpu") is None:
     from neq_kernels import _C
 
 
@@ -18,8 +18,8 @@ def row_similarity(y: Tensor, y_: Tensor, isa: str = "best") -> Tensor:
 
     The same bits for any number of threads.
     """
-    if y.dtype not in compiled.DTYPES or y_.dtype not in compiled.DTYPES:
-        return chunked.row_similarity(y, y_)
+    if y.dtype not in extension.DTYPES or y_.dtype not in extension.DTYPES:
+        return in_torch.row_similarity(y, y_)
     inner = 3 if y.shape[3] > 1 else 2
     if y.stride(inner) != 1 or y_.stride(inner) != 1:
         y, y_ = y.contiguous(), y_.contiguous()

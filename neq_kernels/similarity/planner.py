@@ -1,31 +1,35 @@
-"""Who compares outputs: a kernel where there is one, else torch, a bounded piece at a time."""
+"""Picks the backend that compares outputs: a kernel where there is one, else torch in pieces."""
 
 from math import prod
-from types import ModuleType
+from typing import Protocol
 
 from torch import Tensor
 
-from neq_kernels.device import extension as compiled
+from neq_kernels.device import extension
 from neq_kernels.device.gpu import triton_is_there
-from neq_kernels.similarity import in_torch as chunked
-from neq_kernels.similarity import native as native_similarity
+from neq_kernels.similarity import in_torch, native
+
+
+class Backend(Protocol):
+    """A way to compare outputs, as ``fold`` returns them: float64 [3, samples, neurons]."""
+
+    def row_similarity(self, y: Tensor, y_: Tensor) -> Tensor: ...
 
 
 def row_similarity(current: Tensor, previous: Tensor, channel_dim: int, per_sample: bool) -> Tensor:
     y, y_ = fold(current, previous, channel_dim, per_sample)
-    sums: Tensor = backend(y.device.type).row_similarity(y, y_)
+    sums = choose(y.device.type).row_similarity(y, y_)
     return sums if per_sample else sums[:, 0]
 
 
-def backend(device: str) -> ModuleType:
-    """Its ``row_similarity`` takes what ``fold`` returns, and returns [3, samples, neurons]."""
+def choose(device: str) -> Backend:
     if device == "cuda" and triton_is_there():
-        from neq_kernels.similarity import fused as triton_similarity
+        from neq_kernels.similarity import fused
 
-        return triton_similarity
-    if device == "cpu" and not compiled.why_not("cpu"):
-        return native_similarity
-    return chunked
+        return fused
+    if device == "cpu" and not extension.why_not("cpu"):
+        return native
+    return in_torch
 
 
 def fold(

@@ -1,8 +1,30 @@
-"""What the optimizers' operators take beside lists of tensors, as every backend passes it on."""
+"""What ``sgd_rows_`` and ``adamw_rows_`` are given: a tensor for each parameter, and options.
+
+Dimension 0 of a parameter [n, ...], its gradient and its state counts the neurons.
+"""
 
 from typing import NamedTuple
 
 from torch import Tensor
+
+
+class SGDLists(NamedTuple):
+    params: list[Tensor]
+    grads: list[Tensor]
+    momentum_buffers: list[Tensor]  # empty without momentum
+    orders: list[Tensor]  # int64 [n]: the active neurons first
+    counts: list[Tensor]  # int64 []: how many those are
+
+
+class AdamWLists(NamedTuple):
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    max_exp_avg_sqs: list[Tensor]  # empty without amsgrad
+    steps: list[Tensor]  # []: how many steps the parameter has taken
+    orders: list[Tensor]
+    counts: list[Tensor]
 
 
 class SGD(NamedTuple):

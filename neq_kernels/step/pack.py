@@ -11,20 +11,13 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
-from neq_kernels.step.options import SGD, AdamW
+from neq_kernels.step.options import SGD, AdamW, AdamWLists, SGDLists
 
 
-def sgd_rows_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    momentum_buffers: list[Tensor],
-    rows: list[Tensor],
-    counts: list[Tensor],
-    options: SGD,
-) -> None:
-    active = _active(rows, counts)
-    g = _pack(grads, active)
-    with _packed(params, active) as p, _packed(momentum_buffers, active) as m:
+def sgd_rows_(lists: SGDLists, options: SGD) -> None:
+    rows = _active_rows(lists)
+    g = _pack(lists.grads, rows)
+    with _packed(lists.params, rows) as p, _packed(lists.momentum_buffers, rows) as m:
         buffers: list[Tensor | None] = [None] * len(p) if options.first or not m else [*m]
         sgd(
             p,
@@ -41,24 +34,14 @@ def sgd_rows_(
             m[:] = [buffer for buffer in buffers if buffer is not None]
 
 
-def adamw_rows_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    max_exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    rows: list[Tensor],
-    counts: list[Tensor],
-    options: AdamW,
-) -> None:
-    active = _active(rows, counts)
-    g = _pack(grads, active)
+def adamw_rows_(lists: AdamWLists, options: AdamW) -> None:
+    rows = _active_rows(lists)
+    g = _pack(lists.grads, rows)
     with (
-        _packed(params, active) as p,
-        _packed(exp_avgs, active) as m,
-        _packed(exp_avg_sqs, active) as v,
-        _packed(max_exp_avg_sqs, active) as v_max,
+        _packed(lists.params, rows) as p,
+        _packed(lists.exp_avgs, rows) as m,
+        _packed(lists.exp_avg_sqs, rows) as v,
+        _packed(lists.max_exp_avg_sqs, rows) as v_max,
     ):
         adamw(
             p,
@@ -66,30 +49,30 @@ def adamw_rows_(
             m,
             v,
             v_max,
-            steps,
-            capturable=any(not step.is_cpu for step in steps),
+            lists.steps,
+            capturable=any(not step.is_cpu for step in lists.steps),
             **{**options._asdict(), "lr": _number(options.lr)},
         )
 
 
-def _active(rows: Sequence[Tensor], counts: Sequence[Tensor]) -> list[Tensor]:
-    return [r[: int(count)] for r, count in zip(rows, counts, strict=True)]
+def _active_rows(lists: SGDLists | AdamWLists) -> list[Tensor]:
+    return [o[: int(count)] for o, count in zip(lists.orders, lists.counts, strict=True)]
 
 
-def _pack(tensors: Sequence[Tensor], active: Sequence[Tensor]) -> list[Tensor]:
-    return [t.index_select(0, rows) for t, rows in zip(tensors, active, strict=True)]
+def _pack(tensors: Sequence[Tensor], rows: Sequence[Tensor]) -> list[Tensor]:
+    return [t.index_select(0, r) for t, r in zip(tensors, rows, strict=True)]
 
 
 @contextmanager
-def _packed(tensors: Sequence[Tensor], active: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+def _packed(tensors: Sequence[Tensor], rows: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """The active rows of each tensor, to be changed; what they then are goes back into it."""
     if not tensors:
         yield []
         return
-    packed = _pack(tensors, active)
+    packed = _pack(tensors, rows)
     yield packed
-    for t, rows, new in zip(tensors, active, packed, strict=True):
-        t.index_copy_(0, rows, new)
+    for t, r, new in zip(tensors, rows, packed, strict=True):
+        t.index_copy_(0, r, new)
 
 
 def _number(lr: Tensor) -> float | Tensor:

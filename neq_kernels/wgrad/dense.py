@@ -8,12 +8,13 @@ from math import prod
 import torch
 from torch import Tensor
 
-from neq_kernels.device import extension as compiled
-from neq_kernels.device.bypass import unseen
+from neq_kernels.device import extension
+from neq_kernels.device.bypass import may_bypass_dispatcher
+from neq_kernels.shapes import as_matrix
 from neq_kernels.wgrad.geometry import Conv
-from neq_kernels.wgrad.problem import Problem, as_matrix
+from neq_kernels.wgrad.problem import Problem
 
-if compiled.why_not("cpu") is None:
+if extension.why_not("cpu") is None:
     from neq_kernels import _C
 
 # Arithmetic that a CPU does while a byte of dW is written; is zeroed with its row; or is in a
@@ -21,12 +22,16 @@ if compiled.why_not("cpu") is None:
 WRITE_FLOPS, ROWS_FLOPS, COLUMNS_FLOPS = 10, 10, 8
 
 
+def supports(problem: Problem) -> bool:
+    return True
+
+
 def cost(problem: Problem) -> float:
     """The vendor's time is the unit of all costs; frozen rows are zeroed besides."""
     if problem.device != "cpu" or problem.flops == 0:
         return 1.0
-    frozen = 1 - problem.active / problem.neurons
-    per_byte = COLUMNS_FLOPS if problem.transposed else frozen * ROWS_FLOPS
+    frozen = 1 - problem.k / problem.neurons
+    per_byte = COLUMNS_FLOPS if problem.column_major else frozen * ROWS_FLOPS
     return 1 + per_byte * _dw_bytes(problem) / unit(problem)
 
 
@@ -49,30 +54,30 @@ def as_weight(dw: Tensor, weight: Tensor) -> Tensor:
 
 
 def linear_wgrad(
-    dy: Tensor, x: Tensor, weight: Tensor, rows: Tensor, k: int, bias: bool
+    dy: Tensor, x: Tensor, weight: Tensor, order: Tensor, k: int, bias: bool
 ) -> tuple[Tensor, Tensor]:
     dy, x = as_matrix(dy), as_matrix(x)
-    if weight.stride(0) == 1:  # a transposed weight, [inputs, n] in memory
+    if weight.stride(0) == 1:  # column-major
         dw = as_weight((x.t() @ dy).t(), weight)
     else:
         dw = as_weight(dy.t() @ x, weight)
     db = dy.sum(0, dtype=weight.dtype) if bias else weight.new_empty(0)
-    if k < len(rows):
-        zero_frozen_(dw, rows[k:], 0)
+    if k < len(order):
+        zero_frozen_(dw, order[k:], 0)
         if bias:
-            db.index_fill_(0, rows[k:], 0)
+            db.index_fill_(0, order[k:], 0)
     return dw, db
 
 
 def conv_wgrad(
-    dy: Tensor, x: Tensor, weight: Tensor, rows: Tensor, k: int, bias: bool, conv: Conv
+    dy: Tensor, x: Tensor, weight: Tensor, order: Tensor, k: int, bias: bool, conv: Conv
 ) -> tuple[Tensor, Tensor]:
     dw = as_weight(vendor_conv_wgrad(dy, x, weight, conv), weight)
     db = channel_sum(dy, weight.dtype) if bias else weight.new_empty(0)
-    if k < len(rows):
-        zero_frozen_(dw, rows[k:], int(conv.transposed), conv)
+    if k < len(order):
+        zero_frozen_(dw, order[k:], int(conv.transposed), conv)
         if bias:
-            db.index_fill_(0, rows[k:], 0)
+            db.index_fill_(0, order[k:], 0)
     return dw, db
 
 
@@ -96,9 +101,9 @@ def _zeroed_in_memory(dw: Tensor, frozen: Tensor, dim: int) -> bool:
     """Done by the compiled kernel, where it can: torch goes value by value."""
     return (
         dw.is_cpu
-        and dw.dtype in compiled.DTYPES
+        and dw.dtype in extension.DTYPES
         and not (dw.requires_grad or torch.compiler.is_compiling())
-        and unseen(dw)
+        and may_bypass_dispatcher(dw)
         and _C.cpu_zero_rows(dw, frozen.contiguous(), dim, torch.get_num_threads())
     )
 

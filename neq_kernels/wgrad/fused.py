@@ -2,21 +2,21 @@
 
 One Triton kernel serves linear layers and 1-d and 2-d convolutions in channels_last. What it costs
 beside the product is a small copy for each active element of dY and tile of columns, so it suits
-few rows, and weights too short for ``pack`` to pay. The kernels are in ``triton_wgrad``.
+few rows, and weights too short for ``pack`` to pay. The kernels are in ``fused_kernels``.
 """
 
-from math import ceil, inf, prod
+from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from neq_kernels.device.gpu import gpu, parts, triton_is_there
+from neq_kernels.shapes import INT32, as_matrix, ceil_div
 from neq_kernels.wgrad.geometry import Conv, in_two_dimensions
-from neq_kernels.wgrad.problem import Problem, as_matrix
+from neq_kernels.wgrad.problem import Problem
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-INT32 = 2**31
 WARPS = 8  # that work on a processor at a time
 POINTWISE = Conv((1, 1), (0, 0), (1, 1), False, (0, 0), 1)
 
@@ -31,12 +31,7 @@ class Tile(NamedTuple):
     stages: int  # steps under way at a time
 
 
-def cost(problem: Problem) -> float:
-    """1 wherever the kernel works: the same as dense, for all that was measured.
-
-    No GPU has run it yet, so it promises nothing. The planner takes it where a measured table says
-    so, and inside ``tuning()`` it is among the candidates.
-    """
+def supports(problem: Problem) -> bool:
     conv = problem.conv
     works = (
         problem.device == "cuda"
@@ -54,7 +49,15 @@ def cost(problem: Problem) -> float:
             and not conv.transposed
             and prod(problem.x[1:]) < INT32
         )
-    return 1.0 if works else inf
+    return works
+
+
+def cost(problem: Problem) -> float:
+    """1, the same as dense: no GPU has run it yet, so it promises nothing.
+
+    The planner takes it where a measured table says so, and tries it inside ``tuning()``.
+    """
+    return 1.0
 
 
 def tile(
@@ -69,34 +72,34 @@ def tile(
     if dtype is torch.float32 and precision == "ieee":
         return Tile(64, 64, 16, 4, 3)  # without tensor cores
     # whatever its size, a tile costs as much as 16 more rows or 32 more columns
-    rows = min((128, 64, 32), key=lambda rows: ceil(k / rows) * (rows + 16))
+    rows = min((128, 64, 32), key=lambda rows: ceil_div(k, rows) * (rows + 16))
     if not pieces:
         return Tile(rows, 64, 32, 8 if rows > 32 else 4, 4)
     # other tensor cores than those of 90 to 119 take what they multiply from registers
     wide = 90 <= arch < 120 and rows == 128 and spare
     widths = (256, 128, 64) if wide else (128, 64)
-    width = min(widths, key=lambda width: ceil(columns / width) * (width + 32))
+    width = min(widths, key=lambda width: ceil_div(columns, width) * (width + 32))
     return Tile(rows, width, 32, 8 if rows * width >= 128**2 else 4, 3 if width == 256 else 4)
 
 
 def linear_wgrad(
-    dy: Tensor, x: Tensor, weight: Tensor, rows: Tensor, k: int, bias: bool
+    dy: Tensor, x: Tensor, weight: Tensor, order: Tensor, k: int, bias: bool
 ) -> tuple[Tensor, Tensor]:
     dy, x = as_matrix(dy), as_matrix(x)
     dw = torch.empty_like(weight)
     precision = torch.backends.cuda.matmul.fp32_precision
     image = dy[None, None], x[None, None], dw[:, :, None, None]  # of one row
-    return dw, _wgrad(*image, rows, k, bias, POINTWISE, precision)
+    return dw, _wgrad(*image, order, k, bias, POINTWISE, precision)
 
 
 def conv_wgrad(
-    dy: Tensor, x: Tensor, weight: Tensor, rows: Tensor, k: int, bias: bool, conv: Conv
+    dy: Tensor, x: Tensor, weight: Tensor, order: Tensor, k: int, bias: bool, conv: Conv
 ) -> tuple[Tensor, Tensor]:
     dw = torch.empty_like(weight)
     precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
     dy, x, kernel, conv = in_two_dimensions(dy, x, dw, conv)
     images = dy.movedim(1, -1), x.movedim(1, -1), kernel
-    return dw, _wgrad(*images, rows, k, bias, conv, precision)
+    return dw, _wgrad(*images, order, k, bias, conv, precision)
 
 
 def weight_strides(dw: Tensor) -> tuple[int, ...]:
@@ -112,17 +115,17 @@ def weight_strides(dw: Tensor) -> tuple[int, ...]:
 def add_up(
     partial_dw: Tensor,  # [parts, padded, columns]
     partial_db: Tensor,  # [parts, padded], or [parts, 0]
-    rows: Tensor,
+    order: Tensor,
     k: int,
     dw: Tensor,  # [n, C, kernel height, kernel width], to be written
     db: Tensor,
 ) -> None:
-    from neq_kernels.wgrad import fused_kernels as triton_wgrad
+    from neq_kernels.wgrad import fused_kernels
 
     cut, padded, columns = partial_dw.shape
     n, C, _, width = dw.shape
-    triton_wgrad.finish[ceil(n / 4), ceil(columns / 128)](
-        partial_dw, partial_db, rows, dw, db,
+    fused_kernels.finish[ceil_div(n, 4), ceil_div(columns, 128)](
+        partial_dw, partial_db, order, dw, db,
         n, k, cut, padded, C, columns, weight_strides(dw), width,
         BIAS=len(db) > 0, PARTS=4, ROWS=4, COLUMNS=128, enable_fp_fusion=True,
     )  # fmt: skip
@@ -132,14 +135,14 @@ def _wgrad(
     dy: Tensor,  # [images, height, width, n]
     x: Tensor,  # [images, H, W, C]
     dw: Tensor,  # [n, C, kernel height, kernel width], to be written
-    rows: Tensor,
+    order: Tensor,
     k: int,
     bias: bool,
     conv: Conv,
     precision: str,
 ) -> Tensor:
     """Writes dw, returns db."""
-    from neq_kernels.wgrad import fused_kernels as triton_wgrad
+    from neq_kernels.wgrad import fused_kernels
 
     height, width = dw.shape[2:]
     even = height == width == 1 and conv[:2] == POINTWISE[:2] and _evenly_spaced(x)
@@ -157,10 +160,10 @@ def _wgrad(
     pairs = dy.element_size() == 2 and n % 2 == 0 and dy.stride(0) % 2 == 0 == dy.data_ptr() % 4
     spare, pieces = pairs and not bias and dw.stride(1) == 1, _in_pieces(x, x_strides)
     t = tile(arch, dy.dtype, precision, k, columns, spare, pieces)
-    across, steps = ceil(columns / t.columns), ceil(T / t.depth)
-    cut = parts(ceil(k / t.rows) * across, steps, processors * WARPS // t.warps, overhead=8)
+    across, steps = ceil_div(columns, t.columns), ceil_div(T, t.depth)
+    cut = parts(ceil_div(k, t.rows) * across, steps, processors * WARPS // t.warps, overhead=8)
     split = cut > 1
-    padded = ceil((k if split else n) / t.rows) * t.rows
+    padded = ceil_div(k if split else n, t.rows) * t.rows
 
     db = dw.new_empty(n if bias else 0)
     to_dw, to_db = dw, db
@@ -170,9 +173,9 @@ def _wgrad(
     if pairs:
         dy = dy.view(torch.int32)
     with torch.cuda.device_of(dy):
-        triton_wgrad.product[padded // t.rows, across, cut](
-            dy, x, rows, to_dw, to_db,
-            T, n, k, C, columns, ceil(steps / cut) * t.depth,
+        fused_kernels.product[padded // t.rows, across, cut](
+            dy, x, order, to_dw, to_db,
+            T, n, k, C, columns, ceil_div(steps, cut) * t.depth,
             dy.stride(0), x_strides, weight_strides(dw), x_size, dy_size,
             width, conv.stride, conv.padding, conv.dilation,
             PAIRS=pairs, EVEN=even, BIAS=bias, SPLIT=split, PRECISION=precision,
@@ -180,7 +183,7 @@ def _wgrad(
             num_warps=t.warps, num_stages=t.stages, enable_fp_fusion=True,
         )  # fmt: skip
         if split:
-            add_up(to_dw, to_db, rows, k, dw, db)
+            add_up(to_dw, to_db, order, k, dw, db)
     return db
 
 

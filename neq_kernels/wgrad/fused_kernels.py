@@ -21,7 +21,7 @@ def product(
     dy,  # [T, n], neurons adjacent; T counts the output's pixels: image, row, column
     #      PAIRS: int32 [T, n / 2], each of them two neurons
     x,  # [images, H, W, C], channels adjacent; EVEN: its pixels are those of dy, x_strides[2] apart
-    rows,  # int64 [n]: a permutation of the neurons, the active ones first
+    order,  # int64 [n]: a permutation of the neurons, the active ones first
     dw,  # [n, kernel height, kernel width, C]; SPLIT: float32 [parts, padded, columns]
     db,  # [n]; SPLIT: float32 [parts, padded]
     T,
@@ -51,7 +51,7 @@ def product(
     j = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     # in a register each; what surplus lanes gather is never stored
-    row = tl.load(rows + tl.minimum(j, n - 1)).to(tl.int32)
+    row = tl.load(order + tl.minimum(j, n - 1)).to(tl.int32)
     step = tl.arange(0, DEPTH)
     start = tl.program_id(2) * tl.full((), part, tl.int64)
     left = tl.minimum(T - start, part).to(tl.int32)
@@ -129,7 +129,7 @@ def product(
 def finish(
     partial_dw,  # float32 [parts, padded, columns]
     partial_db,  # float32 [parts, padded]
-    rows,  # int64 [n]
+    order,  # int64 [n]
     dw,  # [n, kernel height, kernel width, C]
     db,  # [n]
     n,
@@ -147,7 +147,7 @@ def finish(
 ):
     j = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    row = tl.load(rows + j, mask=j < n)
+    row = tl.load(order + j, mask=j < n)
     inside = (column < columns)[None, :]
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for first in range(0, parts, PARTS):

@@ -1,17 +1,18 @@
 """Grouped convolutions on a GPU, depthwise ones above all: the active channels only, and each once.
 
 A vendor's gradient of so few weights per neuron leaves the tensor cores idle and reads X and dY
-many times. This one has no use for them either, but reads what is active once, in either layout: of
-contiguous images the planes of frozen neurons are not touched. The kernel is in ``triton_grouped``.
+many times. This one does not use them either, but reads what is active once, in either layout. Of
+contiguous images it skips the planes of frozen neurons. The kernel is in ``grouped_kernels``.
 """
 
-from math import ceil, inf, prod
+from math import prod
 
 import torch
 from torch import Tensor
 
 from neq_kernels.device.gpu import gpu, parts, triton_is_there
-from neq_kernels.wgrad.fused import DTYPES, INT32, add_up
+from neq_kernels.shapes import INT32, ceil_div
+from neq_kernels.wgrad.fused import DTYPES, add_up
 from neq_kernels.wgrad.geometry import Conv, in_two_dimensions
 from neq_kernels.wgrad.problem import Problem
 
@@ -20,10 +21,9 @@ LANES = 128  # of a program, a thread each
 OVERHEAD = 16  # steps that take as long as adding up a program's lanes
 
 
-def cost(problem: Problem) -> float:
-    """1 wherever the kernel works: it promises nothing until a GPU was measured, as ``fused``."""
+def supports(problem: Problem) -> bool:
     conv = problem.conv
-    works = (
+    return (
         conv is not None
         and conv.groups > 1
         and not conv.transposed
@@ -36,7 +36,11 @@ def cost(problem: Problem) -> float:
         and max(prod(problem.x[1:]), prod(problem.dy[1:])) < INT32
         and triton_is_there()
     )
-    return 1.0 if works else inf
+
+
+def cost(problem: Problem) -> float:
+    """1, the same as dense: it promises nothing until a GPU was measured, as ``fused``."""
+    return 1.0
 
 
 def programs(weights: int) -> int:
@@ -45,32 +49,32 @@ def programs(weights: int) -> int:
 
 
 def conv_wgrad(
-    dy: Tensor, x: Tensor, weight: Tensor, rows: Tensor, k: int, bias: bool, conv: Conv
+    dy: Tensor, x: Tensor, weight: Tensor, order: Tensor, k: int, bias: bool, conv: Conv
 ) -> tuple[Tensor, Tensor]:
-    from neq_kernels.wgrad import grouped_kernels as triton_grouped
+    from neq_kernels.wgrad import grouped_kernels
 
     dw = torch.empty_like(weight)
-    db = dw.new_empty(len(rows) if bias else 0)
+    db = dw.new_empty(len(order) if bias else 0)
     dy, x, kernel, conv = in_two_dimensions(dy, x, dw, conv)
     n, inputs, height, width = kernel.shape
     channels_last = x.stride(1) == 1
     neurons, pixels = (32, LANES // 32) if channels_last else (1, LANES)
 
     T = dy.shape[0] * prod(dy.shape[2:])
-    weights, padded = height * width * inputs, ceil(k / neurons) * neurons
-    steps, slots = ceil(T / pixels), programs(weights) * gpu(dy.device).processors
+    weights, padded = height * width * inputs, ceil_div(k, neurons) * neurons
+    steps, slots = ceil_div(T, pixels), programs(weights) * gpu(dy.device).processors
     cut = parts(padded // neurons, steps, slots, OVERHEAD)
     partial_dw = dy.new_empty((cut, padded, weights), dtype=torch.float32)
     partial_db = dy.new_empty((cut, padded if bias else 0), dtype=torch.float32)
     with torch.cuda.device_of(dy):
-        triton_grouped.correlate[padded // neurons, cut](
-            dy, x, rows, partial_dw, partial_db,
-            T, n, k, padded, ceil(steps / cut) * pixels, n // conv.groups,
+        grouped_kernels.correlate[padded // neurons, cut](
+            dy, x, order, partial_dw, partial_db,
+            T, n, k, padded, ceil_div(steps, cut) * pixels, n // conv.groups,
             dy.stride(), x.stride(), tuple(x.shape[2:]), tuple(dy.shape[2:]),
             conv.stride, conv.padding, conv.dilation,
             HEIGHT=height, WIDTH=width, INPUTS=inputs, BIAS=bias,
             NEURONS=neurons, PIXELS=pixels, CHANNELS_LAST=channels_last,
             num_warps=LANES // 32, enable_fp_fusion=True,
         )  # fmt: skip
-        add_up(partial_dw, partial_db, rows, k, kernel, db)
+        add_up(partial_dw, partial_db, order, k, kernel, db)
     return dw, db

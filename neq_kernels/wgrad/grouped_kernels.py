@@ -17,7 +17,7 @@ import triton.language as tl
 def correlate(
     dy,  # [images, n, height, width]
     x,  # [images, groups * INPUTS, H, W]
-    rows,  # int64 [n]: a permutation of the neurons, the active ones first
+    order,  # int64 [n]: a permutation of the neurons, the active ones first
     dw,  # float32 [parts, padded, HEIGHT * WIDTH * INPUTS], inputs fastest
     db,  # float32 [parts, padded]
     T,  # pixels of dy
@@ -44,7 +44,7 @@ def correlate(
     lane = tl.arange(0, NEURONS * PIXELS)
     j = tl.program_id(0) * NEURONS + (lane % NEURONS if CHANNELS_LAST else lane // PIXELS)
     step = lane // NEURONS if CHANNELS_LAST else lane % PIXELS
-    row = tl.load(rows + tl.minimum(j, n - 1))
+    row = tl.load(order + tl.minimum(j, n - 1))
     start = tl.program_id(1) * tl.full((), part, tl.int64)
     left = tl.minimum(T - start, part).to(tl.int32)
     # a sample is a pixel (image, y, x) of the output, advanced by carrying instead of dividing

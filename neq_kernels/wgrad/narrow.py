@@ -1,23 +1,29 @@
 """A CUDA kernel for k x k convolutions of few channels, which reads X and dY once for all taps.
 
-csrc/cuda/conv_wgrad.cu: blocks of threads keep the sums of all taps of some active rows, walk over
-tiles of the output, and leave what they summed to a second kernel. A tile of dY, and what it meets
-of X, come into shared memory whole; the active rows are picked there.
+csrc/cuda/wgrad/conv_wgrad.cu: a block of threads keeps the sums of all taps of some active rows.
+It walks over tiles of the output, and leaves its sums to a second kernel, which adds them up. A
+tile of dY, and the part of X that it meets, come into shared memory whole; the active rows are
+picked there.
 """
 
 from collections.abc import Iterator
 from functools import cache
 from itertools import product
-from math import inf, prod
+from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from neq_kernels.device import extension as compiled
+from neq_kernels import _torch
+from neq_kernels.device import extension
 from neq_kernels.device.gpu import gpu
+from neq_kernels.shapes import INT32, ceil_div
 from neq_kernels.wgrad.geometry import Conv, in_two_dimensions
 from neq_kernels.wgrad.problem import Problem
+
+if extension.why_not("cuda") is None:
+    from neq_kernels import _C
 
 DTYPES = (torch.bfloat16, torch.float16)
 PIECE = 8  # channels that are copied at a time
@@ -27,11 +33,6 @@ OCTETS = 4  # of rows: whose sums it keeps
 TILE_BYTES = 40 << 10  # of shared memory; a block has two tiles there
 BLOCKS = 2  # that a multiprocessor runs at a time
 TILE_COST = 6 << 10  # of a tile beside its bytes, in bytes
-INT32 = 2**31
-
-
-def ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 class Plan(NamedTuple):
@@ -43,15 +44,10 @@ class Plan(NamedTuple):
     parts: int
 
 
-def cost(problem: Problem) -> float:
-    """1 wherever the kernel works: the same as dense, for all that was measured.
-
-    No GPU has run it yet, so it promises nothing. The planner takes it where a measured table says
-    so, and inside ``tuning()`` it is among the candidates.
-    """
+def supports(problem: Problem) -> bool:
     conv = problem.conv
-    if conv is None or problem.device != "cuda" or compiled.why_not("cuda"):
-        return inf
+    if conv is None or problem.device != "cuda" or extension.why_not("cuda"):
+        return False
     neurons, channels, *kernel = problem.weight
     works = (
         problem.dtype in DTYPES
@@ -66,10 +62,14 @@ def cost(problem: Problem) -> float:
         and problem.dy[0] * prod(problem.dy[2:]) < INT32
     )
     if not works:
-        return inf
+        return False
     height, width = (1, *kernel)[-2:]
-    size = _tile_bytes((1, 1), (height, width), conv.planar(), channels, neurons)
-    return 1.0 if size <= TILE_BYTES else inf
+    return _tile_bytes((1, 1), (height, width), conv.planar(), channels, neurons) <= TILE_BYTES
+
+
+def cost(problem: Problem) -> float:
+    """1, the same as dense: it promises nothing until a GPU was measured, as ``fused``."""
+    return 1.0
 
 
 @cache
@@ -109,16 +109,27 @@ def plan(
 
 
 def conv_wgrad(
-    dy: Tensor, x: Tensor, weight: Tensor, rows: Tensor, k: int, bias: bool, conv: Conv
+    dy: Tensor, x: Tensor, weight: Tensor, order: Tensor, k: int, bias: bool, conv: Conv
 ) -> tuple[Tensor, Tensor]:
+    """The same bits each time."""
     dy, x, planar, conv = in_two_dimensions(dy, x, weight, conv)
     output, kernel = tuple(dy.shape[2:]), tuple(planar.shape[2:])
     slots = BLOCKS * gpu(dy.device).processors
     tile, octets, slices, parts = plan(
         len(dy), output, x.shape[1], len(weight), k, kernel, conv, slots
     )
-    args = _in_pieces(dy), _in_pieces(x), planar, rows, k, bias, *conv[:3]
-    dw, db = compiled.cuda_conv_wgrad(*args, tile, octets, slices, parts)
+    dy, x = _in_pieces(dy), _in_pieces(x)
+    dw = torch.empty_like(planar)
+    db = weight.new_empty(len(weight) if bias else 0)
+    padded = ceil_div(k, 8 * octets) * 8 * octets
+    partial_dw = dy.new_empty((parts, padded, planar[0].numel()), dtype=torch.float32)
+    partial_db = dy.new_empty((parts, padded if bias else 0), dtype=torch.float32)
+    device = dy.get_device()
+    _C.cuda_conv_wgrad(
+        dy, x, dw, db, order, k, *conv[:3],
+        tile, octets, slices, parts, partial_dw, partial_db,
+        device, _torch.current_stream(device),
+    )  # fmt: skip
     return dw if planar is weight else dw[:, :, 0], db
 
 

@@ -4,23 +4,25 @@ Rows are packed in whole granules, since vendors' kernels run at the speed of th
 their tile anyway: the surplus rows are frozen ones, computed and then left behind.
 """
 
-from math import inf, prod
+from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from neq_kernels.device.extension import fresh_like, pack_columns
+from neq_kernels.device.extension import fresh_like
+from neq_kernels.shapes import as_matrix, ceil_div
+from neq_kernels.wgrad.columns import pack_columns
 from neq_kernels.wgrad.dense import channel_sum, unit, vendor_conv_wgrad
 from neq_kernels.wgrad.geometry import Conv
-from neq_kernels.wgrad.problem import Problem, as_matrix
+from neq_kernels.wgrad.problem import Problem
 
 
-class Machine(NamedTuple):
+class Device(NamedTuple):
     """What a kind of device can do, roughly: enough to tell whether packing pays."""
 
     granule: int  # rows that the vendor's kernels compute in one piece
-    of_rows: float  # how much longer it takes for these rows, compared with as many of all
+    relative_time: float  # of the arithmetic for packed rows, per row, in units of the dense time
     # arithmetic done in the time in which a byte is moved
     dy_flops: float  # of dY, packed
     x_flops: float  # of X, read for fewer rows
@@ -29,65 +31,70 @@ class Machine(NamedTuple):
 
 
 # "cpu" fits what was measured (docs/measured-facts.md); "cuda" is an estimate
-MACHINES = {
-    "cpu": Machine(16, 1.1, 4, 8, 15, 40e6),
-    "cuda": Machine(64, 1, 175, 0, 175, 1e10),
+DEVICES = {
+    "cpu": Device(16, 1.1, 4, 8, 15, 40e6),
+    "cuda": Device(64, 1, 175, 0, 175, 1e10),
 }
 
-# How much more arithmetic the matrix instructions of newer CPUs do meanwhile in 16 bits.
-HALF_PRECISION = 6
+# In 16 bits, matrix instructions of newer CPUs do so many times the arithmetic meanwhile.
+HALF_PRECISION_FLOPS = 6
+
+
+def supports(problem: Problem) -> bool:
+    if problem.device not in DEVICES or problem.flops == 0:
+        return False  # of an empty batch there is nothing to save
+    if problem.conv is None or problem.groups == 1:
+        return True
+    # the active rows of other groups than depthwise ones make uneven groups
+    depthwise = problem.groups == problem.neurons == problem.x[1]
+    return depthwise and not problem.conv.transposed and problem.device == "cpu"
 
 
 def cost(problem: Problem) -> float:
     """The share of rows computed, and the time to pack dY (read all, write some) and scatter dW."""
-    if problem.device not in MACHINES or problem.flops == 0:
-        return inf  # of an empty batch there is nothing to save
-    machine = MACHINES[problem.device]
-    share = _granules(problem.active, problem.neurons, problem.device) / problem.neurons
-    if problem.conv is not None and problem.groups > 1:
-        depthwise = problem.groups == problem.neurons == problem.x[1]
-        if not depthwise or problem.conv.transposed or problem.device != "cpu":
-            return inf  # the active rows of other groups make uneven ones
+    device = DEVICES[problem.device]
+    share = _granules(problem.k, problem.neurons, problem.device) / problem.neurons
+    if problem.groups > 1:
         # X is packed too; all that the vendor does is to read both
         return 1.2 * share + 0.8 if problem.channels_last else 1.4 * share + 0.3
-    moving = machine.x_flops * prod(problem.x) + (1 + share) * (
-        machine.dy_flops * prod(problem.dy) + machine.dw_flops * prod(problem.weight)
+    moving = device.x_flops * prod(problem.x) + (1 + share) * (
+        device.dy_flops * prod(problem.dy) + device.dw_flops * prod(problem.weight)
     )
     moving *= problem.dtype.itemsize
     if problem.device == "cpu" and problem.dtype.itemsize < 4:
-        moving *= HALF_PRECISION
-    computing = machine.of_rows * share * problem.flops
-    return (computing + moving + machine.call_flops) / unit(problem)
+        moving *= HALF_PRECISION_FLOPS
+    computing = device.relative_time * share * problem.flops
+    return (computing + moving + device.call_flops) / unit(problem)
 
 
 def _granules(k: int, neurons: int, device: str) -> int:
     """How many rows to pack for ``k`` active ones."""
-    granule = MACHINES[device].granule
-    return min(-(-k // granule) * granule, neurons)
+    granule = DEVICES[device].granule
+    return min(ceil_div(k, granule) * granule, neurons)
 
 
 def linear_wgrad(
-    dy: Tensor, x: Tensor, weight: Tensor, rows: Tensor, k: int, bias: bool
+    dy: Tensor, x: Tensor, weight: Tensor, order: Tensor, k: int, bias: bool
 ) -> tuple[Tensor, Tensor]:
     dy, x = as_matrix(dy), as_matrix(x)
-    packed = _granules(k, len(rows), dy.device.type)
-    dy_packed, db = pack_columns(dy, rows[:packed], bias)  # [T, packed]
+    packed = _granules(k, len(order), dy.device.type)
+    dy_packed, db = pack_columns(dy, order[:packed], bias)  # [T, packed]
     # [packed, inputs], in the order in memory in which it is scattered
     dw = (x.t() @ dy_packed).t() if weight.stride(0) == 1 else dy_packed.t() @ x
-    return _scatter(weight, rows, k, 0, dw, db)
+    return _scatter(weight, order, k, 0, dw, db)
 
 
 def conv_wgrad(
-    dy: Tensor, x: Tensor, weight: Tensor, rows: Tensor, k: int, bias: bool, conv: Conv
+    dy: Tensor, x: Tensor, weight: Tensor, order: Tensor, k: int, bias: bool, conv: Conv
 ) -> tuple[Tensor, Tensor]:
-    packed = _granules(k, len(rows), dy.device.type)
-    dy_packed, db = _pack_channels(dy, rows[:packed], bias, weight.dtype)
+    packed = _granules(k, len(order), dy.device.type)
+    dy_packed, db = _pack_channels(dy, order[:packed], bias, weight.dtype)
     if conv.groups > 1:  # depthwise: a neuron reads the channel of X with its own number
-        x, _ = _pack_channels(x, rows[:packed], False, weight.dtype)
+        x, _ = _pack_channels(x, order[:packed], False, weight.dtype)
         conv = conv._replace(groups=packed)
     neurons = 1 if conv.transposed else 0
     dw = vendor_conv_wgrad(dy_packed, x, weight.narrow(neurons, 0, packed), conv)
-    return _scatter(weight, rows, k, neurons, dw, db)
+    return _scatter(weight, order, k, neurons, dw, db)
 
 
 def _pack_channels(
@@ -104,13 +111,13 @@ def _pack_channels(
 
 
 def _scatter(
-    weight: Tensor, rows: Tensor, k: int, neurons: int, dw_packed: Tensor, db_packed: Tensor | None
+    weight: Tensor, order: Tensor, k: int, neurons: int, dw_packed: Tensor, db_packed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """dW and db from those of the packed rows, of which the first ``k`` are active."""
-    active = rows[:k]
+    rows = order[:k]
     dw_active = dw_packed.narrow(neurons, 0, k).to(weight.dtype)
-    dw = fresh_like(weight, weight.dtype).zero_().index_copy_(neurons, active, dw_active)
+    dw = fresh_like(weight, weight.dtype).zero_().index_copy_(neurons, rows, dw_active)
     if db_packed is None:
         return dw, weight.new_empty(0)
-    db = weight.new_zeros(len(rows)).index_copy_(0, active, db_packed[:k].to(weight.dtype))
+    db = weight.new_zeros(len(order)).index_copy_(0, rows, db_packed[:k].to(weight.dtype))
     return dw, db

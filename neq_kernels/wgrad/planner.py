@@ -1,4 +1,4 @@
-"""Who computes a weight gradient: the backend that is fastest, and dense where none is faster.
+"""Picks the backend for a weight gradient: the fastest, and ``dense`` where none is faster.
 
 For each problem (device, dtype, layout, shape, active share) the planner takes, in this order:
 
@@ -11,158 +11,170 @@ For each problem (device, dtype, layout, shape, active share) the planner takes,
 Nothing is ever timed unless asked for: ranks that time for themselves come to differ.
 """
 
-import json
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from statistics import median
-from types import ModuleType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from neq_kernels.device import names as machine
-from neq_kernels.wgrad import dense, fused, grouped, narrow, native, pack
+from neq_kernels.device import names, ranks
+from neq_kernels.shapes import ceil_div, is_column_major
+from neq_kernels.wgrad import dense, fused, grouped, narrow, native, pack, tables
+from neq_kernels.wgrad.backend import Backend, LinearBackend
 from neq_kernels.wgrad.geometry import Conv
-from neq_kernels.wgrad.problem import BUCKETS, Problem, is_transposed
+from neq_kernels.wgrad.problem import BUCKETS, Problem
+from neq_kernels.wgrad.tables import Table
 
-BACKENDS: dict[str, ModuleType] = {
+LINEAR: dict[str, LinearBackend] = {
     "dense": dense,
     "pack": pack,
     "native": native,
     "fused": fused,
-    "narrow": narrow,
-    "grouped": grouped,
 }
+BACKENDS: dict[str, Backend] = {**LINEAR, "narrow": narrow, "grouped": grouped}
+
 MARGIN = 0.05
 NEAR = 4
-TABLES = Path(__file__).with_name("tables")  # of choices, by the name of a device
+MOST_CHOICES = 100_000  # kept: text comes in ever new lengths
 
-MOST_PLANS = 100_000  # kept: text comes in ever new lengths
-
-Table = dict[str, dict[int, str]]  # Problem.key -> number of samples -> the fastest backend
-
-_plans: dict[tuple[object, ...], str] = {}  # the problems met, by what tells them from others
+_choices: dict[tuple[object, ...], str] = {}  # the problems met, by what tells them from others
 _measured: dict[str, Table] = {}  # by the device's name
 _tuning = False
+_only: str | None = None
 
 
 def linear_wgrad(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
-    rows: Tensor,
+    order: Tensor,
     k: int,
     bias: bool,
-    plan: str | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """dy [..., n], x [..., inputs], weight [n, inputs]; the first ``k`` of ``rows`` [n] are active.
+    """dy [..., n], x [..., inputs], weight [n, inputs]; ``order`` [n]: its first ``k`` are active.
 
-    plan: what ``planned`` said to the same tensors, if it was asked.
+    backend: what ``choose`` said to the same tensors, if it was asked.
     """
-    args = (dy, x, weight, rows, k, bias)
-    backend = BACKENDS[plan or choose(*args)]
-    dw, db = backend.linear_wgrad(*args)
-    return dw, db
+    args = (dy, x, weight, order, k, bias)
+    backend = backend or choose(x, weight, len(order), k) or _measure(*args)
+    return LINEAR[backend].linear_wgrad(*args)
 
 
 def conv_wgrad(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
-    rows: Tensor,
+    order: Tensor,
     k: int,
     bias: bool,
     conv: Conv,
-    plan: str | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dy [N, n, *pixels], x [N, inputs, *pixels]; else as ``linear_wgrad``."""
-    args = (dy, x, weight, rows, k, bias, conv)
-    backend = BACKENDS[plan or choose(*args)]
-    dw, db = backend.conv_wgrad(*args)
-    return dw, db
+    args = (dy, x, weight, order, k, bias, conv)
+    backend = backend or choose(x, weight, len(order), k, conv) or _measure(*args)
+    return BACKENDS[backend].conv_wgrad(*args)
 
 
-def choose(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    rows: Tensor,
-    k: int,
-    bias: bool,
-    conv: Conv | None = None,
-) -> str:
-    """The name of the backend for these tensors."""
-    sizes = (x, weight, len(rows), k, conv)
-    plan = planned(*sizes)
-    if plan is None:
-        _refuse_ranks()
-        problem = problem_of(*sizes)
-        plan = _fastest(problem, dy, x, weight, rows, k, bias)
-        table = _measured.setdefault(machine.name(x.device), {})
-        table.setdefault(problem.key, {})[problem.samples] = plan
-    return plan
-
-
-def planned(
-    x: Tensor, weight: Tensor, neurons: int, k: int, conv: Conv | None = None
-) -> str | None:
+def choose(x: Tensor, weight: Tensor, neurons: int, k: int, conv: Conv | None = None) -> str | None:
     """The name of the backend, before there is a dY. None: inside ``tuning()`` it takes one."""
-    if k == neurons:
+    if k == neurons and _only is None:
         return "dense"
-    bucket = -(-k * BUCKETS // neurons)
-    layout = is_transposed(weight) if conv is None else x.stride(1) == 1
+    bucket = ceil_div(k * BUCKETS, neurons)
+    layout = is_column_major(weight) if conv is None else x.stride(1) == 1
     where = x.device, torch.get_num_threads()
     key = (bucket, x.shape, weight.shape, conv, layout, x.dtype, where)
-    plan = _plans.get(key)
-    if plan is None:
-        problem, device = problem_of(x, weight, neurons, k, conv), machine.name(x.device)
-        measured = _able(_measured.get(device, {}), problem)
-        if _tuning and problem.samples not in measured:
-            return None
-        if len(_plans) >= MOST_PLANS:
-            _plans.clear()
-        plan = _nearest(_able(shipped(device), problem) | measured, problem.samples)
-        plan = plan or predict(problem)
-        _plans[key] = plan
-    return plan
-
-
-def _able(table: Table, problem: Problem) -> dict[int, str]:
-    """A table's choices, unless what they take is missing here, a compiler or Triton."""
-    choices = table.get(problem.key, {})
-    return {n: name for n, name in choices.items() if BACKENDS[name].cost(problem) < float("inf")}
-
-
-def _nearest(choices: dict[int, str], samples: int) -> str | None:
-    near = (n for n in choices if n <= NEAR * samples and samples <= NEAR * n)
-    best = min(near, key=lambda n: (abs(n - samples), n), default=None)
-    return None if best is None else choices[best]
+    choice = _choices.get(key)
+    if choice is None:
+        problem = problem_of(x, weight, neurons, k, conv)
+        choice = _look_up(problem, names.name(x.device))
+        if choice is not None:
+            if len(_choices) >= MOST_CHOICES:
+                _choices.clear()
+            _choices[key] = choice
+    return choice
 
 
 def problem_of(x: Tensor, weight: Tensor, neurons: int, k: int, conv: Conv | None) -> Problem:
     """``x`` is [T, inputs], of any leading dimensions, or [N, inputs, *pixels]."""
-    bucket = -(-k * BUCKETS // neurons)
+    bucket = ceil_div(k * BUCKETS, neurons)
     device, dtype, shape = x.device.type, x.dtype, tuple(weight.shape)
     if conv is None:
         samples = x.shape[:-1].numel()
         sizes = (samples, neurons), (samples, *x.shape[-1:]), shape
-        transposed = is_transposed(weight)
-        return Problem("linear_wgrad", device, dtype, *sizes, False, None, bucket, transposed)
+        column_major = is_column_major(weight)
+        return Problem("linear_wgrad", device, dtype, *sizes, False, None, bucket, column_major)
     images = conv.output(x.shape, weight), tuple(x.shape), shape
     return Problem("conv_wgrad", device, dtype, *images, x.stride(1) == 1, conv, bucket)
 
 
 def predict(problem: Problem) -> str:
-    """The choice for a problem that nobody measured."""
-    costs = {name: backend.cost(problem) for name, backend in BACKENDS.items()}
+    """The choice for a problem that was never measured."""
+    costs = {name: backend.cost(problem) for name, backend in supporting(problem).items()}
     best = min(costs, key=costs.__getitem__)
     return best if costs[best] <= costs["dense"] - MARGIN else "dense"
+
+
+def supporting(problem: Problem) -> dict[str, Backend]:
+    """The backends that compute it here, by name."""
+    known = LINEAR if problem.conv is None else BACKENDS
+    return {name: backend for name, backend in known.items() if backend.supports(problem)}
+
+
+def _look_up(problem: Problem, device: str) -> str | None:
+    if _only is not None:
+        return _only if _only in supporting(problem) else "dense"
+    measured = _supported(_measured.get(device, {}), problem)
+    if _tuning and problem.samples not in measured:
+        return None
+    known = _supported(tables.shipped(device, frozenset(BACKENDS)), problem) | measured
+    return tables.nearest(known, problem.samples, NEAR) or predict(problem)
+
+
+def _supported(table: Table, problem: Problem) -> dict[int, str]:
+    """A table's choices, unless what they take is missing here, a compiler or Triton."""
+    able = supporting(problem)
+    return {n: name for n, name in table.get(problem.key, {}).items() if name in able}
+
+
+@contextmanager
+def only(backend: str | LinearBackend) -> Iterator[None]:
+    """Inside, this backend computes every gradient that it supports, and ``dense`` the others.
+
+        with neq_kernels.planner.only("pack"):
+            loss.backward()
+
+    backend: a name in ``BACKENDS``, or a module or object of your own that is a backend. A layer
+        asks in its forward: that has to be inside too.
+    """
+    global _only
+    if isinstance(backend, str):
+        if backend not in BACKENDS:
+            raise ValueError(f"only: backend must be one of {sorted(BACKENDS)}, got {backend!r}")
+        name, new = backend, {}
+    else:
+        name = getattr(backend, "__name__", type(backend).__name__).rpartition(".")[2]
+        if name in BACKENDS:
+            raise ValueError(f"only: a backend is called {name!r} already; rename yours")
+        new = {name: backend}
+    before, _only = _only, name
+    LINEAR.update(new)
+    BACKENDS.update(new)
+    _choices.clear()
+    try:
+        yield
+    finally:
+        _only = before
+        for name in new:
+            del LINEAR[name], BACKENDS[name]
+        _choices.clear()
 
 
 @contextmanager
@@ -171,7 +183,7 @@ def tuning() -> Iterator[None]:
     global _tuning
     _refuse_ranks()
     before, _tuning = _tuning, True
-    _plans.clear()
+    _choices.clear()
     try:
         yield
     finally:
@@ -180,46 +192,42 @@ def tuning() -> Iterator[None]:
 
 def save(path: str | Path) -> None:
     """Write the measured choices as JSON: by the device's name, the problem and the samples."""
-    Path(path).write_text(json.dumps(_measured, indent=1, sort_keys=True) + "\n")
+    tables.write(path, _measured)
 
 
 def load(path: str | Path) -> None:
     """Take over the choices that ``save`` wrote; they hold on devices of the same name."""
-    for device, table in _read(path).items():
+    for device, table in tables.read(path, BACKENDS).items():
         for key, choices in table.items():
             _measured.setdefault(device, {}).setdefault(key, {}).update(choices)
-    _plans.clear()
-
-
-@cache
-def shipped(device: str) -> Table:
-    """The choices that this package brings for devices of that name, which ``save`` once wrote."""
-    path = TABLES / f"{machine.slug(device)}.json"
-    return _read(path).get(device, {}) if path.exists() else {}
-
-
-def _read(path: str | Path) -> dict[str, Table]:
-    tables: dict[str, Table] = {
-        device: {
-            key: {int(samples): name for samples, name in choices.items()}
-            for key, choices in table.items()
-        }
-        for device, table in json.loads(Path(path).read_text()).items()
-    }
-    named = {n for table in tables.values() for choices in table.values() for n in choices.values()}
-    if unknown := sorted(named - BACKENDS.keys()):
-        raise ValueError(f"{path} names backends {unknown}, known are {sorted(BACKENDS)}")
-    return tables
+    _choices.clear()
 
 
 def _refuse_ranks() -> None:
-    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    if ranks > 1:
+    if (world := ranks.world_size()) > 1:
         raise RuntimeError(
-            f"tuning() in one of {ranks} ranks: each would time for itself, and come to differ in "
+            f"tuning() in one of {world} ranks: each would time for itself, and come to differ in "
             "its choices; tune in a single process, keep its choices with planner.save(path), and "
             "call planner.load(path) on every rank"
         )
+
+
+def _measure(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    order: Tensor,
+    k: int,
+    bias: bool,
+    conv: Conv | None = None,
+) -> str:
+    """Time the backends on these tensors, and remember the fastest."""
+    _refuse_ranks()
+    problem = problem_of(x, weight, len(order), k, conv)
+    fastest = _fastest(problem, dy, x, weight, order, k, bias)
+    table = _measured.setdefault(names.name(x.device), {})
+    table.setdefault(problem.key, {})[problem.samples] = fastest
+    return fastest
 
 
 def _fastest(problem: Problem, *args: Any) -> str:
@@ -227,8 +235,7 @@ def _fastest(problem: Problem, *args: Any) -> str:
     conv = () if problem.conv is None else (problem.conv,)
     runs: dict[str, Callable[[], object]] = {
         name: partial(getattr(backend, problem.op), *args, *conv)
-        for name, backend in BACKENDS.items()
-        if backend.cost(problem) < float("inf")
+        for name, backend in supporting(problem).items()
     }
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(7):

@@ -5,8 +5,8 @@ from functools import cached_property
 from math import prod
 
 import torch
-from torch import Tensor
 
+from neq_kernels.shapes import ceil_div
 from neq_kernels.wgrad.geometry import Conv
 
 BUCKETS = 16  # active shares are planned in sixteenths: finer differences change no choice
@@ -25,7 +25,7 @@ class Problem:
     channels_last: bool
     conv: Conv | None  # None for a linear layer
     bucket: int  # the active share, rounded up to sixteenths
-    transposed: bool = False  # of a linear layer, whose weight is kept as [inputs, n]
+    column_major: bool = False  # a linear layer whose weight is stored as [inputs, n]
 
     @property
     def samples(self) -> int:
@@ -36,8 +36,9 @@ class Problem:
         return self.dy[1]
 
     @property
-    def active(self) -> int:
-        return -(-self.neurons * self.bucket // BUCKETS)
+    def k(self) -> int:
+        """How many neurons are active, rounded up as the bucket is."""
+        return ceil_div(self.neurons * self.bucket, BUCKETS)
 
     @cached_property
     def flops(self) -> int:
@@ -55,18 +56,8 @@ class Problem:
         shapes = self.dy[1:], self.x[1:], self.weight
         sizes = ["x".join(map(str, shape)) for shape in shapes]
         layout = "channels_last" if self.channels_last else "contiguous"
-        layout = "transposed" if self.transposed else layout
+        layout = "column_major" if self.column_major else layout
         geometry = "" if self.conv is None else " ".join(map(str, self.conv))
         dtype = str(self.dtype).removeprefix("torch.")
         kind = self.op, self.device, dtype, layout
         return " ".join([*kind, *sizes, f"{self.bucket}/{BUCKETS}", geometry])
-
-
-def is_transposed(weight: Tensor) -> bool:
-    """Is a linear layer's weight [n, inputs] kept as [inputs, n], as GPT-2 keeps it?"""
-    return weight.dim() == 2 and weight.stride(0) == 1 < weight.stride(1)
-
-
-def as_matrix(t: Tensor) -> Tensor:
-    """[..., n] as [T, n]."""
-    return t.flatten(0, -2) if t.dim() > 1 else t[None]

@@ -1,0 +1,38 @@
+"""The processes that train copies of one model, and what they tell one another."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from neq_kernels.device.ranks import world_size
+
+
+class Ranks:
+    """The ranks of a process group, by default of the one of all; alone where there is none."""
+
+    def __init__(self, group: Any = None) -> None:
+        self._group = group
+
+    @property
+    def several(self) -> bool:
+        return world_size(self._group) > 1
+
+    @property
+    def is_first(self) -> bool:
+        return not self.several or dist.get_rank(self._group) == 0
+
+    def sum_(self, values: Tensor) -> Tensor:
+        """Add up over all ranks, in place."""
+        if self.several:
+            dist.all_reduce(values, group=self._group)
+        return values
+
+    def from_first(self, mask: Tensor, device: torch.device) -> Tensor:
+        """Rank 0's bool ``mask`` on every rank; it travels by way of ``device``."""
+        if not self.several:
+            return mask
+        sent = mask.to(device, torch.uint8)
+        dist.broadcast(sent, group=self._group, group_src=0)
+        return sent.cpu().bool()

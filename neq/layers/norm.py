@@ -1,0 +1,232 @@
+"""Norms with affine parameters."""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from neq.layers.autograd import Call, is_one_node
+from neq.layers.base import NeuronLayer, samples_first, shaped_like
+
+
+class NEqNorm(NeuronLayer):
+    """Affine norms. Their kernels compute all of dW and db in the pass that computes dX, so there
+    is no row to skip: frozen elements enter the forward detached, which copies two vectors.
+    """
+
+    by_rows = False
+
+    @property
+    def n_neurons(self) -> int:
+        return int(self.weight.numel())
+
+    @property
+    def neuron_dim(self) -> int | None:
+        return 0 if self.weight.dim() == 1 else None
+
+    def spread(self, mask: Tensor) -> Tensor:
+        return shaped_like(self.weight, mask)
+
+    def by_neuron(self, output: Tensor) -> tuple[Tensor, int]:
+        return samples_first(output, 1)
+
+    def _weight_rows(self) -> Tensor:
+        rows: Tensor = self.weight.detach().reshape(-1, 1)
+        return rows
+
+    @staticmethod
+    def macs(layer: nn.Module, x: int, y: int) -> int:
+        return 2 * y  # as the published code has it
+
+
+class LastDimsNorm(NEqNorm):
+    """Norms whose neurons are the elements of the last dimensions, often several."""
+
+    def by_neuron(self, output: Tensor) -> tuple[Tensor, int]:
+        shape = cast(tuple[int, ...], self.normalized_shape)
+        return samples_first(output.flatten(output.dim() - len(shape)), -1)
+
+
+class NEqInstanceNorm(NEqNorm, nn.modules.instancenorm._InstanceNorm):
+    """Instance norms, which also take a sample without a batch."""
+
+    def by_neuron(self, output: Tensor) -> tuple[Tensor, int]:
+        no_batch = self._get_no_batch_dim()  # type: ignore[no-untyped-call]
+        return samples_first(output, 0 if output.dim() == no_batch else 1)
+
+
+class OneNodeNorm(NEqNorm):
+    """Norms that are one node of autograd's graph, at which frozen elements lose their gradient."""
+
+    def _call(self, input: Tensor) -> Call | None:
+        if torch.compiler.is_compiling() or self.neuron_dim is None:
+            return None
+        # an empty batch makes a batch norm two nodes
+        if input.numel() == 0 or not is_one_node(input, self.weight):
+            return None
+        return Call(lambda weight, bias: self.plain.forward(self, input), is_one_node=True)
+
+
+class NEqBatchNorm1d(OneNodeNorm, nn.BatchNorm1d):
+    """``nn.BatchNorm1d`` that trains only its active neurons, its channels.
+
+    Takes the arguments of ``nn.BatchNorm1d``. All neurons are active until ``set_active``.
+
+    Example:
+        >>> layer = neq.NEqBatchNorm1d(16)
+        >>> layer.set_active([0, 3])  # the gradients of other elements are zero from here on
+        >>> layer(torch.randn(8, 16)).square().sum().backward()
+        >>> layer.weight.grad.nonzero().flatten()
+        tensor([0, 3])
+    """
+
+    plain = nn.BatchNorm1d
+    in_published_count = True
+
+
+class NEqBatchNorm2d(OneNodeNorm, nn.BatchNorm2d):
+    """``nn.BatchNorm2d`` that trains only its active neurons, its channels.
+
+    Takes the arguments of ``nn.BatchNorm2d``. All neurons are active until ``set_active``.
+
+    Example:
+        >>> layer = neq.NEqBatchNorm2d(16)
+        >>> layer.set_active([0, 3])  # the gradients of other elements are zero from here on
+        >>> layer(torch.randn(8, 16, 4, 4)).square().sum().backward()
+        >>> layer.weight.grad.nonzero().flatten()
+        tensor([0, 3])
+    """
+
+    plain = nn.BatchNorm2d
+    in_published_count = True
+
+
+class NEqBatchNorm3d(OneNodeNorm, nn.BatchNorm3d):
+    """``nn.BatchNorm3d`` that trains only its active neurons, its channels.
+
+    Takes the arguments of ``nn.BatchNorm3d``. All neurons are active until ``set_active``.
+
+    Example:
+        >>> layer = neq.NEqBatchNorm3d(16)
+        >>> layer.set_active([0, 3])  # the gradients of other elements are zero from here on
+        >>> layer(torch.randn(2, 16, 4, 4, 4)).square().sum().backward()
+        >>> layer.weight.grad.nonzero().flatten()
+        tensor([0, 3])
+    """
+
+    plain = nn.BatchNorm3d
+    in_published_count = True
+
+
+class NEqSyncBatchNorm(NEqNorm, nn.SyncBatchNorm):
+    """``nn.SyncBatchNorm`` that trains only its active neurons, its channels.
+
+    Takes the arguments of ``nn.SyncBatchNorm``. All neurons are active until ``set_active``.
+
+    Example:
+        >>> layer = neq.NEqSyncBatchNorm(16)
+        >>> layer.set_active([0, 3])  # the gradients of other elements are zero from here on
+        >>> layer(torch.randn(8, 16, 4, 4)).square().sum().backward()
+        >>> layer.weight.grad.nonzero().flatten()
+        tensor([0, 3])
+    """
+
+    plain = nn.SyncBatchNorm
+    in_published_count = True
+
+
+class NEqGroupNorm(OneNodeNorm, nn.GroupNorm):
+    """``nn.GroupNorm`` that trains only its active neurons, its channels.
+
+    Takes the arguments of ``nn.GroupNorm``. All neurons are active until ``set_active``.
+
+    Example:
+        >>> layer = neq.NEqGroupNorm(4, 16)
+        >>> layer.set_active([0, 3])  # the gradients of other elements are zero from here on
+        >>> layer(torch.randn(8, 16, 4, 4)).square().sum().backward()
+        >>> layer.weight.grad.nonzero().flatten()
+        tensor([0, 3])
+    """
+
+    plain = nn.GroupNorm
+
+
+class NEqLayerNorm(OneNodeNorm, LastDimsNorm, nn.LayerNorm):
+    """``nn.LayerNorm`` that trains only its active neurons, its affine elements.
+
+    Takes the arguments of ``nn.LayerNorm``. All neurons are active until ``set_active``.
+
+    Example:
+        >>> layer = neq.NEqLayerNorm(16)
+        >>> layer.set_active([0, 3])  # the gradients of other elements are zero from here on
+        >>> layer(torch.randn(8, 16)).square().sum().backward()
+        >>> layer.weight.grad.nonzero().flatten()
+        tensor([0, 3])
+    """
+
+    plain = nn.LayerNorm
+
+
+class NEqInstanceNorm1d(NEqInstanceNorm, nn.InstanceNorm1d):
+    """``nn.InstanceNorm1d`` that trains only its active neurons, its channels.
+
+    Takes the arguments of ``nn.InstanceNorm1d``. All neurons are active until ``set_active``.
+
+    Example:
+        >>> layer = neq.NEqInstanceNorm1d(16, affine=True)
+        >>> layer.set_active([0, 3])  # the gradients of other elements are zero from here on
+        >>> layer(torch.randn(8, 16, 4)).square().sum().backward()
+        >>> layer.weight.grad.nonzero().flatten()
+        tensor([0, 3])
+    """
+
+    plain = nn.InstanceNorm1d
+
+
+class NEqInstanceNorm2d(NEqInstanceNorm, nn.InstanceNorm2d):
+    """``nn.InstanceNorm2d`` that trains only its active neurons, its channels.
+
+    Takes the arguments of ``nn.InstanceNorm2d``. All neurons are active until ``set_active``.
+
+    Example:
+        >>> layer = neq.NEqInstanceNorm2d(16, affine=True)
+        >>> layer.set_active([0, 3])  # the gradients of other elements are zero from here on
+        >>> layer(torch.randn(8, 16, 4, 4)).square().sum().backward()
+        >>> layer.weight.grad.nonzero().flatten()
+        tensor([0, 3])
+    """
+
+    plain = nn.InstanceNorm2d
+
+
+class NEqInstanceNorm3d(NEqInstanceNorm, nn.InstanceNorm3d):
+    """``nn.InstanceNorm3d`` that trains only its active neurons, its channels.
+
+    Takes the arguments of ``nn.InstanceNorm3d``. All neurons are active until ``set_active``.
+
+    Example:
+        >>> layer = neq.NEqInstanceNorm3d(16, affine=True)
+        >>> layer.set_active([0, 3])  # the gradients of other elements are zero from here on
+        >>> layer(torch.randn(2, 16, 4, 4, 4)).square().sum().backward()
+        >>> layer.weight.grad.nonzero().flatten()
+        tensor([0, 3])
+    """
+
+    plain = nn.InstanceNorm3d
+
+
+class NEqRMSNorm(LastDimsNorm, nn.RMSNorm):
+    """``nn.RMSNorm`` that trains only its active neurons, its affine elements.
+
+    Takes the arguments of ``nn.RMSNorm``. All neurons are active until ``set_active``.
+
+    Example:
+        >>> layer = neq.NEqRMSNorm(16)
+        >>> layer.set_active([0, 3])  # the gradients of other elements are zero from here on
+        >>> layer(torch.randn(8, 16)).square().sum().backward()
+        >>> layer.weight.grad.nonzero().flatten()
+        tensor([0, 3])
+    """
+
+    plain = nn.RMSNorm
+    bias = None

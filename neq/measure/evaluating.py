@@ -1,0 +1,117 @@
+"""Run a model without leaving a trace: in eval mode, with hooks, on a batch as its arguments."""
+
+import inspect
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+Inputs = tuple[Any, ...] | Mapping[str, Any]
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, ``model`` is in eval mode, and nothing that happens is felt outside.
+
+    Modules keep their training flags, BatchNorms their statistics, autocast its cache, and torch,
+    numpy and Python their random states, which start from the same seed each time inside.
+    """
+    modules = list(model.modules())
+    # the flags themselves: train() and eval() may be overridden, and need not undo each other
+    training = [m.training for m in modules]
+    devices = {p.device for p in model.parameters()} | {torch.device("cpu")}
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(_same_random_numbers(devices))
+        for kind in {device.type for device in devices}:
+            # a cast of a weight cached here, without gradient, would be used in training
+            cast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+            stack.enter_context(
+                torch.autocast(kind, enabled=cast[0], dtype=cast[1], cache_enabled=False)
+            )
+        # compiled code would skip new hooks; without that module nothing is compiled
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        try:
+            for m in modules:
+                m.training = False
+            yield
+        finally:
+            for m, flag in zip(modules, training, strict=True):
+                m.training = flag
+
+
+@contextmanager
+def hooked(hooks: Mapping[Module, Callable[..., None]]) -> Iterator[None]:
+    """Inside, each layer has its hook: ``hook(layer, args, kwargs, output)``."""
+    with ExitStack() as stack:
+        for layer, hook in hooks.items():
+            stack.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
+        yield
+
+
+@contextmanager
+def _same_random_numbers(devices: Iterable[torch.device]) -> Iterator[None]:
+    accelerators = [(torch.get_device_module(d), d) for d in devices if d.type != "cpu"]
+    states = [module.get_rng_state(device) for module, device in accelerators]
+    cpu, python, numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed devices not used here
+        for module, device in accelerators:
+            with module.device(device):
+                module.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)  # noqa: NPY002
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        for (module, device), state in zip(accelerators, states, strict=True):
+            module.set_rng_state(state, device)
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+
+
+def as_inputs(model: nn.Module, batch: Any) -> Inputs:
+    """A batch as the arguments of the model, by position or by name, on its device."""
+    batch = to_device(batch, device_of(model))
+    if isinstance(batch, Mapping):
+        return batch
+    return tuple(batch[: _required(model)]) if isinstance(batch, (tuple, list)) else (batch,)
+
+
+def call(model: nn.Module, inputs: Inputs) -> None:
+    if isinstance(inputs, Mapping):
+        model(**inputs)
+    else:
+        model(*inputs)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+def _required(model: nn.Module) -> int:
+    """How many positional arguments the model's forward can't do without; at least one."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    needed = [p for p in parameters if p.kind in positional and p.default is p.empty]
+    return max(1, len(needed))
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch

@@ -1,0 +1,234 @@
+"""Optimizers that step the active neurons only."""
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from neq.optim.frozen import Frozen
+from neq.optim.guard import Guard, OnThaw, is_own
+from neq_kernels import adamw_rows_, sgd_rows_
+from neq_kernels.step.options import AdamWLists, SGDLists
+
+_eager_steps: dict[type[Optimizer], Callable[..., Any]] = {}
+
+
+def _eager_step(kind: type[Optimizer]) -> Callable[..., Any]:
+    """The step of one of torch's optimizers, by itself: never compiled, and without calling hooks.
+
+    Compiled, it would ask ``_init_group`` once and step the same rows for ever. Hooks are called by
+    the step around it; torch wraps a step in them when the first optimizer of its kind is made.
+    """
+    if kind not in _eager_steps:
+        step = inspect.unwrap(kind.step, stop=lambda f: not getattr(f, "hooked", False))
+        _eager_steps[kind] = torch.compiler.disable(step)
+    return _eager_steps[kind]
+
+
+class RowOptimizer(Optimizer):
+    """What ``SGD`` and ``AdamW`` add to torch's: they step the active neurons only.
+
+    A parameter with frozen neurons is stepped row by row: its active rows as torch would step them,
+    its frozen ones and their state not at all. All other parameters are left to torch, stepped as
+    ``foreach``, ``fused`` and ``capturable`` say. The state_dict is torch's and goes both ways.
+
+    Args:
+        params: As for the torch optimizer of the same name, whose other arguments it takes too.
+        layers: The model, or an iterable of its layers. They say which neurons train; they may be
+            converted later, and reverted. A ``Controller`` that is given the optimizer brings them.
+        on_thaw: As for ``Guard``; the Controller's where that brings the layers.
+
+    Example:
+        >>> optimizer = neq.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, layers=model)
+    """
+
+    _plain: ClassVar[type[Optimizer]]  # the torch optimizer that this one stands for
+
+    def __init__(
+        self,
+        params: ParamsT,
+        *args: Any,
+        layers: nn.Module | Iterable[nn.Module] | None = None,
+        on_thaw: OnThaw | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(params, *args, **kwargs)
+        if self.defaults["differentiable"]:
+            raise ValueError(
+                f"neq.optim.{type(self).__name__}: differentiable must be False, got True: "
+                "rows are stepped in place"
+            )
+        # a GradScaler then unscales gradients itself, and calls no step that it means to skip
+        self._step_supports_amp_scaling = False
+        self._guard: _DenseGuard | None = None
+        if layers is not None:
+            self.follow(layers, on_thaw or "keep")
+        elif on_thaw is not None:
+            raise ValueError(
+                f"neq.optim.{type(self).__name__}: on_thaw={on_thaw!r} is about the neurons of "
+                "some layers: give layers too, or on_thaw to the Controller that brings them"
+            )
+
+    @property
+    def follows(self) -> bool:
+        """Has it been told which layers to follow?"""
+        return self._guard is not None
+
+    def covers(self, layers: Iterable[nn.Module]) -> bool:
+        """Has it been told of all of these?"""
+        return self._guard is not None and set(layers) <= set(self._guard._modules)
+
+    def follow(self, layers: nn.Module | Iterable[nn.Module], on_thaw: OnThaw = "keep") -> None:
+        """Step the active neurons of these layers only, instead of those of any others before."""
+        guard = _DenseGuard(self, layers, on_thaw)
+        if self._guard is not None:
+            self._guard.remove()
+        self._guard = guard
+
+    def step(self, closure: Any = None) -> Any:
+        if self._guard is None:
+            raise ValueError(
+                f"neq.optim.{type(self).__name__} does not know which neurons are frozen: give it "
+                "layers=model, or give it to a neq.Controller"
+            )
+        return _eager_step(self._plain)(self, closure)
+
+    def __getstate__(self) -> dict[str, Any]:
+        guard = self._guard
+        follows = None if guard is None else (guard._modules, guard._on_thaw)
+        return {**super().__getstate__(), "_follows": follows}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_follows" in state:  # from a copy or a pickle, not from a state_dict
+            follows, self._guard = self.__dict__.pop("_follows"), None
+            if follows is not None:
+                self.follow(*follows)
+
+    @property
+    def _frozen(self) -> dict[Tensor, Frozen]:
+        return {} if self._guard is None else self._guard.frozen
+
+    def _divide(self, group: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The group with the parameters that torch steps, and with those stepped by rows."""
+        frozen = self._frozen
+        dense: list[Tensor] = []
+        by_rows: list[Tensor] = []
+        for p in group["params"]:
+            if p not in frozen:
+                dense.append(p)
+            elif frozen[p].k > 0:
+                (by_rows if _steps_by_rows(p, frozen[p]) else dense).append(p)
+        return {**group, "params": dense}, {**group, "params": by_rows}
+
+    def _by_neuron(self, params: list[Tensor], *lists: list[Tensor]) -> list[list[Tensor]]:
+        """Lists with a tensor for each of ``params``, or empty, as views whose dimension 0 counts
+        the neurons; then the orders and the counts that go with them.
+        """
+        frozen = [self._frozen[p] for p in params]
+        views = [
+            [t.movedim(f.dim, 0) if f.dim else t for t, f in zip(tensors, frozen, strict=True)]
+            if tensors
+            else []
+            for tensors in (params, *lists)
+        ]
+        return [*views, [f.order for f in frozen], [f.count for f in frozen]]
+
+
+class SGD(RowOptimizer, torch.optim.SGD):
+    """``torch.optim.SGD`` whose step takes the time of the active rows; see ``RowOptimizer``.
+
+    A row that was frozen when its parameter was first stepped starts from a momentum of zero.
+    """
+
+    _plain = torch.optim.SGD
+
+    # torch's step asks this method what to step: it gets what has no frozen neurons
+    def _init_group(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        momentum_buffers: list[Tensor | None],
+    ) -> bool:
+        dense, by_rows = self._divide(group)
+        new, old = [], []
+        for p in by_rows["params"]:
+            if p.grad is None:
+                continue
+            if group["momentum"] != 0 and self.state[p].get("momentum_buffer") is None:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                new.append(p)
+            else:
+                old.append(p)
+        for some, first in ((new, True), (old, False)):
+            if not some:
+                continue
+            grads_, state = [p.grad for p in some], [self.state[p] for p in some]
+            buffers = [s["momentum_buffer"] for s in state] if group["momentum"] else []
+            sgd_rows_(
+                *SGDLists(*self._by_neuron(some, grads_, buffers)),
+                _scalar(group["lr"]),
+                group["momentum"],
+                group["dampening"],
+                float(group["weight_decay"]),
+                group["nesterov"],
+                group["maximize"],
+                first,
+            )
+        has_sparse: bool = super()._init_group(dense, params, grads, momentum_buffers)  # type: ignore[no-untyped-call]
+        return has_sparse
+
+
+class AdamW(RowOptimizer, torch.optim.AdamW):
+    """``torch.optim.AdamW`` whose step takes the time of the active rows; see ``RowOptimizer``."""
+
+    _plain = torch.optim.AdamW
+
+    # torch's step asks this method what to step: it gets what has no frozen neurons
+    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
+        dense, by_rows = self._divide(group)
+        params: list[Tensor] = []
+        rest: list[list[Tensor]] = [[], [], [], [], []]  # grads, m, v, largest v, steps
+        super()._init_group(by_rows, params, *rest)  # type: ignore[no-untyped-call]
+        if params:
+            *moments, steps = rest
+            p, g, m, v, v_max, orders, counts = self._by_neuron(params, *moments)
+            adamw_rows_(
+                *AdamWLists(p, g, m, v, v_max, steps, orders, counts),
+                _scalar(group["lr"]),
+                *map(float, group["betas"]),
+                group["eps"],
+                float(group["weight_decay"]),
+                group["amsgrad"],
+                group["maximize"],
+            )
+        has_complex: bool = super()._init_group(dense, *lists)  # type: ignore[no-untyped-call]
+        return has_complex
+
+
+class _DenseGuard(Guard):
+    """Guards what a ``RowOptimizer`` leaves to torch although it has frozen neurons."""
+
+    def _is_moved(self, p: Tensor, frozen: Frozen) -> bool:
+        if not is_own(self._optimizer):
+            return True
+        # a closure may yet give it a sparse gradient
+        return frozen.k > 0 and (p.grad is None or not _steps_by_rows(p, frozen))
+
+
+def _steps_by_rows(p: Tensor, frozen: Frozen) -> bool:
+    return (
+        frozen.dim is not None
+        and p.is_floating_point()
+        and type(p) in (nn.Parameter, Tensor)  # not sharded
+        and (p.grad is None or not p.grad.is_sparse)
+    )
+
+
+def _scalar(x: float | Tensor) -> Tensor:
+    return x.reshape(()) if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64)

@@ -1,0 +1,102 @@
+"""Which elements of a model's parameters are frozen now."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from neq.distributed.sharding import is_dtensor
+from neq.layers.base import NeuronLayer
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """The frozen neurons of one parameter, and where its elements for them lie."""
+
+    order: Tensor  # int64 [neurons]: the active ones first
+    count: Tensor  # int64 [], on the CPU: how many those are
+    k: int  # the same
+    active: Tensor  # bool [neurons]
+    dim: int | None  # of the parameter, along which its neurons lie; None if along several
+    mask: Tensor | None  # only then: ``active`` shaped to broadcast against the parameter
+
+    @property
+    def neurons(self) -> Tensor:
+        """int64: the frozen ones."""
+        return self.order[self.k :]
+
+    def covers(self, state: object, p: Tensor) -> bool:
+        """Does this entry of the optimizer's state for ``p`` hold something for each neuron?"""
+        if not isinstance(state, Tensor) or state.dim() != p.dim() or state.is_sparse:
+            return False
+        if self.dim is None:
+            return state.shape == p.shape
+        return state.shape[self.dim] == len(self.order)
+
+    def copy(self, t: Tensor) -> Tensor:
+        return t.clone() if self.dim is None else t.index_select(self.dim, self.neurons)
+
+    def put_back(self, t: Tensor, copy: Tensor) -> None:
+        if self.dim is None:
+            t.copy_(torch.where(self.mask, t, copy))  # type: ignore[arg-type]
+        else:
+            t.index_copy_(self.dim, self.neurons, copy)
+
+    def fill(self, t: Tensor, value: float) -> None:
+        if self.dim is None:
+            t.masked_fill_(~self.mask, value)  # type: ignore[operator]
+        else:
+            t.index_fill_(self.dim, self.neurons, value)
+
+
+def frozen_in(modules: Iterable[nn.Module]) -> dict[Tensor, Frozen]:
+    """Every parameter that has frozen neurons now."""
+    layers = [m for m in modules if isinstance(m, NeuronLayer)]
+    found: dict[Tensor, Frozen] = {}
+    if all(layer.active.everything for layer in layers):
+        return found
+    owners: dict[Tensor, NeuronLayer] = {}
+    for layer in layers:
+        # also what weights are computed from: weight_orig of pruning, weight_g of weight_norm
+        for name, p in layer._parameters.items():
+            if p is None:
+                continue
+            owner = owners.setdefault(p, layer)
+            if owner.active is not layer.active:
+                raise ValueError(
+                    f"layers {owner.layer_name!r} and {layer.layer_name!r} share a {name} but not "
+                    "the decision which of its neurons train: let one neq.convert convert both"
+                )
+            active = layer.active.on(p.device)
+            if active.everything:
+                continue
+            if is_dtensor(p):
+                raise ValueError(
+                    f"layer {layer.layer_name!r}: its {name} is split between processes "
+                    "(fully_shard), where frozen neurons can't be guarded; without a guard (give "
+                    "the Controller optimizer=()) their gradients are zero, but momentum and "
+                    "weight decay move them"
+                )
+            bias = name.startswith("bias")
+            dim = (0 if p.dim() == 1 else None) if bias else layer.neuron_dim
+            if dim is not None and (p.dim() <= dim or p.shape[dim] != active.neurons):
+                continue  # not the neurons' own: a scale common to all of them
+            mask = None
+            if dim is None:
+                mask = active.mask.view(p.shape) if bias else layer.spread(active.mask)
+            found[p] = Frozen(active.order, active.count, active.k, active.mask, dim, mask)
+    return found
+
+
+def modules_in(layers: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:
+    if isinstance(layers, nn.Module):
+        return list(layers.modules())
+    modules = list(layers)
+    for module in modules:
+        if not isinstance(module, nn.Module):
+            raise TypeError(
+                f"layers must be a module or an iterable of modules, got {type(module).__name__} "
+                "among them"
+            )
+    return modules

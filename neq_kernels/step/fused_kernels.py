@@ -1,0 +1,151 @@
+"""What ``fused.py`` launches: a program steps a block of the active elements of one parameter.
+
+Which one, it finds in tuples of the launch, whose entries are ``BASE + 16 * value``.
+"""
+
+import triton
+import triton.language as tl
+
+BASE = tl.constexpr(2**62)  # of the entries of a launch's tuples
+
+
+@triton.jit
+def _pick(values, i):
+    """``values[i]`` of a tuple, for an i that is known only now."""
+    picked = values[0]
+    for j in tl.static_range(1, len(values)):
+        picked = tl.where(i == j, values[j], picked)
+    return (picked - BASE) >> 4
+
+
+@triton.jit
+def _elements(starts, counts, widths, orders, BLOCK: tl.constexpr, UNIT: tl.constexpr):
+    """Which parameter this program steps; where in it, [BLOCK, UNIT]; and what of that is there."""
+    program = tl.program_id(0).to(tl.int64)
+    i = tl.full((), 0, tl.int32)
+    for j in tl.static_range(1, len(starts)):
+        i += (16 * program + BASE >= starts[j]).to(tl.int32)
+    unit = ((program - _pick(starts, i)) * BLOCK).to(tl.uint32) + tl.arange(0, BLOCK)
+    width = _pick(widths, i).to(tl.uint32)
+    j = unit // width
+    there = j < _pick(counts, i).to(tl.uint32)
+    row = tl.load(_pick(orders, i).to(tl.pointer_type(tl.int64)) + j, mask=there, other=0)
+    first = (row * width + unit % width) * UNIT
+    return i, first[:, None] + tl.arange(0, UNIT)[None, :], there[:, None]
+
+
+@triton.jit
+def _at(addresses, i, at, DTYPE: tl.constexpr, UNIT: tl.constexpr):
+    """Pointers into the i-th tensor, which is aligned to whole units."""
+    address = _pick(addresses, i).to(tl.pointer_type(DTYPE))
+    return tl.multiple_of(address, UNIT * DTYPE.primitive_bitwidth // 8) + at
+
+
+@triton.jit
+def sgd(
+    starts,  # the first program of each parameter; then as many entries, of each
+    counts,  # its active rows
+    widths,  # of a row, in units
+    orders,  # addresses: int64 [n], the active ones first
+    parameters,  # [n, width]
+    grads,
+    momenta,  # or None
+    lr_at,  # a pointer to the learning rate, or None
+    lr: tl.float64,
+    momentum: tl.float64,
+    undamped: tl.float64,
+    weight_decay: tl.float64,
+    NESTEROV: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    FIRST: tl.constexpr,
+    DTYPE: tl.constexpr,
+    WIDE: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i, at, there = _elements(starts, counts, widths, orders, BLOCK, UNIT)
+    p_at = _at(parameters, i, at, DTYPE, UNIT)
+    p = tl.load(p_at, mask=there).to(WIDE)
+    g = tl.load(_at(grads, i, at, DTYPE, UNIT), mask=there).to(WIDE)
+    if MAXIMIZE:
+        g = -g
+    g += tl.full((), weight_decay, tl.float64).to(WIDE) * p
+    if momenta is not None:
+        m_at = _at(momenta, i, at, DTYPE, UNIT)
+        factor = tl.full((), momentum, tl.float64).to(WIDE)
+        if FIRST:
+            m = g
+        else:
+            m = tl.load(m_at, mask=there).to(WIDE)
+            m = factor * m + tl.full((), undamped, tl.float64).to(WIDE) * g
+        tl.store(m_at, m.to(DTYPE), mask=there)
+        if NESTEROV:
+            g += factor * m
+        else:
+            g = m
+    rate = tl.load(lr_at) if lr_at is not None else tl.full((), lr, tl.float64)
+    tl.store(p_at, (p - rate.to(WIDE) * g).to(DTYPE), mask=there)
+
+
+@triton.jit
+def adamw(
+    starts,
+    counts,
+    widths,
+    orders,
+    parameters,
+    grads,
+    means,
+    squares,
+    largest,  # or None
+    steps,  # addresses of the steps taken, this one included, or None
+    lr_at,
+    lr: tl.float64,
+    beta1: tl.float64,
+    beta2: tl.float64,
+    eps: tl.float64,
+    weight_decay: tl.float64,
+    correction1: tl.float64,  # 1 - beta1 to the power of the steps taken
+    correction2: tl.float64,
+    MAXIMIZE: tl.constexpr,
+    STEP: tl.constexpr,  # dtype of the steps
+    DTYPE: tl.constexpr,
+    WIDE: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i, at, there = _elements(starts, counts, widths, orders, BLOCK, UNIT)
+    beta1 = tl.full((), beta1, tl.float64)
+    beta2 = tl.full((), beta2, tl.float64)
+    rate = tl.full((), lr, tl.float64)
+    if lr_at is not None:
+        rate = tl.load(lr_at).to(tl.float64)
+    if steps is not None:
+        taken = tl.load(_pick(steps, i).to(tl.pointer_type(STEP))).to(tl.float64)
+        correction1 = 1 - tl.exp2(taken * tl.log2(beta1))
+        correction2 = 1 - tl.exp2(taken * tl.log2(beta2))
+
+    p_at = _at(parameters, i, at, DTYPE, UNIT)
+    m_at = _at(means, i, at, DTYPE, UNIT)
+    v_at = _at(squares, i, at, DTYPE, UNIT)
+    p = tl.load(p_at, mask=there).to(WIDE)
+    g = tl.load(_at(grads, i, at, DTYPE, UNIT), mask=there).to(WIDE)
+    m = tl.load(m_at, mask=there).to(WIDE)
+    v = tl.load(v_at, mask=there).to(WIDE)
+    if MAXIMIZE:
+        g = -g
+    m = beta1.to(WIDE) * m + (1 - beta1).to(WIDE) * g
+    v = beta2.to(WIDE) * v + (1 - beta2).to(WIDE) * g * g
+    tl.store(m_at, m.to(DTYPE), mask=there)
+    tl.store(v_at, v.to(DTYPE), mask=there)
+    if largest is not None:
+        largest_at = _at(largest, i, at, DTYPE, UNIT)
+        most = tl.load(largest_at, mask=there).to(WIDE)
+        v = tl.maximum(v, most, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(largest_at, v.to(DTYPE), mask=there)
+    decayed = 1 - rate * tl.full((), weight_decay, tl.float64)
+    scale = 1 / tl.sqrt(tl.full((), correction2, tl.float64))
+    step = rate / tl.full((), correction1, tl.float64)
+    root = tl.sqrt(v) * scale.to(WIDE) + tl.full((), eps, tl.float64).to(WIDE)
+    p = decayed.to(WIDE) * p - step.to(WIDE) * m / root
+    tl.store(p_at, p.to(DTYPE), mask=there)

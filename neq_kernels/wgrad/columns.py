@@ -1,0 +1,50 @@
+"""Columns of dY packed side by side, and their sums from the same pass.
+
+csrc/cpu/wgrad/pack.cpp and csrc/cuda/wgrad/pack.cu, or plain torch where neither applies.
+"""
+
+import torch
+from torch import Tensor
+
+from neq_kernels import _torch
+from neq_kernels.device import extension
+
+if extension.devices:
+    from neq_kernels import _C
+
+
+def pack_columns(dy: Tensor, rows: Tensor, want_sums: bool) -> tuple[Tensor, Tensor | None]:
+    """``dy[:, rows]`` [T, k], contiguous, and if wanted its column sums [k] from the same pass.
+
+    dy is [T, n]; rows int64 [k] may be in any order, ascending ones are fast. The sums are float32,
+    or float64 for float64, and the same bits each time. On the CPU rows outside of [0, n) are an
+    error; on a GPU the caller answers for them.
+    """
+    if dy.dim() != 2:
+        raise ValueError(f"dy must be [samples, neurons], got {list(dy.shape)}")
+    if rows.dtype is not torch.int64 or rows.dim() != 1:
+        raise ValueError(f"rows must be int64 of shape [k], got {rows.dtype} {list(rows.shape)}")
+    device = dy.get_device()  # -1: the CPU, or no memory at all
+    if rows.get_device() != device or rows.is_cpu != dy.is_cpu:
+        raise ValueError(f"rows must be on the device of dy, {dy.device}, got {rows.device}")
+    there = "cpu" if dy.is_cpu else "cuda" if dy.is_cuda else "elsewhere"
+    if dy.dtype not in extension.DTYPES or dy.stride(1) != 1 or there not in extension.devices:
+        return _pack_columns_in_torch(dy, rows, want_sums)
+    samples, k = dy.shape[0], rows.numel()
+    packed = dy.new_empty((samples, k))
+    sums = dy.new_empty(k, dtype=extension.sum_dtype(dy)) if want_sums else None
+    problem = dy, rows.contiguous(), packed, sums
+    if device < 0:
+        _C.cpu_pack_columns(*problem, torch.get_num_threads())
+    else:
+        size = _C.cuda_pack_scratch_bytes(dy, k) if want_sums else 0
+        scratch = dy.new_empty(size, dtype=torch.uint8)
+        _C.cuda_pack_columns(*problem, scratch, device, _torch.current_stream(device))
+    return packed, sums
+
+
+def _pack_columns_in_torch(
+    dy: Tensor, rows: Tensor, want_sums: bool
+) -> tuple[Tensor, Tensor | None]:
+    packed = dy.index_select(1, rows)
+    return packed, packed.sum(0, dtype=extension.sum_dtype(dy)) if want_sums else None
