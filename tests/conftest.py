@@ -7,19 +7,21 @@ from hypothesis import settings
 
 settings.register_profile("few", max_examples=10)  # where each may compile a kernel
 
-collect_ignore = [] if shutil.which("nvcc") else ["test_cuda_compile.py"]
+_COMPILED_BY_NVCC = ["kernels/*/test_cuda_compile.py"]
+_OF_TRITON = ["kernels/test_interpreter.py", "kernels/*/test_other_gpus.py"]
+_OF_TRITON += ["kernels/*/test_fused*.py", "kernels/*/test_grouped*.py", *_COMPILED_BY_NVCC]
+
+collect_ignore_glob = [] if shutil.which("nvcc") else [*_COMPILED_BY_NVCC]
 if find_spec("triton") is None:
-    names = ["cuda_compile", "fused", "fused_compile", "grouped", "interpreter", "other_gpus"]
-    names += ["triton_compile", "triton_similarity", "triton_step"]
-    collect_ignore += [f"test_{name}.py" for name in names]
+    collect_ignore_glob += _OF_TRITON
 elif torch.cuda.is_available():
     # the GPU itself runs the kernels; and Triton 3.6 does not interpret beside numpy 2.4
-    collect_ignore += ["test_interpreter.py"]
+    collect_ignore_glob += ["kernels/test_interpreter.py"]
 
 
 def pytest_report_header():
     """No proof is left out silently."""
-    return [f"left out here: {name}" for name in collect_ignore]
+    return [f"left out here: {name}" for name in collect_ignore_glob]
 
 
 def pytest_collection_modifyitems(config, items):
@@ -50,7 +52,7 @@ def poisoned_memory():
 @pytest.fixture(scope="session")
 def cuda_on_host(tmp_path_factory):
     """The CUDA kernels, compiled for the CPU."""
-    from cuda_on_host import build
+    from tests.support.cuda_on_host import build
 
     return build(tmp_path_factory.mktemp("cuda_on_host"))
 

@@ -8,15 +8,12 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from math import prod
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench import backward_speed, choices, networks, optimizer_speed, overhead, report
 from bench.problems import MODELS, QUICK, Problem, problems

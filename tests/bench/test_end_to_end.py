@@ -7,7 +7,6 @@ import subprocess
 import sys
 from functools import partial
 from itertools import islice
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,11 +24,11 @@ from bench.steps import Bench, Gate, Step
 from bench.timing import Times
 from neq_kernels import ops
 from neq_kernels.wgrad import planner
+from tests.support import ROOT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).resolve().parents[1]
 TIMED = {f"{part}_{p}" for part in ("step", "gradients", "update") for p in ("p20", "ms", "p80")}
 FACTS = {
     *("network", "samples", "parameters", "contender", "active", "dtype", "layout", "mode"),

@@ -3,7 +3,6 @@
 import importlib
 import json
 import sys
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -14,8 +13,8 @@ from bench.gpu_check import Part
 from bench.networks import NETWORKS
 from bench.problems import problems
 from bench.timing import environment
+from tests.support import ROOT
 
-ROOT = Path(__file__).parent.parent
 ROW = {
     "op": "linear_wgrad",
     "name": "vit-s/mlp.up",

@@ -2,18 +2,19 @@
 
 import time
 
-import ddp_workers
 import torch.multiprocessing as mp
+
+from tests.support import ranks
 
 SECONDS = 150
 
 
 def test_every_scenario(tmp_path):
-    """One test for all: see ``ddp_workers.SCENARIOS``."""
+    """One test for all: see ``ranks.SCENARIOS``."""
     context = mp.start_processes(
-        ddp_workers.run_all,
+        ranks.run_all,
         (str(tmp_path),),
-        nprocs=ddp_workers.WORLD,
+        nprocs=ranks.WORLD,
         join=False,
         start_method="spawn",
     )
@@ -25,8 +26,8 @@ def test_every_scenario(tmp_path):
         for process in context.processes:
             process.kill()
     results = {}
-    for scenario in ddp_workers.SCENARIOS:
-        for rank in range(ddp_workers.WORLD):
+    for scenario in ranks.SCENARIOS:
+        for rank in range(ranks.WORLD):
             file = tmp_path / f"{scenario} {rank}"
             results[scenario, rank] = file.read_text() if file.exists() else "stalled"
     failed = {key: result for key, result in results.items() if result != "passed"}

@@ -17,10 +17,10 @@ import neq
 from examples import cifar10, cifar_controls, cifar_report
 from examples.cifar_data import augment, in_turns, load, made_up
 from neq import history
+from tests.support import ROOT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ROOT = Path(__file__).parents[1]
 TINY = "--limit 40 --test-limit 20 --batch 20 --probe 10 --epochs 3 --device cpu".split()
 
 

@@ -9,10 +9,12 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    "names", [["fused"], ["grouped"], ["triton_similarity", "triton_step"]], ids=" ".join
+    "names",
+    [["wgrad/test_fused"], ["wgrad/test_grouped"], ["similarity/test_fused", "step/test_fused"]],
+    ids=" ".join,
 )
 def test_in_the_interpreter(names):
-    files = [Path(__file__).with_name(f"test_{name}.py") for name in names]
+    files = [Path(__file__).parent / f"{name}.py" for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     env = os.environ | {"TRITON_INTERPRET": "1"}
     run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)

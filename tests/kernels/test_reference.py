@@ -5,9 +5,9 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from strategies import conv_case, conv_cases, linear_case, linear_cases, on_random
 
 from neq_kernels import reference
+from tests.support.cases import conv_case, conv_cases, linear_case, linear_cases, on_random
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

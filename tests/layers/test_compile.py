@@ -4,7 +4,14 @@ import copy
 
 import pytest
 import torch
-from models import (
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
+
+import neq
+from neq.layers.active import Rows
+from tests.support.layers import (
     ALL,
     Tiny,
     assert_gradients_of_active_rows,
@@ -15,13 +22,6 @@ from models import (
     random_mask,
     tiny_input,
 )
-from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch._dynamo.utils import counters
-from torch.utils.checkpoint import checkpoint
-
-import neq
-from neq.layers.active import Rows
 
 each = pytest.mark.parametrize
 pytestmark = pytest.mark.usefixtures("one_thread", "fresh_dynamo")

@@ -5,13 +5,13 @@ import pickle
 
 import pytest
 import torch
-from models import Tiny, layers_of, mask_randomly, tiny_input
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.rnn import pack_sequence
 
 import neq
 from neq.layers.conversion import convertible
+from tests.support.layers import Tiny, layers_of, mask_randomly, tiny_input
 
 each = pytest.mark.parametrize
 pytestmark = pytest.mark.usefixtures("one_thread")

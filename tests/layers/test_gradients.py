@@ -6,7 +6,14 @@ from collections import Counter
 
 import pytest
 import torch
-from models import (
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import neq
+from neq.layers.conversion import convertible
+from neq_kernels import ops
+from neq_kernels.wgrad import dense, planner
+from tests.support.layers import (
     ALL,
     CONV,
     MATRIX,
@@ -19,13 +26,6 @@ from models import (
     random_mask,
     run,
 )
-from torch import nn
-from transformers.pytorch_utils import Conv1D
-
-import neq
-from neq.layers.conversion import convertible
-from neq_kernels import ops
-from neq_kernels.wgrad import dense, planner
 
 each = pytest.mark.parametrize
 pytestmark = [

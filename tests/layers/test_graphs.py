@@ -9,13 +9,13 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.nn.functional as F
-from strategies import DEVICES
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import neq
 from neq_kernels import ops
 from neq_kernels.wgrad import planner
+from tests.support.cases import DEVICES
 
 pytestmark = pytest.mark.usefixtures("one_thread", "without_tf32")
 on_devices = pytest.mark.parametrize("device", DEVICES)

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 import transformers
-from models import active_elements, layers_of, mask_randomly
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import neq
+from tests.support.layers import active_elements, layers_of, mask_randomly
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,7 +7,6 @@ import io
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,10 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import neq
 from examples import cifar10
 from neq_kernels.wgrad import pack
+from tests.support import ROOT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-ROOT = Path(__file__).parents[1]
 
 
 def perceptron():

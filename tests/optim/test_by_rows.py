@@ -6,7 +6,6 @@ from unittest import mock
 
 import pytest
 import torch
-from steps import ADAMW_OPTIONS, SGD_OPTIONS, SHARES, laid_out, lr, problem, same
 from torch import nn
 from torch.library import opcheck
 
@@ -16,6 +15,7 @@ from neq_kernels.device import extension as compiled
 from neq_kernels.step import native as native_step
 from neq_kernels.step import pack as pack_step
 from neq_kernels.step import planner as row_step
+from tests.support.steps import ADAMW_OPTIONS, SGD_OPTIONS, SHARES, laid_out, lr, problem, same
 
 if compiled.why_not("cpu"):
     raise RuntimeError(compiled.why_not("cpu"))

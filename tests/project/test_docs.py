@@ -14,8 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import neq
-
-ROOT = Path(__file__).parent.parent
+from tests.support import ROOT
 
 
 def blocks(page, heading):

@@ -17,13 +17,13 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from models import Tiny, active_elements, layers_of
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import neq
 from neq_kernels.wgrad import pack, planner
 from neq_kernels.wgrad.problem import Problem
+from tests.support.layers import Tiny, active_elements, layers_of
 
 WORLD = 2
 BATCH = 4  # per process

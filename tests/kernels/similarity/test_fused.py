@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from interpreter import DEVICES, INTERPRETED
-from strategies import LAYOUTS, examples
 
 from neq_kernels import reference, row_similarity
 from neq_kernels.device.gpu import Gpu
 from neq_kernels.similarity import fused as triton_similarity
 from neq_kernels.similarity import planner as similarity
+from tests.support.cases import LAYOUTS, examples
+from tests.support.interpreter import DEVICES, INTERPRETED
 
 DTYPES = [torch.float32, torch.float16, torch.float64, torch.bfloat16]
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from strategies import LAYOUTS
 
 from neq_kernels import reference, row_similarity
 from neq_kernels.device.extension import _C
 from neq_kernels.similarity import in_torch as chunked
 from neq_kernels.similarity import native as native_similarity
+from tests.support.cases import LAYOUTS
 
 ISAS = [name for name in ("avx512", "avx2", "portable") if _C.cpu_has_isa(getattr(_C.Isa, name))]
 DTYPES = [torch.float32, torch.float16, torch.float64, torch.bfloat16]

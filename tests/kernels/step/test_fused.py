@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreter import DEVICES, INTERPRETED
-from steps import ADAMW_OPTIONS, SGD_OPTIONS, laid_out, lr, same
 from torch.optim.adamw import adamw
 
 from neq_kernels import ops, reference
 from neq_kernels.step import fused as triton_step
 from neq_kernels.step import planner as row_step
+from tests.support.interpreter import DEVICES, INTERPRETED
+from tests.support.steps import ADAMW_OPTIONS, SGD_OPTIONS, laid_out, lr, same
 
 DTYPES = [torch.float32, torch.float16, torch.float64]
 if not INTERPRETED:  # the interpreter rounds to bfloat16 towards zero

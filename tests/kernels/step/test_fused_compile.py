@@ -8,7 +8,6 @@ from unittest import mock
 
 import pytest
 import torch
-from aot import kernels, launches
 
 from neq_kernels.similarity import fused as triton_similarity
 from neq_kernels.similarity import planner as similarity
@@ -16,6 +15,7 @@ from neq_kernels.step import fused as triton_step
 from neq_kernels.step.options import SGD, AdamW
 from neq_kernels.wgrad import grouped
 from neq_kernels.wgrad.geometry import Conv
+from tests.support.aot import kernels, launches
 
 CONV = Conv((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
 every_target = pytest.mark.parametrize("arch", [80, 90, 100], ids="sm_{}".format)

@@ -3,24 +3,20 @@ from unittest import mock
 
 import pytest
 import torch
-from strategies import (
-    DEVICES,
-    DTYPES,
-    answers,
-    check,
-    common_mistakes,
-    conv_case,
-    conv_cases,
-    meta,
-    metadata,
-    no_worse_than_the_vendor,
-    on_random,
-    same,
-    vendor_kernels,
-)
 
 from neq_kernels import conv_wgrad
 from neq_kernels.wgrad import pack
+from tests.support.cases import DEVICES, DTYPES, conv_case, conv_cases, on_random
+from tests.support.checks import (
+    answers,
+    check,
+    common_mistakes,
+    meta,
+    metadata,
+    no_worse_than_the_vendor,
+    same,
+    vendor_kernels,
+)
 
 OP = "conv_wgrad"
 ROWS = [0, 3, 4, 9, 17]

@@ -3,12 +3,13 @@
 import re
 import subprocess
 from functools import cache
-from pathlib import Path
 
 import pytest
-from aot import functions
 
-SOURCES = sorted((Path(__file__).parent.parent / "csrc/cuda").glob("*.cu"))
+from tests.support import ROOT
+from tests.support.aot import functions
+
+SOURCES = sorted((ROOT / "csrc/cuda").rglob("*.cu"))
 
 every_target = pytest.mark.parametrize("target", [80, 90, 100], ids="sm_{}".format)
 

@@ -8,24 +8,21 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from interpreter import DEVICES, DTYPES, INTERPRETED
-from strategies import (
-    conv_case,
-    dimensions,
-    exactly,
-    examples,
-    linear_case,
-    linear_cases,
-    no_worse_than_the_vendor,
-    options,
-    problem_of,
-    same,
-    some_of,
-)
 
 import neq_kernels
 from neq_kernels.device.gpu import Gpu
 from neq_kernels.wgrad import fused, planner
+from tests.support.cases import (
+    conv_case,
+    dimensions,
+    examples,
+    linear_case,
+    linear_cases,
+    options,
+    some_of,
+)
+from tests.support.checks import exactly, no_worse_than_the_vendor, problem_of, same
+from tests.support.interpreter import DEVICES, DTYPES, INTERPRETED
 
 LINEAR = linear_case((7, 10), 33, 40, [1, 2, 5, 8, 13, 21, 34])
 CONV = conv_case(

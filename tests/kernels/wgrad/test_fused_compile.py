@@ -9,12 +9,12 @@ from math import inf
 
 import pytest
 import torch
-from aot import BLOCK_BYTES, kernels, launches
 
 from bench.contenders import active_count
 from bench.problems import Problem, conv, linear, problems
 from neq_kernels.wgrad import fused, planner
 from neq_kernels.wgrad.geometry import Conv
+from tests.support.aot import BLOCK_BYTES, kernels, launches
 
 WIDE, MMA = "cp.async.cg.shared.global", "mma.sync"  # a copy of 16 bytes; a product by a warp
 LARGE_MMA = {80: MMA, 90: "wgmma.mma_async", 100: "tcgen05.mma"}  # of tiles with 64 rows or more

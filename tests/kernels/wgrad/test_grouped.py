@@ -8,23 +8,13 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from interpreter import DEVICES, DTYPES, INTERPRETED
-from strategies import (
-    LAYOUTS,
-    conv_case,
-    dimensions,
-    exactly,
-    examples,
-    no_worse_than_the_vendor,
-    options,
-    problem_of,
-    same,
-    some_of,
-)
 
 from neq_kernels import conv_wgrad
 from neq_kernels.device.gpu import Gpu
 from neq_kernels.wgrad import grouped, planner
+from tests.support.cases import LAYOUTS, conv_case, dimensions, examples, options, some_of
+from tests.support.checks import exactly, no_worse_than_the_vendor, problem_of, same
+from tests.support.interpreter import DEVICES, DTYPES, INTERPRETED
 
 OP = "conv_wgrad"
 CHANNELS = 40

@@ -3,24 +3,20 @@ from unittest import mock
 
 import pytest
 import torch
-from strategies import (
-    DEVICES,
-    DTYPES,
-    answers,
-    check,
-    common_mistakes,
-    linear_case,
-    linear_cases,
-    meta,
-    metadata,
-    no_worse_than_the_vendor,
-    on_random,
-    same,
-    vendor_kernels,
-)
 
 from neq_kernels import linear_wgrad
 from neq_kernels.wgrad import pack
+from tests.support.cases import DEVICES, DTYPES, linear_case, linear_cases, on_random
+from tests.support.checks import (
+    answers,
+    check,
+    common_mistakes,
+    meta,
+    metadata,
+    no_worse_than_the_vendor,
+    same,
+    vendor_kernels,
+)
 
 OP = "linear_wgrad"
 ROWS = [1, 2, 5, 8, 13, 21, 34]

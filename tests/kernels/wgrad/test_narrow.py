@@ -6,25 +6,17 @@ from unittest import mock
 
 import pytest
 import torch
-from cuda_on_host import lent
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from strategies import (
-    DEVICES,
-    conv_case,
-    exactly,
-    no_worse_than_the_vendor,
-    options,
-    problem_of,
-    same,
-    some_of,
-)
 
 from neq_kernels import conv_wgrad
 from neq_kernels.device import extension as compiled
 from neq_kernels.device.gpu import Gpu
 from neq_kernels.wgrad import narrow, planner
 from neq_kernels.wgrad.geometry import Conv
+from tests.support.cases import DEVICES, conv_case, options, some_of
+from tests.support.checks import exactly, no_worse_than_the_vendor, problem_of, same
+from tests.support.cuda_on_host import lent
 
 DTYPES = [
     pytest.param((torch.float16, torch.float16), id="float16"),

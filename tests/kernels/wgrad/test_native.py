@@ -4,19 +4,20 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 from hypothesis import strategies as st
-from strategies import LAYOUTS, conv_case, linear_case, on_random, same, some_of
 
 from neq_kernels import linear_wgrad, reference
 from neq_kernels.device.extension import _C
 from neq_kernels.wgrad import native as kernel
 from neq_kernels.wgrad import planner
 from neq_kernels.wgrad.geometry import Conv
+from tests.support import ROOT
+from tests.support.cases import LAYOUTS, conv_case, linear_case, on_random, some_of
+from tests.support.checks import same
 
 ISAS = [name for name in ("avx512", "avx2", "portable") if _C.cpu_has_isa(getattr(_C.Isa, name))]
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -283,5 +284,5 @@ def test_samples_of_many_dimensions(shape, views):
 
 def test_the_search_for_races_compiles():
     """``make sanitize`` runs it, which takes too long for here."""
-    source = Path(__file__).with_name("races.cpp")
+    source = ROOT / "tests/support/races.cpp"
     subprocess.run(["c++", "-std=c++20", "-fopenmp", "-fsyntax-only", source], check=True)

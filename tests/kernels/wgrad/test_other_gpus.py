@@ -4,10 +4,10 @@ from itertools import product
 
 import pytest
 import torch
-from aot import kernels
 
 from neq_kernels.wgrad import fused
 from neq_kernels.wgrad.geometry import Conv
+from tests.support.aot import kernels
 
 CONV = Conv((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
 

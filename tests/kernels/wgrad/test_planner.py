@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from strategies import FLOAT32, conv_case, linear_case, meta, problem_of
 
 from neq_kernels import conv_wgrad, linear_wgrad
 from neq_kernels.device import extension as compiled
@@ -16,6 +15,8 @@ from neq_kernels.device import names as machine
 from neq_kernels.wgrad import planner
 from neq_kernels.wgrad.geometry import Conv
 from neq_kernels.wgrad.problem import Problem
+from tests.support.cases import FLOAT32, conv_case, linear_case
+from tests.support.checks import meta, problem_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -4,10 +4,10 @@ from unittest import mock
 
 import pytest
 import torch
-from strategies import LAYOUTS
 
 from neq_kernels.device.extension import _C
 from neq_kernels.wgrad import dense
+from tests.support.cases import LAYOUTS
 
 ROWS = torch.tensor([0, 3, 4, 8])
 SHAPES = [(9, 40), (9, 6, 3, 3), (9, 5, 2, 3, 4), (9, 33), (9, 16, 1), (700, 400)]

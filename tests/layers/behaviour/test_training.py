@@ -10,7 +10,14 @@ from unittest import mock
 
 import pytest
 import torch
-from models import (
+from torch import nn
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+
+import neq
+from neq_kernels.wgrad import planner
+from tests.support.layers import (
     LINEAR,
     MATRIX,
     NORM,
@@ -26,13 +33,6 @@ from models import (
     run,
     tiny_input,
 )
-from torch import nn
-from torch.func import functional_call
-from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import checkpoint
-
-import neq
-from neq_kernels.wgrad import planner
 
 each = pytest.mark.parametrize
 pytestmark = pytest.mark.usefixtures("one_thread")
