@@ -5,6 +5,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from neq_kernels.wgrad import planner
+
 settings.register_profile("few", max_examples=10)  # where each may compile a kernel
 
 _COMPILED_BY_NVCC = ["kernels/*/test_cuda_compile.py"]
@@ -58,9 +60,25 @@ def cuda_on_host(tmp_path_factory):
 
 
 @pytest.fixture
-def one_thread():
-    """For tiny problems, where a second thread only waits, and does so busily."""
+def threads():
+    """Sets how many threads there are."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
+    yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread(threads):
+    """For tiny problems, where a second thread only waits, and does so busily."""
+    threads(1)
+
+
+@pytest.fixture
+def fresh_planner(monkeypatch, tmp_path):
+    """A planner that has met no problem yet and finds no table."""
+    monkeypatch.setattr(planner, "_plans", {})
+    monkeypatch.setattr(planner, "_measured", {})
+    monkeypatch.setattr(planner, "TABLES", tmp_path / "tables")
+    planner.shipped.cache_clear()
+    yield
+    planner.shipped.cache_clear()

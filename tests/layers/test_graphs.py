@@ -35,15 +35,14 @@ def without_tf32():
 
 
 @pytest.fixture(params=[*planner.BACKENDS], autouse=True)
-def backend(request, monkeypatch):
-    """Whoever can compute a layer's gradient by this backend does."""
+def backend(request, monkeypatch, fresh_planner):
+    """Where this backend can compute a layer's gradient, it does."""
 
     def predict(problem):
         able = planner.BACKENDS[request.param].cost(problem) < float("inf")
         return request.param if able else "dense"
 
     monkeypatch.setattr(planner, "predict", predict)
-    monkeypatch.setattr(planner, "_plans", {})
     return request.param
 
 

@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
+import pytest
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
@@ -23,6 +24,7 @@ from neq_kernels.device.gpu import Gpu
 from neq_kernels.similarity import fused as triton_similarity
 from neq_kernels.wgrad import fused, grouped
 
+every_target = pytest.mark.parametrize("arch", [80, 90, 100], ids="sm_{}".format)
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 PROCESSORS = {80: 108, 86: 84, 90: 132, 100: 148, 120: 188}
 # of shared memory, at most

@@ -301,3 +301,21 @@ class Saved:
     def bytes(self) -> int:
         storages = (t.untyped_storage() for t in self.tensors)
         return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+def reasons_of(model: nn.Module) -> dict[str, str]:
+    """Why each layer is left alone."""
+    return {layer.name: layer.reason for layer in neq.summary(model).layers}
+
+
+def step(model: nn.Module, x: Tensor | None = None) -> Tensor:
+    """A forward and a backward pass, on the same input each time."""
+    torch.manual_seed(1)
+    model.zero_grad()
+    y = model(tiny_input() if x is None else x)
+    y.square().sum().backward()
+    return y
+
+
+def rows_of(model: nn.Module) -> list[list[int]]:
+    return [layer.active_rows.tolist() for layer in layers_of(model)]

@@ -63,3 +63,17 @@ ADAMW_OPTIONS = [  # amsgrad, maximize, weight_decay
     (False, True, 0.1),
     (True, False, 0.1),
 ]
+
+
+def sgd_arguments(**changed):
+    """Arguments of ``sgd_rows_`` for one parameter [4, 2]."""
+    args = {
+        "params": [torch.ones(4, 2)],
+        "grads": [torch.ones(4, 2)],
+        "momentum_buffers": [torch.ones(4, 2)],
+        "rows": [torch.arange(4)],
+        "counts": [torch.tensor(2)],
+        "lr": lr(0.5),
+        "momentum": 0.5,
+    }
+    return (*(args | changed).values(), 0.0, 0.0, False, False, False)

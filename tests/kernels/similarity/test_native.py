@@ -21,13 +21,6 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 on_isas = pytest.mark.parametrize("isa", ISAS)
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def by(isa):
     """Inside, the operator runs on these instructions."""
     kernel = native_similarity.row_similarity

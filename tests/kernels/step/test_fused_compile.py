@@ -1,6 +1,6 @@
-"""Without a GPU: Triton kernels compile for every target, into the code that they should.
+"""Without a GPU: the kernels of steps compile for every target, into the code that they should.
 
-What launches them is run, on the shapes that lead to each of its tiles; the launches only compile.
+What launches them is run; the launches only compile.
 """
 
 from math import prod
@@ -9,86 +9,9 @@ from unittest import mock
 import pytest
 import torch
 
-from neq_kernels.similarity import fused as triton_similarity
-from neq_kernels.similarity import planner as similarity
 from neq_kernels.step import fused as triton_step
 from neq_kernels.step.options import SGD, AdamW
-from neq_kernels.wgrad import grouped
-from neq_kernels.wgrad.geometry import Conv
-from tests.support.aot import kernels, launches
-
-CONV = Conv((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
-every_target = pytest.mark.parametrize("arch", [80, 90, 100], ids="sm_{}".format)
-
-
-@every_target
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize(
-    ("dtype", "kernel", "inputs", "stride", "bias"),
-    [
-        (torch.bfloat16, (3, 3), 1, 1, True),
-        (torch.bfloat16, (7, 7), 1, 1, True),
-        (torch.float32, (7, 7), 1, 1, True),
-        (torch.float16, (3, 3), 4, 1, True),
-        (torch.bfloat16, (8, 8), 1, 2, True),  # the most weights
-        (torch.float32, (1, 9), 7, 1, False),
-    ],
-    ids=str,
-)
-def test_grouped(arch, layout, dtype, kernel, inputs, stride, bias):
-    """A step reads a value of dY once, one of X for each weight, and multiplies them once; so many
-    programs run at a time as were counted on."""
-    channels, padding = 64 * inputs, tuple(side // 2 for side in kernel)
-    geometry = CONV._replace(stride=(stride, stride), padding=padding, groups=64)
-    x, weight = (2, channels, 28, 28), torch.empty(channels, inputs, *kernel)
-    shapes = geometry.output(x, weight), x, weight.shape
-    dy, x, weight = (torch.empty(s, dtype=dtype).to(memory_format=layout) for s in shapes)
-    rows = torch.arange(channels)
-    correlate, _ = kernels(
-        arch, lambda: grouped.conv_wgrad(dy, x, weight, rows, 40, bias, geometry)
-    )
-    weights, of_rows = inputs * prod(kernel), 1
-    assert weights <= grouped.MOST_WEIGHTS
-    assert correlate.asks("ld.global") == weights + 1 + of_rows
-    if arch < 100:  # which multiplies in pairs
-        assert correlate.asks("fma.rn") == weights
-    assert correlate.registers * grouped.LANES * grouped.programs(weights) <= 2**16
-
-
-def test_a_gpu_compares_outputs_by_the_kernel():
-    assert similarity.backend("cuda") is triton_similarity
-
-
-@every_target
-@pytest.mark.parametrize(
-    ("dtype", "other", "before", "neurons", "after"),
-    [
-        (torch.bfloat16, torch.bfloat16, 9850, 1000, 1),
-        (torch.float32, torch.float32, 50, 64, 3136),
-        (torch.float32, torch.bfloat16, 51200, 64, 1),
-        (torch.float64, torch.float64, 51200, 64, 1),
-        (torch.float64, torch.bfloat16, 51200, 64, 1),
-    ],
-    ids=str,
-)
-def test_row_similarity(arch, dtype, other, before, neurons, after):
-    """It reads 16 bytes at a time, in registers so few that ``PROGRAMS`` of it run at a time."""
-    shape = 1, before, neurons, after
-    y, y_ = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=other)
-    (kernel,) = kernels(arch, lambda: triton_similarity.row_similarity(y, y_))
-    assert kernel.count("LDG", "128") == kernel.count("LDG") > 0
-    threads = 32 * triton_similarity.WARPS
-    programs = triton_similarity.PROGRAMS[torch.promote_types(dtype, torch.float32)]
-    assert kernel.registers * threads * programs <= 2**16
-
-
-@every_target
-@pytest.mark.parametrize(("pixels", "bits"), [(14 * 14, "64"), (7 * 7, "128")])
-def test_row_similarity_of_planes_that_are_not_aligned(arch, pixels, bits):
-    """Of 16-bit values, whole planes at least are aligned, or an image of them."""
-    y = torch.empty(1, 50, 64, pixels, dtype=torch.bfloat16)
-    (kernel,) = kernels(arch, lambda: triton_similarity.row_similarity(y, y))
-    assert kernel.count("LDG", bits) == kernel.count("LDG") > 0
+from tests.support.aot import every_target, kernels, launches
 
 
 def steps(kind, dtype, shape, active, shift=0, **options):
@@ -188,14 +111,6 @@ def test_rows_are_read_in_units_to_which_all_their_tensors_are_aligned(dtype, wi
     lists = [[t.view(5, width)] for t in (aligned, aligned, shifted)]
     (launch,) = triton_step._launches([torch.arange(5)], [torch.tensor(2)], *lists)
     assert launch.settings["UNIT"] == unit
-
-
-def test_outputs_of_other_sizes_compile_nothing_new():
-    with launches(90) as compiled:
-        for positions, neurons in ((4096, 64), (100, 64), (9999, 40), (77, 56)):
-            y = torch.empty(1, positions, neurons, 1, dtype=torch.float16)
-            triton_similarity.row_similarity(y, y)
-        assert len(compiled) == 1
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])

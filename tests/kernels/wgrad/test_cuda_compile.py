@@ -7,11 +7,9 @@ from functools import cache
 import pytest
 
 from tests.support import ROOT
-from tests.support.aot import functions
+from tests.support.aot import every_target, functions
 
 SOURCES = sorted((ROOT / "csrc/cuda").rglob("*.cu"))
-
-every_target = pytest.mark.parametrize("target", [80, 90, 100], ids="sm_{}".format)
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +31,8 @@ def compile_for(tmp_path_factory):
 
 @every_target
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
-def test_compiles(compile_for, source, target):
-    _, said = compile_for(source, target)
+def test_compiles(compile_for, source, arch):
+    _, said = compile_for(source, arch)
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
     assert spills
     assert set(spills) == {("0", "0")}
@@ -42,11 +40,11 @@ def test_compiles(compile_for, source, target):
 
 
 @every_target
-def test_conv_wgrad_multiplies_on_tensor_cores_what_it_copies_asynchronously(compile_for, target):
+def test_conv_wgrad_multiplies_on_tensor_cores_what_it_copies_asynchronously(compile_for, arch):
     """For each dtype and number of octets: nine matrices and one for the bias."""
     (source,) = (source for source in SOURCES if source.stem == "conv_wgrad")
     products = set()
-    for name, code in functions(compile_for(source, target)[0]).items():
+    for name, code in functions(compile_for(source, arch)[0]).items():
         if "sum_part" not in name:
             continue
         bfloat16 = "bfloat16" in name
@@ -58,10 +56,10 @@ def test_conv_wgrad_multiplies_on_tensor_cores_what_it_copies_asynchronously(com
 
 
 @every_target
-def test_pack_columns_has_enough_on_its_way(compile_for, target):
+def test_pack_columns_has_enough_on_its_way(compile_for, arch):
     """Eight loads in each thread, and registers for all of a multiprocessor's 2048 threads."""
     (source,) = (source for source in SOURCES if source.stem == "pack")
-    cubin, said = compile_for(source, target)
+    cubin, said = compile_for(source, arch)
     registers = dict(re.findall(r"function '(\S+)'.*?Used (\d+) registers", said, re.DOTALL))
     in_16_bits = 0
     for name, code in functions(cubin).items():

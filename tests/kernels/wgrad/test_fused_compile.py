@@ -14,21 +14,12 @@ from bench.contenders import active_count
 from bench.problems import Problem, conv, linear, problems
 from neq_kernels.wgrad import fused, planner
 from neq_kernels.wgrad.geometry import Conv
-from tests.support.aot import BLOCK_BYTES, kernels, launches
+from tests.support.aot import BLOCK_BYTES, every_target, kernels, launches
 
 WIDE, MMA = "cp.async.cg.shared.global", "mma.sync"  # a copy of 16 bytes; a product by a warp
 LARGE_MMA = {80: MMA, 90: "wgmma.mma_async", 100: "tcgen05.mma"}  # of tiles with 64 rows or more
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}  # the same, in machine code
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
-
-every_target = pytest.mark.parametrize("arch", [80, 90, 100], ids="sm_{}".format)
-
-
-@pytest.fixture
-def tf32_switch():
-    before = torch.backends.cuda.matmul.fp32_precision
-    yield
-    torch.backends.cuda.matmul.fp32_precision = before
 
 
 def asked(problem: Problem, share: float, dtype, weight_dtype):

@@ -50,13 +50,6 @@ CASES = {name: conv_case(neurons=36, active=ROWS, **kind) for name, kind in KIND
 in_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def native(args, isa):
     dy, x, weight, rows, count, bias, *geometry = args
     return kernel.conv_wgrad(dy, x, weight, rows, int(count), bias, Conv.of(*geometry), isa)

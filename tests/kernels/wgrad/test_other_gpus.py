@@ -23,11 +23,8 @@ def test_tiles_are_those_of_the_same_instructions(arch):
 
 
 @pytest.fixture
-def tf32():
-    before = torch.backends.cuda.matmul.fp32_precision
+def tf32(tf32_switch):
     torch.backends.cuda.matmul.fp32_precision = "tf32"
-    yield
-    torch.backends.cuda.matmul.fp32_precision = before
 
 
 @pytest.mark.usefixtures("tf32")
