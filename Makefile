@@ -21,21 +21,21 @@ gpu:
 	python3 bench/gpu_check.py $(ARGS)
 
 # The tests that reach compiled code, with every bad access and undefined operation an error; then the
-# kernels' threads, with every race an error (tests/races.cpp).
+# kernels' threads, with every race an error (tests/support/races.cpp).
 sanitize: export CXXFLAGS = -g -fsanitize=address,undefined -fno-sanitize-recover=all
 sanitize: $(VENV)/.deps build/sanitize/races
 	NEQ_CUDA=0 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize/lib PYTHONSAFEPATH=1 \
-		$(BIN)/python -m pytest --capture=sys tests/test_pack_columns.py tests/test_native.py \
-		tests/test_native_similarity.py tests/test_row_optimizers.py tests/test_zero_rows.py \
-		tests/test_narrow.py::test_exact_however_cut $(ARGS)
+		$(BIN)/python -m pytest --capture=sys tests/kernels/wgrad/test_pack_columns.py \
+		tests/kernels/wgrad/test_native.py tests/kernels/wgrad/test_zero_rows.py \
+		tests/kernels/wgrad/test_narrow.py::test_exact_however_cut $(ARGS)
 	build/sanitize/races
 
 # Linked without libgomp: the file brings what of it the kernels need.
-build/sanitize/races: tests/races.cpp $(wildcard csrc/*.h csrc/cpu/*)
+build/sanitize/races: tests/support/races.cpp $(wildcard csrc/*.h csrc/cpu/*)
 	mkdir -p build/sanitize/threads
-	cd build/sanitize/threads && printf '%s\n' $(CURDIR)/csrc/cpu/*.cpp $(CURDIR)/tests/races.cpp | \
+	cd build/sanitize/threads && printf '%s\n' $(CURDIR)/csrc/cpu/*.cpp $(CURDIR)/tests/support/races.cpp | \
 		xargs -P 2 -I{} c++ -std=c++20 -O2 -g -fopenmp -fno-math-errno -fsanitize=thread \
 		-Wall -Wextra -c {}
 	c++ -fsanitize=thread build/sanitize/threads/*.o -o $@

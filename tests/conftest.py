@@ -5,21 +5,25 @@ import pytest
 import torch
 from hypothesis import settings
 
+from neq_kernels.wgrad import planner
+
 settings.register_profile("few", max_examples=10)  # where each may compile a kernel
 
-collect_ignore = [] if shutil.which("nvcc") else ["test_cuda_compile.py"]
+_COMPILED_BY_NVCC = ["kernels/*/test_cuda_compile.py"]
+_OF_TRITON = ["kernels/test_interpreter.py", "kernels/*/test_other_gpus.py"]
+_OF_TRITON += ["kernels/*/test_fused*.py", "kernels/*/test_grouped*.py", *_COMPILED_BY_NVCC]
+
+collect_ignore_glob = [] if shutil.which("nvcc") else [*_COMPILED_BY_NVCC]
 if find_spec("triton") is None:
-    names = ["cuda_compile", "fused", "fused_compile", "grouped", "interpreter", "other_gpus"]
-    names += ["triton_compile", "triton_similarity", "triton_step"]
-    collect_ignore += [f"test_{name}.py" for name in names]
+    collect_ignore_glob += _OF_TRITON
 elif torch.cuda.is_available():
     # the GPU itself runs the kernels; and Triton 3.6 does not interpret beside numpy 2.4
-    collect_ignore += ["test_interpreter.py"]
+    collect_ignore_glob += ["kernels/test_interpreter.py"]
 
 
 def pytest_report_header():
     """No proof is left out silently."""
-    return [f"left out here: {name}" for name in collect_ignore]
+    return [f"left out here: {name}" for name in collect_ignore_glob]
 
 
 def pytest_collection_modifyitems(config, items):
@@ -50,15 +54,31 @@ def poisoned_memory():
 @pytest.fixture(scope="session")
 def cuda_on_host(tmp_path_factory):
     """The CUDA kernels, compiled for the CPU."""
-    from cuda_on_host import build
+    from tests.support.cuda_on_host import build
 
     return build(tmp_path_factory.mktemp("cuda_on_host"))
 
 
 @pytest.fixture
-def one_thread():
-    """For tiny problems, where a second thread only waits, and does so busily."""
+def threads():
+    """Sets how many threads there are."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
+    yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread(threads):
+    """For tiny problems, where a second thread only waits, and does so busily."""
+    threads(1)
+
+
+@pytest.fixture
+def fresh_planner(monkeypatch, tmp_path):
+    """A planner that has met no problem yet and finds no table."""
+    monkeypatch.setattr(planner, "_plans", {})
+    monkeypatch.setattr(planner, "_measured", {})
+    monkeypatch.setattr(planner, "TABLES", tmp_path / "tables")
+    planner.shipped.cache_clear()
+    yield
+    planner.shipped.cache_clear()

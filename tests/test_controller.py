@@ -1,81 +1,21 @@
-"""The loop: measure, decide, set; alone, resumed, and on several ranks."""
+"""The loop: measure, decide, set."""
 
 import copy
-import io
 import random
 import weakref
-from typing import get_args
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch import multiprocessing, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import neq
-from neq.measure import outputs as memory
-from neq.measure.outputs import Where
+from tests.support.training import Net, build, data, masks, train
 
 # everything here is too small for two
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-class Net(nn.Module):
-    """Convolution, norms, tokens, a layer used twice, one unused, dropout, and a classifier."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 6, 3)
-        self.norm = nn.BatchNorm2d(6)
-        self.tokens = nn.Linear(6, 6)
-        self.layernorm = nn.LayerNorm(6)
-        self.unused = nn.Linear(2, 2)
-        self.drop = nn.Dropout(0.2)
-        self.head = nn.Linear(6, 4)
-
-    def forward(self, x):
-        x = F.relu(self.norm(self.conv(x)), inplace=True).flatten(2).transpose(1, 2)
-        x = self.tokens(F.gelu(self.tokens(x)))
-        return self.head(self.drop(self.layernorm(x)).mean(1))
-
-
-def data(samples=24):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(samples, 3, 6, 6, generator=generator)
-    return x, torch.randint(4, (samples,), generator=generator)
-
-
-def build(policy=None, optimizer=torch.optim.SGD, seed=0, **options):
-    torch.manual_seed(seed)
-    model = Net()
-    arguments = {"lr": 0.05, "weight_decay": 1e-2}
-    if optimizer is torch.optim.SGD:
-        arguments["momentum"] = 0.9
-    optimizer = optimizer(model.parameters(), **arguments)
-    options.setdefault("probe", data()[0][:6])
-    policy = neq.Equilibrium(0.03) if policy is None else policy
-    return model, optimizer, neq.Controller(model, policy=policy, optimizer=optimizer, **options)
-
-
-def train(model, optimizer, epochs=1, control=None):
-    x, labels = data()
-    records = []
-    for _ in range(epochs):
-        model.train()
-        for batch in range(0, len(x), 8):
-            optimizer.zero_grad()
-            F.cross_entropy(model(x[batch : batch + 8]), labels[batch : batch + 8]).backward()
-            optimizer.step()
-        if control is not None:
-            records.append(control.step())
-    return records
-
-
-def masks(control):
-    return {name: first.active_mask.clone() for name, (first, *_) in control.layers.items()}
 
 
 def test_masks_are_what_the_statistic_says():
@@ -335,99 +275,6 @@ def test_a_shuffled_probe_is_noticed():
         train(model, optimizer, 1, control)
 
 
-POLICIES = {
-    "equilibrium": lambda: neq.Equilibrium(0.03),
-    "released": lambda: neq.Equilibrium.released(0.03),
-    "pinning": lambda: neq.Equilibrium(0.03, hysteresis=1, pinning=True),
-    "budget": lambda: neq.Budget(share=0.4),
-    "milliseconds": lambda: neq.Budget(share=0.4, unit="ms"),
-    "adaptive": lambda: neq.AdaptiveEps(0.03, rate=1e-3),
-    "random": lambda: neq.Random(0.5),
-    "slowest": lambda: neq.LowestVelocity(0.5),
-}
-
-
-PROBES = {
-    "images": lambda: data()[0][:6],
-    "loader": lambda: DataLoader(TensorDataset(*data()), batch_size=7, shuffle=True),
-    "noise": lambda: neq.NoiseProbe((4, 3, 6, 6)),
-    "weights": neq.WeightProbe,
-}
-WAYS = [(policy, "device", "images") for policy in POLICIES]
-WAYS += [("slowest", memory, probe) for memory in get_args(Where) for probe in PROBES]
-
-
-@pytest.mark.parametrize("outputs", [True, False])
-@pytest.mark.parametrize(("policy", "where", "probe"), WAYS)
-def test_stop_and_resume_is_the_same_run_bit_for_bit(
-    policy, where, probe, outputs, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(memory, "POSITIONS", 12)  # of 96 of a convolution's and its norm's
-
-    def go(*parts):
-        file, records = None, []
-        for epochs in parts:
-            options = {"memory": where, "probe": PROBES[probe]()}
-            model, optimizer, control = build(POLICIES[policy](), seed=len(records), **options)
-            if file is not None:
-                saved = torch.load(file, weights_only=True)
-                model.load_state_dict(saved["model"])
-                optimizer.load_state_dict(saved["optimizer"])
-                control.load_state_dict(saved["control"])
-                torch.set_rng_state(saved["random"])
-            elif policy == "milliseconds":
-                control.policy.costs = dict.fromkeys(control.layers, 1.5)
-            records += train(model, optimizer, epochs, control)
-            file = tmp_path / "checkpoint.pt"
-            parts_of_it = {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "control": control.state_dict(outputs=outputs),
-                "random": torch.get_rng_state(),
-            }
-            torch.save(parts_of_it, file)
-        return model, control, records
-
-    whole, control, records = go(5)
-    resumed, other, again = go(1, 2, 2)
-    for key, value in whole.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[key]), key
-    for name, mask in masks(control).items():
-        assert torch.equal(mask, masks(other)[name]), name
-    assert [r.epoch for r in again] == [1, 2, 3, 4, 5]
-    assert [r.layers for r in again] == [r.layers for r in records]
-    exactly = {"rtol": 0, "atol": 0, "equal_nan": True}
-    torch.testing.assert_close(other.state_dict(), control.state_dict(), **exactly)
-    if policy == "adaptive":
-        assert control.policy.eps == other.policy.eps != 0.03
-    assert 0 < records[-1].frozen_share < 1
-
-
-def test_state_without_outputs_is_small():
-    *_, control = build()
-
-    def size(**options):
-        buffer = io.BytesIO()
-        torch.save(control.state_dict(**options), buffer)
-        return buffer.tell()
-
-    assert size(outputs=False) < size() / 2
-
-
-@pytest.mark.parametrize("change", [{"probe": data()[0][6:12]}, {"memory": "sketch"}], ids=list)
-def test_outputs_kept_otherwise_are_not_taken_but_measured_anew(change, monkeypatch):
-    monkeypatch.setattr(memory, "POSITIONS", 12)
-    model, optimizer, control = build()
-    train(model, optimizer, 2, control)
-    _, _, other = build(**change)
-    other.model.load_state_dict(model.state_dict())
-    other.load_state_dict(control.state_dict())
-    other.step()  # nothing was trained since
-    measured = other._phi[~other._phi.isnan()]
-    assert len(measured) == 24
-    assert (measured == 1).all()
-
-
 def test_remove():
     model, optimizer, control = build(neq.AdaptiveEps(1e9))
     train(model, optimizer, 2, control)
@@ -476,101 +323,6 @@ def test_controller_refuses():
     state["masks"]["conv"] = torch.ones(9, dtype=torch.bool)
     with pytest.raises(ValueError, match="layer 'conv' has 6 neurons, the state was saved with 9"):
         make(policy=neq.Everything()).load_state_dict(state)
-
-
-class Contrary(neq.Policy):
-    """Chooses otherwise on each rank."""
-
-    measures = False
-
-    def choose(self, layers, epoch):
-        return [[dist.get_rank()] for _ in layers]
-
-
-DISTRIBUTED = {"equilibrium": neq.Equilibrium, "released": neq.Equilibrium.released}
-
-
-def on_rank(rank, folder):
-    dist.init_process_group("gloo", f"file://{folder}/init", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    x, labels = data()
-    mine = slice(rank, None, 2)
-    results = {}
-    for name, policy in DISTRIBUTED.items():
-        torch.manual_seed(rank)  # DDP takes rank 0's weights
-        model = DistributedDataParallel(Net().eval(), find_unused_parameters=True)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-        control = neq.Controller(
-            model,
-            probe=x[:6][mine] if name == "equilibrium" else x[:6][:4] if rank else x[:6][4:],
-            policy=policy(3e-4),
-            optimizer=optimizer,
-            history=f"{folder}/history-{name}.jsonl",
-        )
-        phi = []
-        for _ in range(4):
-            optimizer.zero_grad()
-            F.cross_entropy(model(x[mine]), labels[mine]).backward()
-            optimizer.step()
-            control.step()
-            phi.append(control._phi)
-        assert next(iter(control.layers)) == "conv"
-        results[name] = masks(control), torch.stack(phi), len(control.history.records)
-    contrary = neq.Controller(Net(), optimizer=(), policy=Contrary())
-    contrary.step()
-    results["contrary"] = masks(contrary)
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    context = multiprocessing.get_context("spawn")  # a fork would share threads that are not there
-    processes = [context.Process(target=on_rank, args=(rank, folder)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-        assert process.exitcode == 0
-    return folder, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
-
-
-@pytest.mark.parametrize("policy", DISTRIBUTED)
-def test_ranks_decide_alike_from_the_samples_of_all(policy, ranks):
-    (first, phi, _), (second, phi_, _) = (results[policy] for results in ranks[1])
-    assert torch.allclose(phi, phi_, 0, 0, equal_nan=True)
-    for name, mask in first.items():
-        assert torch.equal(mask, second[name]), name
-    shares = torch.cat(list(first.values())).double().mean()
-    assert 0.1 < shares < 0.9
-
-    # one process with all samples measures the same
-    x, labels = data()
-    torch.manual_seed(0)
-    model = Net().eval()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    control = neq.Controller(
-        model, probe=x[:6], policy=DISTRIBUTED[policy](3e-4), optimizer=optimizer
-    )
-    for epoch in range(4):
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), labels).backward()
-        optimizer.step()
-        control.step()
-        assert torch.allclose(control._phi, phi[epoch], atol=1e-5, equal_nan=True)
-
-
-def test_only_rank_0_writes_history(ranks):
-    folder, (first, second) = ranks
-    assert [first["equilibrium"][2], second["equilibrium"][2]] == [4, 0]
-    assert len((folder / "history-equilibrium.jsonl").read_text().splitlines()) == 4
-
-
-def test_where_ranks_choose_otherwise_rank_0_holds(ranks):
-    _, results = ranks
-    for result in results:
-        assert all(m.nonzero().tolist() == [[0]] for m in result["contrary"].values())
 
 
 @pytest.mark.gpu

@@ -1,0 +1,213 @@
+"""bench/gpu_check.py itself, on parts that need no GPU."""
+
+import importlib
+import json
+import sys
+from unittest import mock
+
+import pytest
+import torch
+
+from bench import backward_speed, end_to_end, gpu_check
+from bench.gpu_check import Part
+from bench.networks import NETWORKS
+from bench.problems import problems
+from bench.timing import environment
+from tests.support import ROOT
+
+ROW = {
+    "op": "linear_wgrad",
+    "name": "vit-s/mlp.up",
+    "shape": "50 x 8 -> 8",
+    "count": 12,
+    "dtype": "bfloat16",
+    "layout": "contiguous",
+    "dense_layout": "contiguous",
+    "active": 0.5,
+    "backend": "fused",
+    "ratio": 0.6,
+    "realised": 0.8,
+    "wrong": {},
+    **{
+        f"{name}_{what}": 1.0
+        for name in ("dense", "plain", "neq", "masked", "gather")
+        for what in ("p20", "ms", "p80")
+    },
+}
+
+
+STEP = {
+    "network": "vit-s",
+    "samples": 256,
+    "contender": "neq",
+    "active": 0.5,
+    "dtype": "bfloat16",
+    "layout": "contiguous",
+    "mode": "eager",
+    "optimizer": "neq AdamW",
+    "wrong": {},
+    "backends": "fused 73",
+    "peak_mib": 100.0,
+    "ratio": 0.9,
+    "realised": 0.8,
+    "realised_gradients": 0.7,
+    "ceiling": 1.2,
+    "ceiling_of_thirds": 1.2,
+    **{
+        f"{part}_{p}": 1.0 for part in ("step", "gradients", "update") for p in ("p20", "ms", "p80")
+    },
+}
+NONE = STEP | {"contender": "none", "active": 0, "realised": None, "realised_gradients": None}
+
+
+SLOW = """
+import time
+print(1, flush=True)
+try:
+    time.sleep(99)
+except KeyboardInterrupt:
+    print("what it knows")
+"""
+TESTS = SLOW.replace("what it knows", "{}, 3 passed in 5s").format
+REFUSES = "print('= Error: Device not supported.'); print('1 failed'); exit(1)"
+DEAF = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
+
+
+def python(code):
+    return [sys.executable, "-c", code]
+
+
+@pytest.mark.parametrize(
+    ("command", "seconds", "ended", "last_line"),
+    [
+        (python("print('some\\nthing\\n')"), 60, "passed", "thing"),
+        (python("import sys; sys.exit('no')"), 60, "failed with exit status 1", "no"),
+        (python(SLOW), 5, "stopped after 5 s", "what it knows"),
+        (python(f"{DEAF}\n{SLOW}"), 5, "stopped after 5 s", "1"),
+        (python(TESTS("1 skipped")), 5, "stopped after 5 s: 3 passed", "1 skipped, 3 passed in 5s"),
+        (
+            *(python(TESTS("2 failed")), 5),
+            *("failed, stopped after 5 s: 2 failed, 3 passed", "2 failed, 3 passed in 5s"),
+        ),
+        (python(REFUSES), 60, "left out: Device not supported", "1 failed"),
+        (["no-such-tool"], 60, "left out: no no-such-tool here", ""),
+        (python(""), 0, "left out: no time was left", ""),
+    ],
+    ids=[
+        "passes",
+        "fails",
+        "is slow",
+        "does not listen",
+        "tests",
+        "failing tests",
+        "refuses",
+        "is missing",
+        "is late",
+    ],
+)
+def test_how_a_part_ends(command, seconds, ended, last_line, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "GRACE", 2)
+    end = gpu_check.time.monotonic() + seconds
+    outcome = gpu_check.run(Part("part", command, until=1), tmp_path, end)
+    assert (outcome.ended, outcome.last_line) == (ended, last_line)
+
+
+@pytest.fixture
+def check(tmp_path, monkeypatch):
+    """Runs some parts; gives the exit status."""
+    facts = environment(torch.device("cpu"))
+    monkeypatch.setattr(gpu_check, "environment", lambda device: facts)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def check(*parts):
+        monkeypatch.setattr(gpu_check, "parts", lambda out, seconds: parts)
+        return gpu_check.main(["--out", str(tmp_path), "--minutes", "2"])
+
+    return check
+
+
+def writes(folder, name, rows):
+    file, text = str(folder / f"{name}.json"), json.dumps({"results": rows})
+    return Part(name, python(f"open({file!r}, 'w').write({text!r})"), 1)
+
+
+def test_what_one_part_loses_the_others_keep(check, tmp_path, capsys):
+    parts = [writes(tmp_path, "speed vit", [ROW]), writes(tmp_path, "steps vit", [NONE, STEP])]
+    assert check(*parts, Part("other", python("1 / 0"), 1)) == 1
+    summary = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert summary["environment"]["cpu"]
+    assert summary["results"] == [ROW]
+    assert summary["steps"] == [NONE, STEP]
+    ended = [part["ended"] for part in summary["parts"]]
+    assert ended == ["passed", "passed", "failed with exit status 1"]
+    assert "ZeroDivisionError" in summary["parts"][2]["last_line"]
+    assert (tmp_path / "backward_speed.png").stat().st_size > 0
+    assert (tmp_path / "end_to_end.png").stat().st_size > 0
+    printed = capsys.readouterr().out
+    assert "vit-s" in printed
+    assert "fused 1" in printed
+    assert "vit-s x 256" in printed
+
+
+def test_what_is_cut_off_or_missing_is_named_and_no_failure(check, capsys):
+    assert check(Part("tests", python(TESTS("1 skipped")), 0.03), Part("tool", ["no-tool"], 1)) == 0
+    printed = capsys.readouterr().out
+    assert "stopped after 3 s: 3 passed" in printed
+    assert "left out: no no-tool here" in printed
+
+
+@pytest.mark.parametrize("kind", ["speed", "steps"])
+def test_a_wrong_result_is_a_failure_of_a_part_that_was_cut_off_too(kind, check, tmp_path, capsys):
+    unknown = {"ratio": None, "realised": None, "wrong": {"neq": "dW by neq is wrong for vit"}}
+    spoilt = (ROW if kind == "speed" else STEP) | unknown
+    spoilt |= {key: None for key in spoilt if key.startswith(("neq_", "step_"))}
+    assert check(writes(tmp_path, f"{kind} vit", [spoilt])) == 1
+    assert "dW by neq is wrong for vit" in capsys.readouterr().out
+
+
+def test_finds_tools_that_only_cuda_has_on_its_path(tmp_path, monkeypatch):
+    assert gpu_check.find("no-such-tool") == "no-such-tool"
+    (tmp_path / "bin").mkdir()
+    tool = tmp_path / "bin/no-such-tool"
+    tool.touch(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert gpu_check.find("no-such-tool") == str(tool)
+
+
+def test_parts_are_commands_that_exist(tmp_path):
+    parts = list(gpu_check.parts(tmp_path, 480))
+    assert [part.until for part in parts] == sorted(part.until for part in parts)
+    timed, stepped = [], []
+    for part in parts:
+        if part.name.startswith("steps"):
+            steps = [argument.replace("cuda", "cpu") for argument in part.command[2:]]
+            modes = {"--compile", "--graphs"} & {*steps}
+            steps = [argument for argument in steps if argument != "--graphs"]
+            with mock.patch.object(end_to_end, "networks", return_value=NETWORKS):
+                stepped += ((name, *modes) for name in end_to_end.parse(steps).networks)
+        elif part.name.startswith("speed"):
+            speed = [argument.replace("cuda", "cpu") for argument in part.command[2:]]
+            timed += [problem.name for problem in backward_speed.parse(speed).problems]
+        elif part.command[1].startswith("bench/"):
+            script = importlib.import_module(f"bench.{part.name}")
+            script.parse([argument.replace("cuda", "cpu") for argument in part.command[2:]])
+    assert sorted(timed) == sorted(problem.name for problem in problems("full", "cpu"))
+    assert stepped[:4] == [(name,) for name in gpu_check.STEPS]
+    assert stepped[4:] == [
+        ("gpt2", "--compile"),
+        ("resnet50", "--graphs"),
+        ("resnet50", "--compile"),
+    ]
+    assert len({part.name for part in parts}) == len(parts)
+    for kernel in gpu_check.KERNELS:
+        file, name = kernel.split("::")
+        assert f"def {name}(" in (ROOT / file).read_text()
+
+
+def test_needs_a_gpu(capsys):
+    with (
+        mock.patch.object(torch.cuda, "is_available", return_value=False),
+        pytest.raises(SystemExit),
+    ):
+        gpu_check.main([])
+    assert f"needs a GPU: torch {torch.__version__} sees no CUDA" in capsys.readouterr().err

@@ -1,0 +1,142 @@
+"""bench/steps.py: steps are what they are called, and wrong ones are not timed."""
+
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench import steps
+from bench.end_to_end import Shares
+from bench.steps import Bench, Gate, Step
+from neq_kernels import ops
+from neq_kernels.wgrad import planner
+from tests.support.benches import CPU, IMAGES, TinyClassifier
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def bench():
+    torch.manual_seed(0)
+    return Bench(IMAGES, TinyClassifier(), "contiguous", 4, CPU, torch.float32)
+
+
+def step(bench, name, active):
+    return Step(bench, name, active, Shares.of(bench).wgrads)
+
+
+class Convolutions(TorchDispatchMode):
+    """Of each backward of a convolution inside, whether dX and dW are computed; or "rows"."""
+
+    def __init__(self):
+        super().__init__()
+        self.wanted = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution_backward.default:
+            self.wanted.append(tuple(args[-1][:2]))
+        if func is ops.conv_wgrad:
+            self.wanted.append("rows")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("name", "active", "wanted"),
+    [
+        ("dense", 1, [(True, True), (False, True)]),
+        ("none", 0, [(True, False)]),  # which dense needs for the first layer's dW
+        ("neq", 0, []),
+        ("masked", 0.5, [(True, True), (False, True)]),
+        ("gather", 0.5, ["rows", (True, False), "rows"]),
+    ],
+)
+def test_what_a_step_computes(bench, name, active, wanted):
+    one = step(bench, name, active)
+    one.prepare()
+    with Convolutions() as seen:
+        one.gradients(0)
+    assert seen.wanted == wanted
+    for name, layer in bench.layers.items():
+        rows = one.rows[name]
+        assert rows.count == active * rows.neurons
+        grad = layer.weight.grad
+        assert rows.count == 0 or not grad[rows.order[rows.count :]].any()
+        assert (grad is None) == (rows.count == 0)
+
+
+def test_whole_layers(bench):
+    wgrads = dict(Shares.of(bench).wgrads)
+    assert wgrads.keys() == {"conv1", "bn1", "conv2", "bn2", "hidden"}
+    for share in (1, 0.5, 0.1, 0):
+        one = Step(bench, "layers", 1 - share, wgrads)
+        frozen = [name for name, rows in one.rows.items() if rows.count == 0]
+        rest = [flops for name, flops in wgrads.items() if name not in frozen]
+        left = share * sum(wgrads.values()) - sum(wgrads[name] for name in frozen)
+        assert 0 <= left < min(rest, default=1)
+        one.prepare()
+        for name, layer in bench.layers.items():
+            assert layer.weight.requires_grad == (name not in frozen)
+    step(bench, "dense", 1).prepare()
+    assert all(p.requires_grad for p in bench.parameters.values())
+
+
+def test_frozen_rows_rest_under_the_optimizer_by_rows(bench):
+    bench.row_optimizer.param_groups[0]["lr"] = 1.0
+    half = step(bench, "neq", 0.5)
+    before = {name: layer.weight.detach().clone() for name, layer in bench.layers.items()}
+    for _ in range(2):
+        half.lead(0)
+        half.gradients(0)
+        half.update(0)
+    for name, layer in bench.layers.items():
+        moved = (layer.weight != before[name]).view(layer.n_neurons, -1).any(1)
+        assert torch.equal(moved, half.rows[name].mask)
+    assert all(p.grad is None for p in bench.parameters.values())
+
+
+def test_share_of_the_weight_gradients(bench):
+    shares = Shares.of(bench)
+    per_pixel = {"conv1": 36 * 27 * 8, "conv2": 16 * 72 * 8, "bn1": 2 * 36 * 8, "bn2": 2 * 16 * 8}
+    macs = {**per_pixel, "hidden": 8 * 16, "fc": 16 * 5}
+    assert shares.wgrads == {name: 2 * macs[name] for name in bench.layers}
+    # the first layer has no dgrad
+    everything = 2 * (3 * sum(macs.values()) - macs["conv1"])
+    assert shares.of_step == pytest.approx(sum(shares.wgrads.values()) / everything)
+
+
+def off_by_a_little(dw):
+    dw[torch.nonzero(dw)[0][0]] *= 1.01
+
+
+def unwritten(dw):
+    dw[torch.nonzero(dw)[0][0]] = math.nan
+
+
+def thawed(dw):
+    dw[(dw == 0).flatten(1).all(1).nonzero()[0]] = 1e-9
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (off_by_a_little, r"the gradient of conv\d.weight is off by [\d.e-]+, allowed are"),
+        (unwritten, r"the gradient of conv\d.weight is off by nan"),
+        (thawed, r"the gradient of conv\d.weight is not zero in the frozen rows"),
+    ],
+)
+def test_a_wrong_gradient_is_not_timed(bench, monkeypatch, fault, message):
+    right = planner.conv_wgrad
+
+    def wrong(*args):
+        dw, db = right(*args)
+        fault(dw)
+        return dw, db
+
+    gate = Gate("images", bench, step(bench, "dense", 1))
+    gate.admit(step(bench, "gather", 0.5))
+    monkeypatch.setattr(planner, "conv_wgrad", wrong)
+    with pytest.raises(steps.WrongResultError, match=message) as error:
+        gate.admit(step(bench, "gather", 0.5))
+    where = r"gather is wrong for images (contiguous) with 0.5 of the neurons active: "
+    assert str(error.value).startswith(where)

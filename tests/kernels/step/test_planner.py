@@ -1,0 +1,45 @@
+"""Which backend steps a parameter's active rows."""
+
+from unittest import mock
+
+import pytest
+import torch
+
+from neq_kernels.step import native as native_step
+from neq_kernels.step import pack as pack_step
+from neq_kernels.step import planner as row_step
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "elements", "chosen"),
+    [
+        ("cpu", torch.float32, 9, "native"),
+        ("cpu", torch.bfloat16, 9, "pack"),
+        ("cuda", torch.float32, 9, "fused"),
+        ("cuda", torch.bfloat16, 9, "fused"),
+        ("cuda", torch.float8_e5m2, 9, "pack"),
+        ("cuda", torch.float32, 2**31, "pack"),
+        ("mps", torch.float32, 9, "pack"),
+    ],
+    ids=str,
+)
+def test_who_steps(device, dtype, elements, chosen):
+    p = mock.Mock(dtype=dtype, is_cpu=device == "cpu", is_cuda=device == "cuda")
+    p.numel.return_value = elements
+    assert row_step.backend(p).__name__ == f"neq_kernels.step.{chosen}"
+
+
+def test_who_steps_a_transposed_matrix():
+    whole, transposed = torch.ones(3, 4), torch.ones(4, 3).t()
+    assert row_step.backend(transposed, transposed) is native_step
+    assert row_step.backend(transposed, whole) is pack_step
+    assert row_step.backend(whole, transposed) is pack_step
+    assert row_step.backend(torch.ones(4, 3, 2).transpose(0, 1)) is pack_step
+
+
+def test_without_triton_torch_steps_on_a_gpu():
+    p = mock.Mock(is_cpu=False, is_cuda=True, numel=lambda: 9)
+    with mock.patch.object(row_step, "triton_is_there", return_value=False):
+        assert row_step.backend(p) is pack_step

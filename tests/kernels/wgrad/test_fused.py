@@ -1,0 +1,244 @@
+"""The fused kernels: on a GPU where there is one, and anywhere in Triton's interpreter."""
+
+import math
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+import neq_kernels
+from neq_kernels.device.gpu import Gpu
+from neq_kernels.wgrad import fused, planner
+from tests.support.cases import (
+    conv_case,
+    dimensions,
+    examples,
+    linear_case,
+    linear_cases,
+    options,
+    some_of,
+)
+from tests.support.checks import exactly, no_worse_than_the_vendor, problem_of, same
+from tests.support.interpreter import DEVICES, DTYPES, INTERPRETED
+
+LINEAR = linear_case((7, 10), 33, 40, [1, 2, 5, 8, 13, 21, 34])
+CONV = conv_case(
+    (2, 16, 9, 7), (3, 3), 40, [0, 3, 4, 11, 39], padding=1, layouts=("channels_last",) * 3
+)
+SMALL = fused.Tile(16, 16, 16, 4, 2)  # so that a small problem has many tiles
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "planned")
+on_devices = pytest.mark.parametrize("device", DEVICES)
+in_dtypes = pytest.mark.parametrize("dtypes", DTYPES)
+in_cases = pytest.mark.parametrize("case", [LINEAR, CONV], ids=["linear", "conv"])
+random_cases = examples(25)
+deals = st.tuples(st.integers(1, 4), st.sampled_from([None, SMALL]))
+
+
+@pytest.fixture(scope="module")
+def planned():
+    """Every call is the fused kernel's, also where there is no GPU to ask for its size."""
+    with (
+        mock.patch.object(planner, "choose", return_value="fused"),
+        mock.patch.object(fused, "gpu", return_value=Gpu(90, 4)),
+    ):
+        yield
+
+
+def dealt(parts, tile=None):
+    """Inside, the work is cut into so many parts, of such tiles."""
+    tiles = mock.Mock(return_value=tile) if tile else fused.tile
+    return mock.patch.multiple(fused, parts=mock.Mock(return_value=parts), tile=tiles)
+
+
+def op_of(case):
+    return "linear_wgrad" if case.conv is None else "conv_wgrad"
+
+
+def run(case, args):
+    return getattr(neq_kernels, op_of(case))(*args)
+
+
+def check(case, args):
+    same(run(case, args), exactly(op_of(case), args))
+
+
+@st.composite
+def convs(draw):
+    """1-d and 2-d convolutions of any geometry and layout."""
+    dims = [draw(dimensions()) for _ in range(draw(st.integers(1, 2)))]
+    size, kernel, stride, padding, dilation = zip(*dims, strict=True)
+    x = draw(st.integers(1, 3)), draw(st.integers(1, 20)), *size
+    neurons = draw(st.integers(1, 40))
+    case = conv_case(
+        x, kernel, neurons, draw(some_of(neurons)), stride, padding, dilation, **draw(options())
+    )
+    assume(case.terms <= 256)  # bfloat16 counts to 256
+    return case
+
+
+@on_devices
+@in_dtypes
+@random_cases
+@given(case=linear_cases(), deal=deals)
+def test_linear_exact(device, dtypes, case, deal):
+    assume(case.terms and case.x[-1])
+    with dealt(*deal):
+        check(case, case.args(dtypes, device))
+
+
+@on_devices
+@in_dtypes
+@random_cases
+@given(case=convs(), deal=deals)
+def test_conv_exact(device, dtypes, case, deal):
+    with dealt(*deal):
+        check(case, case.args(dtypes, device))
+
+
+@on_devices
+@pytest.mark.parametrize("dtypes", DTYPES[-1:])
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("inputs", [50, 112, 144])
+@pytest.mark.parametrize("active", [3, 40, 120])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_every_tile(device, dtypes, parts, inputs, active, bias):
+    case = linear_case((200,), inputs, 150, range(5, 5 + active), bias=bias)
+    with dealt(parts):
+        check(case, case.args(dtypes, device))
+
+
+@on_devices
+@in_cases
+@pytest.mark.parametrize("dtypes", DTYPES[1:])
+def test_no_worse_than_the_vendor(device, dtypes, case):
+    long = linear_case((3000,), 64, 96, range(0, 96, 3)) if case is LINEAR else case
+    no_worse_than_the_vendor(op_of(case), long, dtypes, device)
+
+
+@on_devices
+@in_dtypes
+@in_cases
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("poison", [torch.inf, torch.nan], ids=str)
+def test_frozen_rows_are_zero_whatever_meets_in_them(device, dtypes, case, parts, poison):
+    dy, x, *rest = case.args(dtypes, device)
+    with dealt(parts):
+        clean = run(case, (dy, x, *rest))
+        dy.movedim(-1 if case is LINEAR else 1, 0)[case.frozen] = poison
+        same(run(case, (dy, x, *rest)), clean)
+        x.fill_(poison)
+        dw, db = run(case, (dy, x, *rest))
+    assert dw[case.frozen].count_nonzero() == db[case.frozen].count_nonzero() == 0
+    assert not dw[sorted(case.active)].isfinite().any()
+
+
+@on_devices
+@in_dtypes
+@in_cases
+def test_same_bits_however_often(device, dtypes, case):
+    dy, x, *rest = case.args(dtypes, device)
+    args = torch.randn_like(dy), torch.randn_like(x), *rest
+    with dealt(3):
+        same(run(case, args), run(case, args))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="is about streams")
+@in_cases
+@pytest.mark.parametrize("parts", [1, 3])
+def test_follows_the_current_stream(case, parts):
+    args = case.args((torch.bfloat16, torch.float32), "cuda")
+    dy = args[0].clone()
+    with dealt(parts):
+        expected = run(case, args)
+        args[0].zero_()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            torch.cuda._sleep(100_000_000)  # a launch on any other stream would read zeros
+            args[0].copy_(dy)
+            got = run(case, args)
+        torch.cuda.synchronize()
+    same(got, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="is about graphs")
+@in_cases
+@pytest.mark.parametrize("parts", [1, 3])
+def test_replays_in_a_graph(case, parts):
+    """Also a proof that nothing waits: capturing would fail."""
+    args = case.args((torch.bfloat16, torch.float32), "cuda")
+    with dealt(parts):
+        run(case, args)  # compiles
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = run(case, args)
+        args[0].neg_()
+        graph.replay()
+        same(got, run(case, args))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="is about more memory than a test has")
+def test_more_elements_than_an_int32_counts():
+    case = conv_case((1, 64, 8, 8), (3, 3), 64, range(0, 64, 3), padding=1)
+    dy, x, *rest = case.args((torch.bfloat16, torch.bfloat16), "cuda")
+    images = 2**19 + 1  # of which only the last, where an overflow does not reach, has values
+    far = [t.new_zeros(images, 8, 8, 64).movedim(-1, 1) for t in (dy, x)]
+    for zeros, values in zip(far, (dy, x), strict=True):
+        zeros[-1:] = values
+    same(run(case, (*far, *rest)), exactly(op_of(case), (dy, x, *rest)))
+
+
+def test_parts_fill_the_gpu_and_bound_the_scratch():
+    def parts(tiles, steps):
+        return fused.parts(tiles, steps, 264, overhead=8)
+
+    assert parts(1, 7) == 1  # too little to cut
+    assert parts(264, 10_000) == 1  # full as it is
+    assert parts(1, 10_000) > 100
+    assert parts(200, 1000) == 5  # nearly four full rounds, not most of one
+    for tiles in (1, 5, 130, 132, 200, 265, 1000):
+        for steps in (1, 8, 100, 10_000):
+            cut = parts(tiles, steps)
+            assert cut == 1 or cut * tiles <= 4 * 264
+            assert cut <= max(1, steps // 8)
+
+
+def test_tiles_waste_little():
+    def rows_and_columns(arch, k, columns, spare, pieces=True):
+        return fused.tile(arch, torch.bfloat16, "ieee", k, columns, spare, pieces)[:2]
+
+    rows = {k: rows_and_columns(90, k, 128, False)[0] for k in (1, 32, 33, 64, 128, 130)}
+    assert rows == {1: 32, 32: 32, 33: 64, 64: 64, 128: 128, 130: 64}
+    columns = {n: rows_and_columns(90, 128, n, True)[1] for n in (9, 64, 128, 256, 384, 4096)}
+    assert columns == {9: 64, 64: 64, 128: 128, 256: 256, 384: 128, 4096: 256}
+    assert rows_and_columns(80, 128, 4096, True) == (128, 128)
+    assert rows_and_columns(90, 128, 4096, False) == (128, 128)
+    assert rows_and_columns(90, 128, 4096, True, pieces=False) == (128, 64)
+
+
+def test_cost_claims_nothing_and_rules_out_what_the_kernel_cannot_do():
+    problem = problem_of("conv_wgrad", *CONV.args((torch.bfloat16, torch.bfloat16)))
+    problem = replace(problem, device="cuda", channels_last=True)
+    conv, huge = problem.conv, (2, 2**11, 2**10, 2**10)
+    assert fused.cost(problem) == 1
+    assert planner.predict(replace(problem, bucket=1)) != "fused"
+    for change in (
+        {"device": "cpu"},
+        {"dtype": torch.float64},
+        {"channels_last": False},
+        {"conv": conv._replace(transposed=True)},
+        {"conv": conv._replace(groups=2)},
+        {"conv": conv._replace(stride=(1, 1, 1))},
+        {"dy": (0, *problem.dy[1:])},
+        {"dy": (2**11, *huge[1:])},
+        {"x": huge},
+    ):
+        assert fused.cost(replace(problem, **change)) == math.inf, change
+    with mock.patch.object(fused, "triton_is_there", return_value=False):
+        assert fused.cost(problem) == math.inf

@@ -1,0 +1,136 @@
+"""Frozen rows of a dense gradient become zeros: in memory where that may be, else by torch."""
+
+from unittest import mock
+
+import pytest
+import torch
+
+from neq_kernels.device.extension import _C
+from neq_kernels.wgrad import dense
+from tests.support.cases import LAYOUTS
+
+ROWS = torch.tensor([0, 3, 4, 8])
+SHAPES = [(9, 40), (9, 6, 3, 3), (9, 5, 2, 3, 4), (9, 33), (9, 16, 1), (700, 400)]
+
+
+def zero_rows_(t, rows, dim):
+    return _C.cpu_zero_rows(t, rows, dim, torch.get_num_threads())
+
+
+def values(shape, dtype=torch.float32):
+    """NaN and all: zeros don't come by multiplication."""
+    t = torch.randn(shape).to(dtype)
+    return t.masked_fill_(torch.rand(shape) < 0.2, torch.nan)
+
+
+def zeroed(t, rows=ROWS, dim=0):
+    return t.clone().index_fill_(dim, rows, 0)
+
+
+def same(a, b):
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_in_memory(shape, dtype, layout):
+    t = LAYOUTS[layout](values(shape, dtype)) if len(shape) > 2 else values(shape, dtype)
+    expected = zeroed(t)
+    assert zero_rows_(t, ROWS, 0) == (t.stride(0) * t.element_size() >= 64)
+    if t.stride(0) * t.element_size() >= 64:
+        assert same(t, expected)
+
+
+def test_a_middle_dimension():
+    t = values((7, 9, 5, 5))
+    expected = zeroed(t, dim=1)
+    assert zero_rows_(t, ROWS, 1)
+    assert same(t, expected)
+
+
+def test_no_rows_and_all_rows():
+    t = values((9, 40))
+    before = t.clone()
+    assert zero_rows_(t, ROWS[:0], 0)
+    assert same(t, before)
+    assert zero_rows_(t, torch.arange(9), 0)
+    assert not t.any()
+
+
+@pytest.mark.parametrize(
+    "t",
+    [
+        values((9, 80))[:, ::2],
+        values((9, 80))[:, :40],
+        values((1, 40)).expand(9, 40),
+        values((40, 9)).t(),
+        values((9, 3)),
+        values((9, 0, 40)),
+    ],
+    ids=["gaps", "part of a matrix", "expanded", "columns", "short rows", "empty"],
+)
+def test_what_is_left_to_torch(t):
+    before = t.clone()
+    assert not zero_rows_(t, ROWS, 0)
+    assert same(t, before)
+
+
+def test_mistakes_are_named():
+    t = torch.ones(9, 40)
+    for args, message in (
+        ((t, torch.tensor([9]), 0, 1), "rows must be between 0 and neurons = 9, got 9"),
+        ((t, torch.tensor([-1]), 0, 1), "rows must be between 0 and neurons = 9, got -1"),
+        ((t, ROWS.int(), 0, 1), "rows must be contiguous int64 of one dimension"),
+        ((t, ROWS, 2, 1), "dim must be a dimension of the tensor, got 2"),
+        ((t, ROWS, 0, 0), "threads must be at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _C.cpu_zero_rows(*args)
+    assert t.all()
+
+
+def by_compiled_code(t):
+    """Whether ``zero_frozen_`` took the kernel; it zeroed in any case."""
+    expected = zeroed(t.detach())
+    with mock.patch.object(_C, "cpu_zero_rows", wraps=_C.cpu_zero_rows) as kernel:
+        dense.zero_frozen_(t, ROWS, 0)
+    assert same(t.detach(), expected)
+    return kernel.called
+
+
+def test_rows_with_gaps_in_memory():
+    t = values((9, 40))
+    expected = zeroed(t)
+    dense.zero_frozen_(t, torch.stack([ROWS, ROWS + 1], 1)[:, 0], 0)
+    assert same(t, expected)
+
+
+def test_a_change_that_autograd_notices():
+    t = values((9, 40))
+    version = t._version
+    assert by_compiled_code(t)
+    assert t._version > version
+
+
+class Mode(torch.utils._python_dispatch.TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **kwargs or {})
+
+
+class Special(torch.Tensor):
+    pass
+
+
+def test_only_where_nobody_looks():
+    assert not by_compiled_code(values((9, 40)).as_subclass(Special))
+    assert not by_compiled_code(torch.ones(9, 40, requires_grad=True) * 2)
+    assert not by_compiled_code(torch._neg_view(values((9, 40))))
+    with Mode():
+        assert not by_compiled_code(values((9, 40)))
+    with torch.profiler.profile():
+        assert not by_compiled_code(values((9, 40)))
+    t = values((3, 9, 40))
+    torch.func.vmap(lambda one: (dense.zero_frozen_(one, ROWS, 0), one)[1])(t)
+    assert not t[:, ROWS].any()
+    assert by_compiled_code(values((9, 40)))

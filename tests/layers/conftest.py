@@ -1,0 +1,18 @@
+"""Backends that tests of layers force."""
+
+import pytest
+
+from neq_kernels.wgrad import planner
+
+
+@pytest.fixture(params=["joint", "dense", "pack"])
+def backend(request, monkeypatch):
+    """What computes the gradient: tiny layers alone would meet the joint backward only."""
+
+    def choose(dy, x, weight, rows, k, bias, conv=None):
+        return "dense" if conv is not None and conv.groups > 1 else request.param
+
+    known_early = "dense" if request.param == "joint" else None
+    monkeypatch.setattr(planner, "planned", lambda *sizes: known_early)
+    monkeypatch.setattr(planner, "choose", choose)
+    return request.param

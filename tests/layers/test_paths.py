@@ -1,0 +1,158 @@
+"""Which way a layer goes: the plain one, the vendor's joint backward, or one operator."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+
+import neq
+from neq_kernels import ops
+from neq_kernels.wgrad import dense, planner
+from tests.support.layers import ALL, MATRIX, Operators, Saved, first_of_each, run
+
+each = pytest.mark.parametrize
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel"),
+]
+
+
+@each("case", ALL, ids=repr)
+def test_no_active_row(case):
+    plain, layer = case.twins()
+    layer.set_active([])
+    x = case.input().requires_grad_()
+    with Saved() as saved:
+        y = layer(x, **case.forward)
+    with Operators() as ops:
+        y.backward(torch.ones_like(y))
+    assert layer.weight.grad is None
+    assert layer.bias is None or layer.bias.grad is None
+    assert not ops.of_neq
+    if case in MATRIX:  # the norms need their input for dX
+        assert not saved.has(x)
+        assert saved.bytes <= layer.weight.nbytes, "nor a copy of it"
+    expected, dx = run(plain, x.detach(), torch.ones_like(y), **case.forward)
+    assert torch.equal(y, expected)
+    assert torch.equal(x.grad, dx)
+
+
+@each("case", ALL, ids=repr)
+def test_no_active_row_and_nothing_upstream(case):
+    _, layer = case.twins()
+    layer.set_active([])
+    with Saved() as saved:
+        y = layer(case.input(), **case.forward)
+    assert not y.requires_grad
+    assert not saved.tensors
+
+
+@each("case", first_of_each(ALL), ids=repr)
+@each("rows", [None, "all", "mask"])
+def test_all_rows_active_is_the_plain_path(case, rows):
+    plain, layer = case.twins()
+    n = layer.n_neurons
+    layer.set_active([0])
+    layer.set_active({None: None, "all": range(n), "mask": torch.ones(n, dtype=torch.bool)}[rows])
+    x = case.input()
+    dy = torch.randn(plain(x, **case.forward).shape)
+    plain.load_state_dict(layer.state_dict())  # the running statistics
+    with Operators() as theirs:
+        y, dx = run(plain, x, dy, **case.forward)
+    with Operators() as ours:
+        mine, my_dx = run(layer, x, dy, **case.forward)
+    assert ours.names == theirs.names
+    assert torch.equal(mine, y)
+    assert torch.equal(my_dx, dx)
+    for (name, p), q in zip(plain.named_parameters(), layer.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad), name
+
+
+@each("case", first_of_each(MATRIX), ids=repr)
+def test_the_operator_is_called_where_somebody_looks(case, monkeypatch):
+    monkeypatch.setattr(planner, "planned", lambda *sizes: "pack")
+    _, layer = case.twins()
+    layer.set_active([0])
+    x = case.input()
+    y = layer(x, **case.forward)
+    with torch.profiler.profile() as profile:
+        y.sum().backward(retain_graph=True)
+    assert sum(event.key.startswith("neq::") for event in profile.key_averages()) == 1
+    seen = {name: p.grad for name, p in layer.named_parameters()}
+    layer.zero_grad()
+
+    def dispatched(*args):
+        raise AssertionError("nobody looks")
+
+    monkeypatch.setattr(ops, "linear_wgrad", dispatched)
+    monkeypatch.setattr(ops, "conv_wgrad", dispatched)
+    y.sum().backward()
+    assert all(torch.equal(p.grad, seen[name]) for name, p in layer.named_parameters())
+
+
+@each("plan", ["dense", "pack", None])
+@each("case", first_of_each(MATRIX), ids=repr)
+def test_some_rows_active_runs_one_operator_unless_dense_is_planned(case, plan, monkeypatch):
+    """Then the vendor's joint backward runs, as in the plain layer, and the rows are zeroed."""
+    monkeypatch.setattr(planner, "planned", lambda *sizes: plan)
+    monkeypatch.setattr(planner, "choose", lambda *args: plan or "dense")
+    plain, layer = case.twins()
+    layer.set_active([0])
+    x = case.input()
+    dy = torch.randn(plain(x, **case.forward).shape)
+    with Operators() as ops:
+        run(layer, x, dy, **case.forward)
+    if plan != "dense":
+        assert len(ops.of_neq) == 1
+        return
+    assert not ops.of_neq
+    with Operators() as theirs:
+        run(plain, x, dy, **case.forward)
+    more = Counter(ops.names) - Counter(theirs.names)
+    views, fills = {"detach", "view", "t"}, {"index_fill", "index_fill_"}
+    of_columns = {"new_full", "bitwise_and_"}
+    assert {name.split("::")[1].split(".")[0] for name in more} <= views | fills | of_columns
+
+
+@each("case", MATRIX, ids=repr)
+@pytest.mark.usefixtures("fresh_planner")
+def test_the_planner_is_asked_before_the_forward_what_it_is_asked_after(case, monkeypatch):
+    asked = []
+
+    def problem_of(*sizes):
+        asked.append(problem(*sizes))
+        return asked[-1]
+
+    problem = planner.problem_of
+    monkeypatch.setattr(planner, "problem_of", problem_of)
+    monkeypatch.setattr(planner, "predict", lambda problem: "pack")
+    monkeypatch.setitem(planner.BACKENDS, "pack", dense)
+    _, layer = case.twins()
+    layer.set_active([0])
+    y = layer(case.input(), **case.forward)
+    if layer.n_neurons == 1:
+        return
+    (early,) = asked
+    assert early.neurons == layer.n_neurons
+    assert math.prod(early.dy) == y.numel()
+    planner._plans.clear()
+    y.sum().backward()
+    assert set(asked) == {early}
+
+
+@each("plan", ["dense", "pack"])
+@pytest.mark.usefixtures("fresh_planner")
+def test_tuning_waits_for_the_backward(plan, monkeypatch):
+    """What is timed there decides between the paths of the next forward."""
+    monkeypatch.setattr(planner, "_fastest", lambda *args: plan)
+    layer = neq.convert(nn.Linear(6, 8))
+    layer.set_active([1])
+    ran = []
+    with planner.tuning():
+        for _ in range(2):
+            with Operators() as ops:
+                layer(torch.ones(3, 6)).sum().backward()
+            ran.append(len(ops.of_neq))
+    assert ran == [1, 0 if plan == "dense" else 1]

@@ -1,0 +1,165 @@
+"""What a summary says of each layer, and of those that are left alone."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
+
+import neq
+from tests.support.layers import Tiny, layers_of, mask_randomly, reasons_of
+
+each = pytest.mark.parametrize
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def dynamically_quantized():
+    return torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 4)), {nn.Linear})[0]
+
+
+def trained_quantized():
+    from torch.ao.nn.qat import Linear
+    from torch.ao.quantization import default_qconfig, get_default_qat_qconfig
+
+    del default_qconfig
+    return Linear(4, 4, qconfig=get_default_qat_qconfig("fbgemm"))
+
+
+def pruned():
+    return prune.l1_unstructured(nn.Linear(4, 4), "weight", 0.5)
+
+
+def replaced_forward():
+    layer = nn.Linear(4, 4)
+    layer.forward = lambda x: x
+    return layer
+
+
+class Parameter2(nn.Parameter):
+    pass
+
+
+def other_parameter():
+    layer = nn.Linear(4, 4)
+    layer.weight = Parameter2(layer.weight.detach())
+    return layer
+
+
+class OwnLinear(nn.Linear):
+    pass
+
+
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+
+COMPUTED = "its weight is computed at each forward (weight_norm, spectral_norm, pruning)"
+PARAMETRIZED = "parametrized: its weight is computed at each forward"
+LEFT_ALONE = {
+    "lazy": (lambda: nn.LazyLinear(4), "lazy: its shape is unknown until a first forward"),
+    "lazy conv": (lambda: nn.LazyConv2d(4, 3), "lazy: its shape is unknown until a first forward"),
+    "dynamically quantized": (dynamically_quantized, "quantized"),
+    "quantization-aware": (trained_quantized, "quantized"),
+    "parametrized": (
+        lambda: parametrize.register_parametrization(nn.Linear(4, 4), "weight", nn.Identity()),
+        PARAMETRIZED,
+    ),
+    "weight_norm": (lambda: parametrizations.weight_norm(nn.Linear(4, 4)), PARAMETRIZED),
+    "weight_norm without bias": (
+        lambda: parametrizations.weight_norm(nn.Linear(4, 4, bias=False)),
+        PARAMETRIZED,
+    ),
+    "spectral_norm": (lambda: parametrizations.spectral_norm(nn.Conv2d(4, 4, 3)), PARAMETRIZED),
+    "old weight_norm": (lambda: nn.utils.weight_norm(nn.Linear(4, 4)), COMPUTED),
+    "old spectral_norm": (lambda: nn.utils.spectral_norm(nn.Linear(4, 4, bias=False)), COMPUTED),
+    "pruned": (pruned, COMPUTED),
+    "MultiheadAttention": (
+        lambda: nn.MultiheadAttention(4, 2),
+        "its in-projection packs three layers into one weight",
+    ),
+    "subclass": (lambda: OwnLinear(4, 4), "a subclass of Linear that neq does not know"),
+    "other module": (Scale, "not a kind of layer that neq knows"),
+    "embedding": (lambda: nn.Embedding(4, 4), "not a kind of layer that neq knows"),
+    "recurrent": (lambda: nn.LSTM(4, 4), "not a kind of layer that neq knows"),
+    "meta": (lambda: nn.Linear(4, 4, device="meta"), "on the meta device"),
+    "not affine": (lambda: nn.LayerNorm(4, elementwise_affine=False), "it has no weight"),
+    "no outputs": (lambda: nn.Linear(4, 0, bias=False), "it has no weight"),
+    "other parameter": (other_parameter, "its weight is a Parameter2"),
+    "replaced forward": (replaced_forward, "its forward was replaced on the instance"),
+}
+
+
+@each(("make", "reason"), LEFT_ALONE.values(), ids=LEFT_ALONE)
+@pytest.mark.filterwarnings("ignore")  # torch's own deprecations
+def test_what_is_left_alone_and_why(make, reason):
+    model = nn.Sequential(nn.Linear(2, 2), make())
+    kind = type(model[1])
+    state = dict(vars(model[1]))
+    neq.convert(model)
+    assert type(model[0]) is neq.NEqLinear
+    assert type(model[1]) is kind
+    assert vars(model[1]) == state
+    assert reasons_of(model)["1"] == reason
+    assert reason in str(neq.summary(model))
+
+
+def test_the_out_projection_of_multihead_attention_is_left_alone():
+    model = neq.convert(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
+    assert reasons_of(model)["self_attn.out_proj"] == "a subclass of Linear that neq does not know"
+    assert {type(m) for m in layers_of(model)} == {neq.NEqLinear, neq.NEqLayerNorm}
+    plain = copy.deepcopy(neq.revert(copy.deepcopy(model)))
+    mask_randomly(model)
+    x = torch.randn(2, 3, 8)
+    for m in model, plain:
+        m.eval()  # where torch has a fast path of its own
+    with torch.no_grad():
+        assert torch.equal(model(x), plain(x))
+    assert torch.equal(model(x), plain(x))
+
+
+def test_a_lazy_layer_can_be_converted_after_its_first_forward():
+    model = neq.convert(nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d()))
+    model(torch.randn(3, 2))
+    neq.convert(model)
+    assert [type(m) for m in model] == [neq.NEqLinear, neq.NEqBatchNorm1d]
+
+
+def test_a_pruned_layer_can_be_converted_once_the_pruning_is_made_permanent():
+    model = nn.Sequential(pruned())
+    prune.remove(model[0], "weight")
+    assert type(neq.convert(model)[0]) is neq.NEqLinear
+
+
+def test_summary_as_a_table():
+    model = nn.Sequential(nn.Linear(3, 40), nn.ReLU(), nn.Embedding(5, 3), nn.BatchNorm1d(8))
+    neq.convert(model)
+    model[0].set_active(range(10))
+    assert str(neq.summary(model)) == (
+        "layer  kind            neurons  active\n"
+        "0      NEqLinear            40   25.0%\n"
+        "2      Embedding             -       -  not a kind of layer that neq knows\n"
+        "3      NEqBatchNorm1d        8  100.0%\n"
+        "total                       48   37.5%"
+    )
+
+
+def test_summary_as_values():
+    model = neq.convert(Tiny(), classes=[nn.Linear])
+    model.hidden.set_active([1, 2])
+    summary = neq.summary(model)
+    assert (summary.neurons, summary.active) == (21, 7)
+    hidden = next(layer for layer in summary.layers if layer.name == "hidden")
+    assert (hidden.kind, hidden.neurons, hidden.active, hidden.reason) == ("NEqLinear", 16, 2, "")
+    conv = next(layer for layer in summary.layers if layer.name == "conv")
+    assert (conv.kind, conv.neurons, conv.active, conv.reason) == ("Conv2d", 0, 0, "not asked for")
+
+
+def test_summary_of_a_model_with_nothing_to_say():
+    assert str(neq.summary(nn.ReLU())).splitlines()[1].split() == ["total", "0", "-"]
+
+
+def test_summary_of_one_layer():
+    assert "(the model)  NEqLinear" in str(neq.summary(neq.convert(nn.Linear(2, 2))))

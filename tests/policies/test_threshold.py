@@ -1,0 +1,113 @@
+"""Policies that freeze below a speed."""
+
+import torch
+from torch import nn
+
+import neq
+from tests.support.velocities import NAN, chosen_rows, controller, motion
+
+
+def test_equilibrium_is_a_speed_below_eps():
+    velocities = motion([0.2, -0.2, 0.0, -0.05, 0.1, NAN])
+    assert chosen_rows(neq.Equilibrium(0.1), velocities) == [
+        [0, 1, 4, 5]
+    ]  # the paper: |v| < eps rests
+    assert chosen_rows(neq.Equilibrium.released(0.1), velocities) == [
+        [0, 1, 5]
+    ]  # the code: |v| <= eps
+    assert chosen_rows(neq.Equilibrium(0), motion([0.0, 1e-300])) == [[0, 1]]
+
+
+def test_equilibrium_as_released():
+    policy = neq.Equilibrium.released()
+    assert (policy.eps, policy.mu, policy.recurrence) == (1e-3, 0.5, "released")
+    assert policy.per_sample
+    assert (policy.hysteresis, policy.pinning) == (0, False)
+    paper = neq.Equilibrium()
+    assert (paper.eps, paper.mu, paper.recurrence) == (1e-3, 0.5, "paper")
+    assert not paper.per_sample
+
+
+def test_equilibrium_thaws():
+    assert chosen_rows(neq.Equilibrium(0.1), motion([0.2, 0.0], active=[0, 0])) == [[0]]
+
+
+def test_hysteresis_holds_the_frozen_longer():
+    policy = neq.Equilibrium(0.1, hysteresis=0.5)
+    speeds = [0.05, 0.12, 0.2]
+    assert chosen_rows(policy, motion(speeds)) == [[1, 2]]
+    assert chosen_rows(policy, motion(speeds, active=[0, 0, 0])) == [[2]]
+
+
+def test_pinning_freezes_for_good():
+    policy = neq.Equilibrium(0.1, pinning=True)
+    assert chosen_rows(policy, motion([0.2, 0.0, 0.2], active=[1, 1, 0])) == [[0]]
+
+
+def test_adaptive_eps_descends_by_hand():
+    model = neq.convert(nn.Sequential(nn.Linear(2, 1, bias=False), nn.Linear(1, 1)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    policy = neq.AdaptiveEps(0.25, rate=0.125)
+    controller(policy, model, probe=torch.ones(1, 2), optimizer=optimizer, leave_alone=["1"])
+    weight, steps = model[0].weight, [(2.0, 0.0), (1.0, 4.0), (-3.0, 1.0)]
+    for step in steps:
+        weight.grad = torch.tensor([step])
+        optimizer.step()
+    # u = lr·g: Σ g·u = (1·1 + 4·0) + (-3·1/2 + 1·2) = 1.5
+    chosen_rows(policy, motion([0.0]))
+    assert policy.eps == 0.25 - 0.125 * 1.5
+    chosen_rows(policy, motion([0.0]))
+    assert policy.eps == 0.25 - 0.125 * 1.5  # each step counts once
+    for _ in range(2):
+        weight.grad = torch.tensor([[1e4, 0.0]])
+        optimizer.step()
+    assert chosen_rows(policy, motion([0.0])) == [[0]]
+    assert policy.eps == 0  # it is a speed
+    policy.detach()
+    assert len(optimizer._optimizer_step_pre_hooks) == 1  # the guard's
+
+
+def test_adaptive_eps_under_a_gradient_scaler():
+    model = neq.convert(nn.Sequential(nn.Linear(2, 1, bias=False), nn.Linear(1, 1)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, fused=True)
+    policy = neq.AdaptiveEps(0.25, rate=0.125)
+    controller(policy, model, probe=torch.ones(1, 2), optimizer=optimizer, leave_alone=["1"])
+    # what a GradScaler leaves with an optimizer that unscales in its own step, and skips the last
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(0.0)
+    for step, skip in (((2.0, 0.0), 0), ((1.0, 4.0), 0), ((torch.inf, 1.0), 1)):
+        optimizer.found_inf.fill_(skip)
+        model[0].weight.grad = 4 * torch.tensor([step])
+        optimizer.step()
+    chosen_rows(policy, motion([0.0]))
+    assert policy.eps == 0.25 - 0.125 * 1.0  # g·u = (1, 4)·(1, 0)
+
+
+def test_adaptive_eps_resumes():
+    def run(steps, model, optimizer):
+        for step in steps:
+            model[0].weight.grad = torch.tensor([[float(step), 1.0]])
+            optimizer.step()
+
+    def build():
+        model = neq.convert(nn.Sequential(nn.Linear(2, 1, bias=False), nn.Linear(1, 1)))
+        with torch.no_grad():
+            model[0].weight.fill_(1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        policy = neq.AdaptiveEps(0.25, rate=0.01)
+        controller(policy, model, probe=torch.ones(1, 2), optimizer=optimizer)
+        return model, optimizer, policy
+
+    model, optimizer, whole = build()
+    run(range(5), model, optimizer)
+    model, optimizer, first = build()
+    run(range(3), model, optimizer)
+    state, weight = first.state_dict(), model[0].weight.detach().clone()
+    model, optimizer, second = build()
+    with torch.no_grad():
+        model[0].weight.copy_(weight)
+    second.load_state_dict(state)
+    run(range(3, 5), model, optimizer)
+    for policy in (whole, second):
+        chosen_rows(policy, motion([0.0]))
+    assert second.eps == whole.eps
+    assert whole.eps != 0.25

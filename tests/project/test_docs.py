@@ -1,0 +1,218 @@
+"""The code that the documentation shows, run as it stands there."""
+
+import copy
+import logging
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+from torch.utils.data import DataLoader
+
+import neq
+from tests.support import ROOT
+
+
+def blocks(page, heading):
+    """The Python under a heading of a page, up to the next heading."""
+    sections = re.split(r"^#+ (.*)\n", (ROOT / page).read_text(), flags=re.MULTILINE)
+    text = sections[sections.index(heading) + 1]
+    return re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+class Setting(dict):
+    """What the code takes for granted."""
+
+    def __init__(self, model, **more):
+        super().__init__(torch=torch, F=F, neq=neq, Path=Path, epochs=3, model=model)
+        self["optimizer"] = optimizer_of(model)
+        self["images"] = torch.randn(4, *model.input)
+        items = [(torch.randn(*model.input), i % 4) for i in range(32)]
+        self["loader"] = DataLoader(items, batch_size=8)
+        self.update(more, train=self.train)
+
+    def run(self, code):
+        exec(compile(code.replace("train(...)", "train()"), "<documentation>", "exec"), self)
+
+    def train(self):
+        for x, y in self["loader"]:
+            self["optimizer"].zero_grad()
+            F.cross_entropy(self["model"](x), y).backward()
+            self["optimizer"].step()
+
+
+def optimizer_of(model):
+    return torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-2)
+
+
+def perceptron():
+    layers = nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 4)
+    model = nn.Sequential(*layers)
+    model.input = (8,)
+    return model
+
+
+def convolutional():
+    block = nn.Sequential()
+    block.conv1 = nn.Conv2d(3, 24, 3)
+    model = nn.Sequential()
+    model.layer1 = nn.Sequential(block)
+    model.rest = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 4))
+    model.input = (3, 8, 8)
+    return model
+
+
+def epochs_told(capsys):
+    return capsys.readouterr().out.count("% of wgrad saved")
+
+
+def test_readme(capsys):
+    loop, by_hand = blocks("README.md", "neq")
+    setting = Setting(convolutional())
+    setting.run(loop)
+    assert epochs_told(capsys) == 3
+    setting["control"].remove()
+    neq.revert(setting["model"])
+    setting.run(by_hand)
+    assert "12.5%" in capsys.readouterr().out  # 3 of 24
+    assert type(setting["model"].layer1[0].conv1) is nn.Conv2d
+
+
+def test_who_trains(capsys):
+    setting = Setting(perceptron())
+    for code in blocks("docs/equilibrium.md", "Who trains"):
+        setting.run(code)
+    assert epochs_told(capsys) == 3
+
+    (resume,) = blocks("docs/equilibrium.md", "Stop and resume")
+    setting.run(resume)
+
+
+def test_a_policy_of_your_own():
+    setting = Setting(perceptron())
+    (code,) = blocks("docs/equilibrium.md", "Who decides")
+    setting.run(code)
+    given = {name: setting[name] for name in ("model", "optimizer")}
+    control = neq.Controller(**given, probe=setting["images"], policy=setting["FasterHalf"]())
+    setting.train()
+    control.step()
+    faster = [layer.active_fraction for layer in setting["model"][:3:2]]
+    assert all(0.5 <= share < 0.7 for share in faster)  # of two equally slow, both are faster
+
+
+def test_a_loop_of_your_own(capsys):
+    (code,) = blocks("docs/integrations.md", "A loop of your own")
+    Setting(perceptron()).run(code)
+    assert epochs_told(capsys) == 3
+
+
+@pytest.fixture
+def quiet():
+    """Libraries that say a lot."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        yield
+        logging.disable(logging.NOTSET)
+
+
+@pytest.mark.usefixtures("quiet")
+def test_accelerate(tmp_path, capsys):
+    from accelerate import Accelerator
+
+    setting = Setting(perceptron(), accelerator=Accelerator(cpu=True))
+    (code,) = blocks("docs/integrations.md", "accelerate")
+    setting.run(code)
+    assert epochs_told(capsys) == 3
+    setting["accelerator"].save_state(tmp_path)
+    setting["control"].step()
+    setting["accelerator"].load_state(tmp_path)
+    assert setting["control"].epoch == 3
+
+
+class Alternate(neq.Policy):
+    """Other neurons each epoch, and by the epoch's number: who resumes wrongly, it shows."""
+
+    measures = False
+
+    def choose(self, layers, epoch):
+        return [torch.arange(len(layer)) % 3 == epoch % 3 for layer in layers]
+
+
+def same(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+@pytest.mark.usefixtures("quiet")
+def test_lightning(tmp_path, capsys):
+    import lightning
+
+    class Module(lightning.LightningModule):
+        def __init__(self, body):
+            super().__init__()
+            self.body = body
+
+        def forward(self, x):
+            return self.body(x)
+
+        def training_step(self, batch, index):
+            return F.cross_entropy(self(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return optimizer_of(self)
+
+    quietly = {"accelerator": "cpu", "logger": False, "default_root_dir": tmp_path}
+    quietly |= {"enable_progress_bar": False, "enable_model_summary": False}
+    callback, use = blocks("docs/integrations.md", "Lightning")
+    setting = Setting(perceptron(), lightning=lightning)
+    setting.run(callback)
+
+    def fit(module, epochs, resume=None):
+        neurons = setting["Neurons"](setting["images"], policy=Alternate(), warmup=0)
+        trainer = lightning.Trainer(max_epochs=epochs, callbacks=[neurons], **quietly)
+        trainer.fit(module, setting["loader"], ckpt_path=resume)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        return module
+
+    start = setting["model"]
+    whole = fit(Module(copy.deepcopy(start)), 4)
+    fit(Module(copy.deepcopy(start)), 2)
+    assert same(whole, fit(Module(copy.deepcopy(start)), 4, tmp_path / "last.ckpt"))
+
+    capsys.readouterr()
+    setting["module"] = Module(start)
+    setting["quietly"] = quietly
+    setting.run(use.replace("=epochs", "=epochs, **quietly"))
+    assert epochs_told(capsys) == 3
+
+
+@pytest.mark.usefixtures("quiet")
+def test_transformers(tmp_path, capsys):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 32, "image_size": 8, "patch_size": 4, "num_labels": 4}
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes))
+    model.input = (3, 8, 8)
+    setting = Setting(model, transformers=transformers)
+    callback, use = blocks("docs/integrations.md", "transformers")
+    setting.run(callback)
+    setting["batch"] = {"pixel_values": setting["images"]}
+    setting["data"] = [{"pixel_values": x, "labels": y} for x, y in setting["loader"].dataset]
+
+    def arguments(epochs):
+        quietly = {"report_to": [], "disable_tqdm": True, "use_cpu": True}
+        saving = {"num_train_epochs": epochs, "save_strategy": "epoch"}
+        return transformers.TrainingArguments(str(tmp_path), **saving, **quietly)
+
+    setting["args"] = arguments(2)
+    setting.run(use)
+    assert epochs_told(capsys) == 2
+
+    resumed = setting["Neurons"](setting["batch"])
+    given = {"train_dataset": setting["data"], "callbacks": [resumed]}
+    trainer = transformers.Trainer(copy.deepcopy(model), arguments(3), **given)
+    trainer.train(resume_from_checkpoint=transformers.trainer_utils.get_last_checkpoint(tmp_path))
+    assert [record.epoch for record in resumed.neurons.history.records] == [3]

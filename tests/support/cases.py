@@ -1,0 +1,212 @@
+"""Weight gradients to compute, by hand or by Hypothesis, and every way of computing them.
+
+Their inputs are small integers, so float accumulation is exact: whoever computes them, and in
+whatever order, must return the same bits.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import isqrt, prod
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from neq_kernels.wgrad.geometry import Conv
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+# of dy and x, then of the weight: they differ under autocast
+DTYPES = [
+    pytest.param((torch.float64, torch.float64), id="float64"),
+    pytest.param((torch.float32, torch.float32), id="float32"),
+    pytest.param((torch.bfloat16, torch.bfloat16), id="bfloat16"),
+    pytest.param((torch.float16, torch.float16), id="float16"),
+    pytest.param((torch.bfloat16, torch.float32), id="bfloat16-weight_float32"),
+    pytest.param((torch.float16, torch.float32), id="float16-weight_float32"),
+]
+FLOAT32 = (torch.float32, torch.float32)
+
+
+def _channels_last(t):
+    channels = min(1, t.dim() - 1)
+    return t.movedim(channels, -1).contiguous().movedim(-1, channels)
+
+
+def _reversed(t):
+    dims = tuple(reversed(range(t.dim())))
+    return t.permute(dims).contiguous().permute(dims)
+
+
+# each keeps the values, but for the last
+LAYOUTS = {
+    "contiguous": lambda t: t,
+    "channels_last": _channels_last,
+    "reversed": _reversed,
+    "sliced": lambda t: torch.stack([t, torch.full_like(t, torch.nan)], -1)[..., 0],
+    "expanded": lambda t: t.new_ones(()).expand(t.shape),  # what the gradient of a sum looks like
+}
+
+
+def examples(most: int, **options: Any) -> settings:
+    """So many, or as few as the profile has."""
+    most = min(most, settings().max_examples)
+    return settings(deadline=None, max_examples=most, **options)
+
+
+def on_random(cases: st.SearchStrategy) -> Callable:
+    """Run a test on many a ``case``."""
+    # what the fixtures set is the same for every example
+    unchecked = [HealthCheck.function_scoped_fixture]
+    limits = examples(100, suppress_health_check=unchecked)
+    return lambda test: limits(given(case=cases)(test))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an operator: the shapes and layouts of dy, x and weight, and what is active."""
+
+    dy: tuple[int, ...]
+    x: tuple[int, ...]
+    weight: tuple[int, ...]
+    neurons: int
+    active: frozenset[int]
+    bias: bool = True
+    conv: Conv | None = None
+    layouts: tuple[str, str, str] = ("contiguous",) * 3
+    seed: int = 0
+
+    @property
+    def terms(self) -> int:
+        """How many products or summands the largest sum has, at most."""
+        if self.conv is None:
+            return prod(self.x[:-1])
+        return self.x[0] * max(prod(self.dy[2:]), prod(self.x[2:]))
+
+    @property
+    def frozen(self) -> list[int]:
+        return [row for row in range(self.neurons) if row not in self.active]
+
+    def args(self, dtypes=FLOAT32, device="cpu") -> tuple:
+        """What to call the operator with. The weight is NaN: nobody has to read its values."""
+        dtype, weight_dtype = dtypes
+        generator = torch.Generator().manual_seed(self.seed)
+        exact = min(2 / torch.finfo(d).eps for d in dtypes)  # up to here, all integers
+        high = min(9, isqrt(int(exact) // max(1, self.terms)))
+        assert high > 0, f"{self.terms} terms are too many for {dtype}"
+
+        def integers(shape, layout):
+            values = torch.randint(-high, high + 1, shape, generator=generator)
+            return LAYOUTS[layout](values.to(device, dtype))
+
+        dy, x = map(integers, (self.dy, self.x), self.layouts[:2])
+        weight = torch.full(self.weight, torch.nan, dtype=weight_dtype, device=device)
+        rows = torch.tensor(sorted(self.active) + self.frozen, dtype=torch.int64, device=device)
+        count = torch.tensor(len(self.active))
+        weight = LAYOUTS[self.layouts[2]](weight)
+        return dy, x, weight, rows, count, self.bias, *(self.conv or ())
+
+
+def linear_case(leading, inputs, neurons, active, **options) -> Case:
+    shapes = (*leading, neurons), (*leading, inputs), (neurons, inputs)
+    return Case(*shapes, neurons, frozenset(active), **options)
+
+
+def conv_case(
+    x, kernel, neurons, active, stride=1, padding=0, dilation=1, output_padding=0, groups=1,
+    transposed=False, **options,
+) -> Case:  # fmt: skip
+    """Numbers stand for as many of them as there are spatial dimensions."""
+
+    def sizes(value):
+        return (value,) * len(kernel) if isinstance(value, int) else tuple(value)
+
+    geometry = map(sizes, (stride, padding, dilation))
+    conv = Conv(*geometry, transposed, sizes(output_padding), groups)
+    inputs = x[1]
+    channels = (inputs, neurons // groups) if transposed else (neurons, inputs // groups)
+    weight = (*channels, *kernel)
+    dy = torch.convolution(*(torch.empty(s, device="meta") for s in (x, weight)), None, *conv).shape
+    return Case(tuple(dy), tuple(x), weight, neurons, frozenset(active), conv=conv, **options)
+
+
+def some_of(neurons: int) -> st.SearchStrategy:
+    """Active rows: any, and often enough the extremes."""
+    one = st.sets(st.integers(0, neurons - 1), min_size=1, max_size=1)
+    none, every = st.just(set()), st.just(set(range(neurons)))
+    return st.one_of(st.sets(st.integers(0, neurons - 1)), one, every, none)
+
+
+def options() -> st.SearchStrategy:
+    layout = st.sampled_from([*LAYOUTS])
+    layouts = st.tuples(layout, layout, layout.filter(lambda name: name != "expanded"))
+    return st.fixed_dictionaries(
+        {"bias": st.booleans(), "layouts": layouts, "seed": st.integers(0, 2**16)}
+    )
+
+
+@st.composite
+def linear_cases(draw) -> Case:
+    leading = tuple(draw(st.lists(st.integers(0, 6), max_size=3)))
+    neurons = draw(st.integers(1, 70))
+    assume(prod(leading) <= 256)  # bfloat16 counts to 256
+    return linear_case(
+        leading, draw(st.integers(0, 30)), neurons, draw(some_of(neurons)), **draw(options())
+    )
+
+
+@st.composite
+def conv_cases(draw) -> Case:
+    spatial = draw(st.integers(1, 3))
+    transposed = draw(st.booleans())
+    groups = draw(st.sampled_from([1, 1, 2, 3, 16]))
+    inputs = groups * draw(st.integers(1, 3))
+    neurons = groups * draw(st.integers(1, 40 if groups == 1 else 3))
+    size, kernel, stride, padding, dilation, output_padding = zip(
+        *[draw(_dimension(transposed, small=spatial == 3)) for _ in range(spatial)], strict=True
+    )
+    case = conv_case(
+        (draw(st.integers(0, 3)), inputs, *size), kernel, neurons, draw(some_of(neurons)),
+        stride, padding, dilation, output_padding, groups, transposed, **draw(options()),
+    )  # fmt: skip
+    assume(case.terms <= 256)  # bfloat16 counts to 256
+    # oneDNN 3.12 forgets taps in depth that meet the input in few steps (bfloat16, channels_last)
+    assume(not (spatial == 3 and groups == inputs == neurons and padding[0] > 0))
+    # torch 2.13 itself refuses one image for one neuron whose weight has strides of several formats
+    assume(not (case.x[0] == case.neurons == 1 and case.layouts[2] == "reversed"))
+    return case
+
+
+@st.composite
+def dimensions(draw) -> tuple[int, ...]:
+    """(size, kernel, stride, padding, dilation) with at least one output."""
+    kernel, stride, dilation = (draw(st.integers(1, most)) for most in (3, 3, 2))
+    padding = draw(st.integers(0, 2))
+    least = max(1, dilation * (kernel - 1) + 1 - 2 * padding)
+    return least + draw(st.integers(0, 6)), kernel, stride, padding, dilation
+
+
+@st.composite
+def _dimension(draw, transposed: bool, small: bool) -> tuple[int, ...]:
+    """(size, kernel, stride, padding, dilation, output_padding) with at least one output."""
+    kernel, dilation = draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    stride = draw(st.integers(1, 2 if small else 3))
+    reach = dilation * (kernel - 1)
+    padding = draw(st.integers(0, min(2, reach)))
+    output_padding = draw(st.integers(0, max(stride, dilation) - 1)) if transposed else 0
+    if transposed:
+        least = 1 + max(0, -(-(2 * padding - reach - output_padding) // stride))
+    else:
+        least = max(1, reach + 1 - 2 * padding)
+    size = least + draw(st.integers(0, 1 if small else 4))
+    if transposed:
+        steps, pixels = size, (size - 1) * stride - 2 * padding + reach + output_padding + 1
+    else:
+        steps, pixels = (size + 2 * padding - reach - 1) // stride + 1, size
+    # oneDNN 3.12 leaves garbage for a tap that meets nothing but padding (bfloat16, AMX)
+    for tap in range(kernel):
+        first = tap * dilation - padding
+        assume(any(0 <= first + step * stride < pixels for step in range(steps)))
+    return size, kernel, stride, padding, dilation, output_padding

@@ -1,0 +1,127 @@
+"""Every way of computing a weight gradient, and what has to hold for each."""
+
+from collections.abc import Iterator
+from math import inf
+from unittest import mock
+
+import torch
+
+import neq_kernels
+from neq_kernels import reference
+from neq_kernels.wgrad import planner
+from neq_kernels.wgrad.geometry import Conv
+from neq_kernels.wgrad.problem import BUCKETS, Problem, is_transposed
+from tests.support.cases import Case
+
+
+def problem_of(op, dy, x, weight, rows, count, bias, *geometry) -> Problem:
+    conv = Conv.of(*geometry) if geometry else None
+    if conv is None:
+        dy, x = (t.reshape(t.shape[:-1].numel(), t.shape[-1]) for t in (dy, x))
+    shapes = (tuple(t.shape) for t in (dy, x, weight))
+    bucket = -(-int(count) * BUCKETS // len(rows))
+    transposed = conv is None and is_transposed(weight)
+    return Problem(op, dy.device.type, dy.dtype, *shapes, False, conv, bucket, transposed)
+
+
+def answers(op: str, args: tuple) -> Iterator[tuple[str, tuple]]:
+    """(who, (dW, db)): as the planner chooses, then from each backend that takes the problem."""
+    run = getattr(neq_kernels, op)
+    yield "planned", run(*args)
+    problem = problem_of(op, *args)
+    for name, backend in planner.BACKENDS.items():
+        if backend.cost(problem) < inf:
+            with mock.patch.object(planner, "choose", return_value=name):
+                yield name, run(*args)
+
+
+def check(op: str, args: tuple) -> None:
+    """All answers are the reference's, bit for bit, in the weight's dtype and strides."""
+    expected = getattr(reference, op)(*args)
+    for name, got in answers(op, args):
+        same(got, expected, name)
+
+
+def exactly(op: str, args: tuple) -> tuple:
+    """The reference in float64, by an algorithm that is exact on integers.
+
+    Vendors' in float16 on a CPU, and Winograd and FFT in cuDNN, are not.
+    """
+    dy, x, *rest = args
+    with torch.backends.cudnn.flags(enabled=False):
+        return getattr(reference, op)(dy.double(), x.double(), *rest)
+
+
+def same(got, expected, name="") -> None:
+    torch.testing.assert_close(
+        got, expected, rtol=0, atol=0, check_stride=True, msg=lambda text: f"{name}: {text}"
+    )
+
+
+def no_worse_than_the_vendor(op: str, case: Case, dtypes, device) -> None:
+    """The error against float64 is at most twice that of the plain layer's gradient."""
+    dy, x, weight, rows, *rest = case.args((torch.float64,) * 2, device)
+    generator = torch.Generator().manual_seed(0)
+    dy, x = (torch.randn(t.shape, generator=generator).to(device, dtypes[0]) for t in (dy, x))
+    weight = weight.to(dtypes[1])
+
+    def dense(dy, x):
+        if case.conv is None:
+            return dy.t() @ x, dy.sum(0)
+        layer = weight.to(x.dtype), [case.neurons], *case.conv
+        return torch.ops.aten.convolution_backward(dy, x, *layer, [False, True, True])[1:]
+
+    truth = dense(dy.double(), x.double())
+    vendor = dense(dy, x)
+    dim = int(case.conv is not None and case.conv.transposed)
+    active = rows[: len(case.active)]
+    for name, got in answers(op, (dy, x, weight, rows, *rest)):
+        for what, axis, *values in zip(("dW", "db"), (dim, 0), got, vendor, truth, strict=True):
+            mine, theirs, exact = (value.index_select(axis, active) for value in values)
+            error, allowed = (mine - exact).norm(), 2 * (theirs - exact).norm()
+            assert error <= allowed + torch.finfo(dtypes[0]).eps, f"{name}: {what}"
+
+
+def meta(args: tuple) -> tuple:
+    """The same call without values. The count is on the CPU, whatever the device."""
+    tensors = (
+        torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in args[:4]
+    )
+    return *tensors, *args[4:]
+
+
+def metadata(tensors) -> list[tuple]:
+    """Shape, dtype and the strides that address anything."""
+
+    def strides(t):
+        pairs = zip(t.shape, t.stride(), strict=True)
+        return [stride for size, stride in pairs if size > 1 and t.numel()]
+
+    return [(t.shape, t.dtype, strides(t)) for t in tensors]
+
+
+def vendor_kernels(run) -> set[str]:
+    """Which of the vendor's multiplications ``run`` launches."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run()
+    names = {event.name for event in profile.events()}
+    return names & {"aten::mm", "aten::addmm", "aten::bmm", "aten::convolution_backward"}
+
+
+def elsewhere(rows):
+    return torch.empty_like(rows, device="cpu" if rows.is_meta else "meta")
+
+
+def common_mistakes(neurons: int) -> dict[str, tuple[dict, str]]:
+    """What can be wrong with a call of any operator: changes of arguments, and the message."""
+    int64 = rf"rows must be int64 of shape \[{neurons}\], one entry per neuron, got torch"
+    count = "count must be a 0-dim int64 tensor on the CPU, got torch"
+    return {
+        "dtypes": ({"dy": torch.Tensor.half}, "dy and x must .* torch.float16 and torch.float32"),
+        "rows int32": ({"rows": torch.Tensor.int}, rf"{int64}.int32 \[{neurons}\]"),
+        "rows too few": ({"rows": lambda r: r[1:]}, rf"{int64}.int64 \[{neurons - 1}\]"),
+        "rows elsewhere": ({"rows": elsewhere}, "rows must be on the device of dy, .*, got"),
+        "count int32": ({"count": torch.Tensor.int}, rf"{count}.int32 \[\] on cpu"),
+        "count of one dimension": ({"count": lambda c: c[None]}, rf"{count}.int64 \[1\] on cpu"),
+        "count elsewhere": ({"count": lambda c: c.to("meta")}, rf"{count}.int64 \[\] on meta"),
+    }

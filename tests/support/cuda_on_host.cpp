@@ -1,0 +1,328 @@
+// The CUDA kernels, compiled for a CPU: a module with the functions of csrc/bindings_cuda.cpp.
+//
+// What csrc/cuda/gpu.h has of CUDA is written here in plain C++. The threads of a block are contexts
+// that run in turn until they wait for each other: one warp as far as it can, in random order, then
+// another, so that what lacks a barrier reads what is not there yet. Shared memory begins as NaN,
+// and asynchronous copies arrive when they are waited for, or in every other block at once.
+#define NEQ_CUDA_GPU_H
+
+#include <pybind11/pybind11.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <random>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#define __host__
+#define __device__
+#define __global__
+#define __shared__ static
+#define __launch_bounds__(...)
+
+using std::min;
+
+struct dim3 {
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+  unsigned x, y, z;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+// The 16-bit types.
+struct __half {
+  __half() = default;
+  explicit __half(float value) : value(static_cast<_Float16>(value)) {}
+  _Float16 value;
+};
+struct __nv_bfloat16 {
+  __nv_bfloat16() = default;
+  explicit __nv_bfloat16(float value) {
+    const auto wide = std::bit_cast<uint32_t>(value);
+    bits = value != value ? 0x7fff : uint16_t((wide + 0x7fff + (wide >> 16 & 1)) >> 16);
+  }
+  uint16_t bits;
+};
+inline float __half2float(__half x) { return x.value; }
+inline float __bfloat162float(__nv_bfloat16 x) {
+  return std::bit_cast<float>(uint32_t(x.bits) << 16);
+}
+
+using cudaStream_t = void*;
+using cudaError_t = const char*;  // of what went wrong
+constexpr cudaError_t cudaSuccess = nullptr;
+inline const char* cudaGetErrorString(cudaError_t error) { return error; }
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  std::memset(to, value, bytes);
+  return cudaSuccess;
+}
+
+namespace emulated {
+
+constexpr size_t kSharedBytes = 99 << 10;  // of a block, where a GPU has least
+
+// Threads that wait for each other.
+struct Barrier {
+  int threads = 0, arrived = 0;
+  unsigned turn = 0;
+};
+
+struct Copy {
+  char* to;
+  const void* from;
+  bool there;
+};
+
+struct Warp;
+
+struct Thread {
+  ucontext_t context;
+  std::vector<char> stack = std::vector<char>(256 << 10);
+  dim3 index;
+  int lane;
+  Warp* warp;
+  bool running;
+  Barrier* waits_for;
+  unsigned turn;  // of that barrier
+  std::deque<std::vector<Copy>> copies;  // in groups, the last of which has not ended
+};
+
+struct Warp {
+  Barrier barrier;
+  // what its threads hand each other, for this and the next exchange
+  const char* rows[2][32];
+  uint32_t a[2][32][4], b[2][32][2];
+};
+
+struct Block {
+  Barrier barrier;
+  std::vector<uint4> shared;
+  std::vector<std::unique_ptr<Thread>> threads;
+  std::vector<Warp> warps;
+  ucontext_t scheduler;
+  bool copies_at_once = false;
+};
+
+inline Block block;
+inline Thread* me;
+inline std::function<void()> body;
+inline const char* failure;
+inline std::minstd_rand random;  // goes on from one launch to the next, so that no two are alike
+
+inline void fail(const char* why) { failure = failure ? failure : why; }
+
+inline void wait(Barrier& barrier) {
+  me->turn = barrier.turn;
+  if (++barrier.arrived == barrier.threads) {
+    barrier.arrived = 0;
+    ++barrier.turn;
+    return;
+  }
+  me->waits_for = &barrier;
+  swapcontext(&me->context, &block.scheduler);
+}
+
+inline void leave(Barrier& barrier) {
+  if (--barrier.threads > 0 && barrier.arrived == barrier.threads) {
+    barrier.arrived = 0;
+    ++barrier.turn;
+  }
+}
+
+inline void run_thread() {
+  body();
+  for (const auto& group : me->copies)
+    if (!group.empty()) fail("a thread ended before its copies arrived");
+  leave(me->warp->barrier);
+  leave(block.barrier);
+  me->running = false;
+  swapcontext(&me->context, &block.scheduler);
+}
+
+// Whether it got any further.
+inline bool resume(Thread& thread) {
+  if (!thread.running || (thread.waits_for && thread.waits_for->turn == thread.turn)) return false;
+  thread.waits_for = nullptr;
+  me = &thread;
+  threadIdx = thread.index;
+  swapcontext(&block.scheduler, &thread.context);
+  return true;
+}
+
+inline void run_block(const dim3& size, size_t shared) {
+  const unsigned count = size.x * size.y * size.z;
+  block.barrier = {int(count)};
+  block.shared.assign(shared / sizeof(uint4), {~0u, ~0u, ~0u, ~0u});
+  block.warps.assign((count + 31) / 32, {});
+  while (block.threads.size() < count) block.threads.push_back(std::make_unique<Thread>());
+  std::vector<std::vector<Thread*>> warps(block.warps.size());
+  for (unsigned i = 0; i < count; ++i) {
+    Thread& thread = *block.threads[i];
+    thread.index = {i % size.x, i / size.x % size.y, i / size.x / size.y};
+    thread.lane = int(i % 32);
+    thread.warp = &block.warps[i / 32];
+    thread.running = true;
+    thread.waits_for = nullptr;
+    thread.copies.assign(1, {});
+    ++thread.warp->barrier.threads;
+    getcontext(&thread.context);
+    thread.context.uc_stack.ss_sp = thread.stack.data();
+    thread.context.uc_stack.ss_size = thread.stack.size();
+    thread.context.uc_link = nullptr;
+    makecontext(&thread.context, run_thread, 0);
+    warps[i / 32].push_back(&thread);
+  }
+  for (bool further = true; further;) {
+    further = false;
+    std::shuffle(warps.begin(), warps.end(), random);
+    for (auto& warp : warps) {
+      std::shuffle(warp.begin(), warp.end(), random);
+      for (bool more = true; more; further |= more) {
+        more = false;
+        for (Thread* thread : warp) more |= resume(*thread);
+      }
+    }
+  }
+  for (unsigned i = 0; i < count; ++i)
+    if (block.threads[i]->running) fail("threads wait for some that will not come");
+}
+
+inline void arrive(const Copy& copy) {
+  if (copy.there)
+    std::memcpy(copy.to, copy.from, 16);
+  else
+    std::memset(copy.to, 0, 16);
+}
+
+// 16 bytes of shared memory, or if there are none, of nothing.
+inline char* shared(unsigned place) {
+  static uint4 nothing;
+  const bool there = place % 16 == 0 && place / 16 < block.shared.size();
+  if (!there) fail("16 bytes of shared memory that are not there");
+  return reinterpret_cast<char*>(there ? &block.shared[place / 16] : &nothing);
+}
+
+template <class T>
+float value(uint32_t pair, int half) {
+  const auto bits = uint16_t(pair >> 16 * half);
+  if constexpr (std::is_same_v<T, __half>)
+    return __half2float(std::bit_cast<__half>(bits));
+  else
+    return __bfloat162float(std::bit_cast<__nv_bfloat16>(bits));
+}
+
+}  // namespace emulated
+
+inline void __syncthreads() { emulated::wait(emulated::block.barrier); }
+
+namespace neq::cuda {
+
+struct OnDevice {
+  explicit OnDevice(int) {}
+  cudaError_t error = cudaSuccess;
+};
+
+struct Launch {
+  dim3 grid, block;
+  size_t shared;
+  cudaStream_t stream;
+};
+
+template <class... Parameters>
+cudaError_t launch(void (*kernel)(Parameters...), const Launch& how,
+                   const std::type_identity_t<Parameters>&... parameters) {
+  if (how.shared > emulated::kSharedBytes) return "too much shared memory";
+  emulated::body = [&] { kernel(parameters...); };
+  emulated::failure = nullptr;
+  gridDim = how.grid;
+  blockDim = how.block;
+  for (unsigned z = 0; z < gridDim.z; ++z)
+    for (unsigned y = 0; y < gridDim.y; ++y)
+      for (unsigned x = 0; x < gridDim.x; ++x) {
+        blockIdx = {x, y, z};
+        emulated::block.copies_at_once ^= true;
+        emulated::run_block(how.block, how.shared);
+      }
+  return emulated::failure;
+}
+
+inline char* shared_memory() { return reinterpret_cast<char*>(emulated::block.shared.data()); }
+
+inline void copy_async(unsigned to, const void* from, bool there) {
+  if (reinterpret_cast<uintptr_t>(from) % 16) emulated::fail("a copy of 16 bytes out of line");
+  const emulated::Copy copy{emulated::shared(to), from, there};
+  if (emulated::block.copies_at_once)
+    emulated::arrive(copy);
+  else
+    emulated::me->copies.back().push_back(copy);
+}
+
+inline void end_copies() { emulated::me->copies.emplace_back(); }
+
+template <int Pending>
+void await_copies() {
+  auto& copies = emulated::me->copies;
+  while (copies.size() > Pending + 1) {
+    for (const auto& copy : copies.front()) emulated::arrive(copy);
+    copies.pop_front();
+  }
+}
+
+// PTX ISA, "ldmatrix": of a row of an 8 x 8 matrix, and transposed of a column, each of four
+// threads gets two elements.
+inline void load_transposed(uint32_t (&matrices)[4], unsigned row) {
+  emulated::Warp& warp = *emulated::me->warp;
+  const int turn = warp.barrier.turn % 2, lane = emulated::me->lane;
+  warp.rows[turn][lane] = emulated::shared(row);
+  emulated::wait(warp.barrier);
+  for (int m = 0; m < 4; ++m) {
+    uint16_t pair[2];
+    for (int i = 0; i < 2; ++i) {
+      const char* from = warp.rows[turn][m * 8 + lane % 4 * 2 + i];
+      std::memcpy(&pair[i], from + lane / 4 * 2, 2);
+    }
+    matrices[m] = pair[0] | uint32_t(pair[1]) << 16;
+  }
+}
+
+// PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type": with group = lane / 4 and
+// member = lane % 4, and elements i counted in halves of registers,
+//   a lies in row group, + 8 for i = 2, 3, 6, 7, and in column 2 member + i % 2, + 8 from i = 4 on;
+//   b in row 2 member + i % 2, + 8 from i = 2 on, and in column group;
+//   the sum in row group, + 8 from i = 2 on, and in column 2 member + i % 2.
+template <class T>
+void multiply_add(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  emulated::Warp& warp = *emulated::me->warp;
+  const int turn = warp.barrier.turn % 2, lane = emulated::me->lane;
+  std::copy(a, a + 4, warp.a[turn][lane]);
+  std::copy(b, b + 2, warp.b[turn][lane]);
+  emulated::wait(warp.barrier);
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+    for (int k = 0; k < 16; ++k) {
+      const uint32_t left = warp.a[turn][row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
+      const uint32_t right = warp.b[turn][column * 4 + k % 8 / 2][k / 8];
+      sum[i] += emulated::value<T>(left, k % 2) * emulated::value<T>(right, k % 2);
+    }
+  }
+}
+
+}  // namespace neq::cuda
+
+#include "../../csrc/bindings_cuda.cpp"
+#include "../../csrc/cuda/conv_wgrad.cu"
+#include "../../csrc/cuda/pack.cu"
+
+PYBIND11_MODULE(cuda_on_host, m) {
+  neq::Tensor::find_torch();
+  neq::bind_cuda(m);
+}

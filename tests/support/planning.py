@@ -1,0 +1,41 @@
+"""Problems for the planner, and what it is told of them."""
+
+import json
+
+import torch
+
+from neq_kernels.device import names as machine
+from neq_kernels.wgrad import planner
+from tests.support.cases import FLOAT32, conv_case, linear_case
+from tests.support.checks import meta, problem_of
+
+LINEAR = linear_case((64,), 8, 32, range(8))
+CONV = conv_case((4, 8, 10, 10), (3, 3), 32, range(8), padding=1)
+
+
+def op_of(case):
+    return "linear_wgrad" if case.conv is None else "conv_wgrad"
+
+
+def choose(case, dtypes=FLOAT32, device="cpu"):
+    args = meta(case.args(dtypes)) if device == "meta" else case.args(dtypes)
+    dy, x, weight, rows, count, bias, *_ = args
+    return planner.choose(dy, x, weight, rows, int(count), bias, case.conv)
+
+
+def measure(case, backend):
+    table = planner._measured.setdefault(machine.name(torch.device("cpu")), {})
+    problem = problem_of(op_of(case), *case.args())
+    table.setdefault(problem.key, {})[problem.samples] = backend
+
+
+def ship(case, backend, device=None):
+    device = device or machine.name(torch.device("cpu"))
+    planner.TABLES.mkdir(exist_ok=True)
+    problem = problem_of(op_of(case), *case.args())
+    table = {device: {problem.key: {problem.samples: backend}}}
+    (planner.TABLES / f"{machine.slug(device)}.json").write_text(json.dumps(table))
+
+
+def of_samples(samples):
+    return linear_case((samples,), 8, 32, range(8))

@@ -1,0 +1,186 @@
+"""What the processes of the distributed tests run.
+
+Apart from those tests, whose module the processes could not import. One pair of processes runs all,
+since each spends seconds on importing torch.
+"""
+
+import copy
+import os
+import traceback
+from contextlib import nullcontext
+from datetime import timedelta
+from functools import partial
+from math import inf
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import neq
+from neq_kernels.wgrad import pack, planner
+from neq_kernels.wgrad.problem import Problem
+from tests.support.layers import Tiny, active_elements, layers_of
+
+WORLD = 2
+BATCH = 4  # per process
+
+
+def model_and_twin() -> tuple[nn.Module, nn.Module]:
+    """A model to be trained by all processes, and the plain one that each trains by itself."""
+    torch.manual_seed(0)
+    plain = Tiny()
+    plain.norm = nn.GroupNorm(2, 8)  # a batch norm would see another batch in each process
+    return neq.convert(copy.deepcopy(plain)), plain
+
+
+def schedule(step: int, layer: int, neurons: int) -> list[int] | None:
+    """Some of the neurons, all, none; every layer at another time."""
+    phase = (step + layer) % 4
+    if phase == 0:
+        return None
+    if phase == 1:
+        return []
+    generator = torch.Generator().manual_seed(step * 100 + layer)
+    return torch.randperm(neurons, generator=generator)[: neurons // 2].tolist()
+
+
+def train(rank: int, compiled: bool = False, **options: object) -> None:
+    """Every step's gradients equal those of a plain model on the whole batch, frozen rows zero."""
+    model, plain = model_and_twin()
+    parallel = DistributedDataParallel(model, **options)
+    call = torch.compile(parallel, backend="aot_eager") if compiled else parallel
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in (model, plain)]
+    for step in range(6):
+        for index, layer in enumerate(layers_of(model)):
+            none = step == 3 and layer is not model.head
+            layer.set_active([] if none else schedule(step, index, layer.n_neurons))
+        torch.manual_seed(step)
+        x = torch.randn(WORLD * BATCH, 3, 5, 5)
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=step % 2 == 0)
+        call(x[rank * BATCH : (rank + 1) * BATCH]).square().sum(1).mean().backward()
+        plain(x).square().sum(1).mean().backward()
+        for name, layer in model.named_modules():
+            if not isinstance(layer, neq.NeuronLayer):
+                continue
+            for key, active in active_elements(layer).items():
+                mine, twin = getattr(layer, key), getattr(plain.get_submodule(name), key)
+                twin.grad *= active
+                grad = torch.zeros_like(mine) if mine.grad is None else mine.grad
+                torch.testing.assert_close(grad, twin.grad, msg=f"{name}.{key} at step {step}")
+                assert not grad[~active].any()
+        for optimizer in optimizers:
+            optimizer.step()
+    for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def train_by_rows(rank: int) -> None:
+    """For layers as small as these the planner would take the joint backward throughout."""
+
+    def forced(problem: Problem) -> str:
+        return "pack" if pack.cost(problem) < inf else "dense"
+
+    planner._plans.clear()
+    with mock.patch.object(planner, "predict", forced):
+        train(rank)
+    assert "pack" in planner._plans.values()
+    planner._plans.clear()
+
+
+def accumulate(rank: int) -> None:
+    """no_sync: two backward passes, of which the second is reduced."""
+    model, plain = model_and_twin()
+    parallel = DistributedDataParallel(model)
+    for layer in layers_of(model):
+        layer.set_active([0])
+    model.conv.set_active([])
+    x = torch.randn(2, WORLD * BATCH, 3, 5, 5)
+    for part in 0, 1:
+        with parallel.no_sync() if part == 0 else nullcontext():
+            parallel(x[part, rank * BATCH : (rank + 1) * BATCH]).square().sum(1).mean().backward()
+        plain(x[part]).square().sum(1).mean().backward()
+    for name in "up", "head":
+        mine, theirs = model.get_submodule(name).bias.grad, plain.get_submodule(name).bias.grad
+        torch.testing.assert_close(mine[0], theirs[0])
+        assert not mine[1:].any()
+
+
+def tune(rank: int) -> None:
+    """Ranks that time for themselves would come to differ, so none of them may."""
+    model, _ = model_and_twin()
+    model.hidden.set_active([0])
+    in_ranks = rf"tuning\(\) in one of {WORLD} ranks.*planner.save\(path\).*planner.load\(path\)"
+    with pytest.raises(RuntimeError, match=in_ranks), planner.tuning():
+        pass
+    planner._plans.clear()
+    with mock.patch.object(planner, "_tuning", True):  # since before there were ranks
+        loss = model(torch.randn(BATCH, 3, 5, 5)).square().mean()
+        with pytest.raises(RuntimeError, match=in_ranks):
+            loss.backward()
+
+
+def shard(rank: int) -> None:
+    """FSDP: the parameters are split between the processes."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model, plain = model_and_twin()
+    for layer in model.hidden, model.head:
+        fully_shard(layer, mesh=init_device_mesh("cpu", (WORLD,)))
+    fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)))
+    for step in range(4):
+        for index, layer in enumerate(layers_of(model)):
+            layer.set_active(schedule(step, index, layer.n_neurons))
+        x = torch.randn(WORLD * BATCH, 3, 5, 5)
+        for m in model, plain:
+            m.zero_grad()
+        model(x[rank * BATCH : (rank + 1) * BATCH]).square().sum(1).mean().backward()
+        plain(x).square().sum(1).mean().backward()
+        for name, layer in model.named_modules():
+            if isinstance(layer, neq.NeuronLayer):
+                mine, theirs = layer.bias.grad, plain.get_submodule(name).bias.grad
+                mine = torch.zeros_like(theirs) if mine is None else mine.full_tensor()
+                torch.testing.assert_close(mine, theirs * layer.active_mask)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    neq.optim.Guard(optimizer, model)
+    with pytest.raises(ValueError, match=r"its weight is split between processes \(fully_shard\)"):
+        optimizer.step()
+
+
+SCENARIOS = {
+    "plain": train,
+    "by rows": train_by_rows,
+    "static_graph": partial(train, static_graph=True),
+    "gradient_as_bucket_view": partial(train, gradient_as_bucket_view=True),
+    "many buckets": partial(train, bucket_cap_mb=0.0001),
+    "compiled": partial(train, compiled=True),
+    "gradient accumulation": accumulate,
+    "tuning": tune,
+    "fully_shard": shard,
+}
+
+
+def run_all(rank: int, folder: str) -> None:
+    """Each scenario leaves a file that says how it went."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    for name, scenario in SCENARIOS.items():
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/store of {name}",
+            rank=rank,
+            world_size=WORLD,
+            timeout=timedelta(seconds=20),
+        )
+        try:
+            scenario(rank)
+            result = "passed"
+        except Exception:
+            result = traceback.format_exc()
+        Path(folder, f"{name} {rank}").write_text(result)
+        dist.destroy_process_group()

@@ -1,0 +1,79 @@
+"""Parameters to step, by rows."""
+
+import torch
+
+SHAPES = [(1,), (300,), (7, 1), (6, 5), (64, 33), (5, 2, 3, 3), (9, 4, 1, 1), (3, 2, 2, 3, 3)]
+SHARES = [0.0, 0.1, 0.5, 1.0]
+
+
+def integers(shape, dtype, device, low=-8):
+    return torch.randint(low, 9, shape, device=device).to(dtype)
+
+
+def laid_out(t, layout):
+    """The same values in another order in memory; dimension 0 counts the neurons."""
+    if layout == "transposed":
+        return t.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "channels_last" and t.dim() == 4:
+        return t.contiguous(memory_format=torch.channels_last)
+    return t
+
+
+def problem(states, share, dtype=torch.float32, device="cpu", layout="plain", low=-8):
+    """Parameters, gradients and states of small integers, with NaN wherever a row is frozen."""
+    lists = [[] for _ in range(2 + states)]
+    rows, counts = [], []
+    for shape in SHAPES:
+        order = torch.randperm(shape[0], device=device)
+        k = round(share * shape[0])
+        for i, tensors in enumerate(lists):
+            # second moments are not negative
+            t = integers(shape, dtype, device, low if i < 3 else 0)
+            tensors.append(laid_out(t, layout).index_fill_(0, order[k:], torch.nan))
+        rows.append(order)
+        counts.append(torch.tensor(k))
+    return lists, rows, counts
+
+
+def same(mine, truth, close=None):
+    for a, b in zip(mine, truth, strict=True):
+        if close is None:
+            assert torch.equal(a.nan_to_num(99), b.nan_to_num(99))
+        else:
+            torch.testing.assert_close(a, b, rtol=close, atol=close, equal_nan=True)
+
+
+def lr(value):
+    return torch.tensor(value, dtype=torch.float64)
+
+
+SGD_OPTIONS = [  # momentum, dampening, weight_decay, nesterov, maximize, first: exact in binary
+    (0.0, 0.0, 0.0, False, False, False),
+    (0.0, 0.0, 0.25, False, True, False),
+    (0.5, 0.0, 0.0, False, False, False),
+    (0.5, 0.25, 0.5, False, False, False),
+    (0.5, 0.25, 0.5, False, True, True),
+    (0.5, 0.0, 0.5, True, False, False),
+    (0.5, 0.0, 0.0, True, True, True),
+]
+
+
+ADAMW_OPTIONS = [  # amsgrad, maximize, weight_decay
+    (False, False, 0.0),
+    (False, True, 0.1),
+    (True, False, 0.1),
+]
+
+
+def sgd_arguments(**changed):
+    """Arguments of ``sgd_rows_`` for one parameter [4, 2]."""
+    args = {
+        "params": [torch.ones(4, 2)],
+        "grads": [torch.ones(4, 2)],
+        "momentum_buffers": [torch.ones(4, 2)],
+        "rows": [torch.arange(4)],
+        "counts": [torch.tensor(2)],
+        "lr": lr(0.5),
+        "momentum": 0.5,
+    }
+    return (*(args | changed).values(), 0.0, 0.0, False, False, False)
