@@ -18,9 +18,10 @@ from transformers.pytorch_utils import Conv1D
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench import backward_speed, choices, networks, optimizer_speed, overhead, report
-from bench.problems import MODELS, QUICK, Problem, problems
-from bench.timing import FEWEST, Times, each_round, interleave
+from bench import backward_speed, choices, optimizer_speed, overhead
+from bench.lib import networks, wgrad_report
+from bench.lib.problems import MODELS, QUICK, Problem, problems
+from bench.lib.timing import FEWEST, Times, each_round, interleave
 from neq_kernels import ops
 from neq_kernels.wgrad import planner
 
@@ -309,7 +310,7 @@ def rows_for_verdict():
 
 
 def test_verdict():
-    assert report.verdict(rows_for_verdict(), "toaster") == (
+    assert wgrad_report.verdict(rows_for_verdict(), "toaster") == (
         "toaster, float32: realised 0.35 median, -1.00 worst (m/0.5, channels_last, f = 0.5) over "
         "4 rows with 0 < f <= 0.5; slower than dense in 2 (1 by more than 3%) of 7 rows, "
         "than dense in its fastest layout in 3 (2 by more than 3%)"

@@ -17,12 +17,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import neq
-from bench import end_to_end, memory, networks, step_report, steps
+from bench import end_to_end
 from bench.end_to_end import Entry, Shares, compare, in_best_layout, time_parts
-from bench.networks import LAYOUTS, NETWORKS, Network, images, text
-from bench.problems import MODELS
-from bench.steps import Bench, Gate, Step
-from bench.timing import Times
+from bench.lib import networks, peak_memory, step_contenders, step_report
+from bench.lib.networks import LAYOUTS, NETWORKS, Network, images, text
+from bench.lib.problems import MODELS
+from bench.lib.step_contenders import Bench, Gate, Step
+from bench.lib.timing import Times
 from neq_kernels import ops
 from neq_kernels.wgrad import planner
 
@@ -320,7 +321,7 @@ def test_a_wrong_gradient_is_not_timed(bench, monkeypatch, fault, message):
     gate = Gate("images", bench, step(bench, "dense", 1))
     gate.admit(step(bench, "gather", 0.5))
     monkeypatch.setattr(planner, "conv_wgrad", wrong)
-    with pytest.raises(steps.WrongResultError, match=message) as error:
+    with pytest.raises(step_contenders.WrongResultError, match=message) as error:
         gate.admit(step(bench, "gather", 0.5))
     where = r"gather is wrong for images (contiguous) with 0.5 of the neurons active: "
     assert str(error.value).startswith(where)
@@ -473,14 +474,14 @@ def test_the_peak_is_exact():
         torch.ones(4 << 20)  # 16 MiB, freed at once
         torch.ones(1 << 20)
 
-    assert memory.peak_bytes(call, CPU) == 24 << 20
-    assert memory.peak_bytes(lambda: None, CPU) == 0
+    assert peak_memory.peak_bytes(call, CPU) == 24 << 20
+    assert peak_memory.peak_bytes(lambda: None, CPU) == 0
 
 
 FREED = """
 import resource
 import torch
-from bench.timing import interleave
+from bench.lib.timing import interleave
 
 def pages(turn=0):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -11,8 +11,8 @@ import pytest
 import torch
 from aot import BLOCK_BYTES, kernels, launches
 
-from bench.contenders import active_count
-from bench.problems import Problem, conv, linear, problems
+from bench.lib.problems import Problem, conv, linear, problems
+from bench.lib.wgrad_contenders import active_count
 from neq_kernels.wgrad import fused, planner
 from neq_kernels.wgrad.geometry import Conv
 
