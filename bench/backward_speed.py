@@ -27,11 +27,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import options, report
-from bench.contenders import Active, Case, Gate, WrongResultError, active_count
-from bench.problems import Problem, problems
-from bench.report import Row
-from bench.timing import Times, environment, interleave
+from bench.lib import cli, wgrad_report
+from bench.lib.problems import Problem, problems
+from bench.lib.timing import Times, environment, interleave
+from bench.lib.wgrad_contenders import Active, Case, Gate, WrongResultError, active_count
+from bench.lib.wgrad_report import Row
 
 DTYPES = ("float32", "bfloat16", "float16")
 LAYOUTS = ("contiguous", "channels_last")
@@ -44,16 +44,16 @@ def main(arguments: list[str] | None = None) -> None:
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # dense is to be as fast as it can
     facts = environment(device)
-    report.show_environment(facts)
+    wgrad_report.show_environment(facts)
     rows: list[Row] = []
-    with options.tuned(given):
+    with cli.tuned(given):
         for problem in tqdm(given.problems, unit="problem", disable=None, leave=False):
             rows += measure(problem, given.layouts, given.active, device, dtype, given.seconds)
-            report.save(rows, facts, given.json)  # should the next one be the last
-    report.show(rows, facts)
+            wgrad_report.save(rows, facts, given.json)  # should the next one be the last
+    wgrad_report.show(rows, facts)
     if given.plot:
-        report.plot(rows, facts, given.plot)
-    report.refuse_wrong(rows)
+        wgrad_report.plot(rows, facts, given.plot)
+    wgrad_report.refuse_wrong(rows)
 
 
 def measure(
@@ -136,22 +136,22 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--suite", choices=("quick", "full"), default="quick")
-    options.add_device(parser)
+    cli.add_device(parser)
     add("--dtype", choices=DTYPES, default="float32")
     add("--layout", choices=(*LAYOUTS, "both"), default="both", help="of images")
-    add("--active", type=options.fractions, default="1,.75,.5,.25,.1,0", metavar="F,F,...")
-    options.add_only(parser, "resnet50 or swin.*mlp")
-    add("--seconds", type=options.positive, default=3.0, metavar="S", help="of timing per problem")
-    options.add_table(parser)
-    add("--json", type=options.output, metavar="FILE")
-    add("--plot", type=options.image, metavar="FILE")
+    add("--active", type=cli.fractions, default="1,.75,.5,.25,.1,0", metavar="F,F,...")
+    cli.add_only(parser, "resnet50 or swin.*mlp")
+    add("--seconds", type=cli.positive, default=3.0, metavar="S", help="of timing per problem")
+    cli.add_table(parser)
+    add("--json", type=cli.output, metavar="FILE")
+    add("--plot", type=cli.image, metavar="FILE")
     given = parser.parse_args(arguments)
 
     given.layouts = LAYOUTS if given.layout == "both" else (given.layout,)
     given.problems = problems(given.suite, given.device.type)
-    names = options.chosen(parser, given, "problem", [p.name for p in given.problems])
+    names = cli.chosen(parser, given, "problem", [p.name for p in given.problems])
     given.problems = [p for p in given.problems if p.name in names]
-    options.load_table(parser, given)
+    cli.load_table(parser, given)
     return given
 
 

@@ -29,11 +29,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import options, report
-from bench.contenders import Active, Case, active_count
-from bench.problems import Problem, problems
-from bench.report import TOLERATED, Row
-from bench.timing import device_name, environment, interleave
+from bench.lib import cli, wgrad_report
+from bench.lib.problems import Problem, problems
+from bench.lib.timing import device_name, environment, interleave
+from bench.lib.wgrad_contenders import Active, Case, active_count
+from bench.lib.wgrad_report import TOLERATED, Row
 from neq_kernels.wgrad import planner
 
 Call = Callable[..., object]
@@ -42,13 +42,13 @@ Call = Callable[..., object]
 def main(arguments: list[str] | None = None) -> None:
     given = parse(arguments)
     facts = environment(given.device)
-    report.show_environment(facts)
+    wgrad_report.show_environment(facts)
     rows: list[Row] = []
     for problem in tqdm(given.problems, unit="problem", disable=None, leave=False):
         for layout in problem.layouts:
             rows += measure(problem, layout, given)
-        report.save(rows, facts, given.json)  # should the next one be the last
-    report.show_table(table(rows))
+        wgrad_report.save(rows, facts, given.json)  # should the next one be the last
+    wgrad_report.show_table(table(rows))
     print(verdict(rows, device_name(facts)))
 
 
@@ -158,17 +158,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--suite", choices=("quick", "full"), default="full")
-    options.add_device(parser)
+    cli.add_device(parser)
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    add("--active", type=options.fractions, default=".75,.5,.25,.1", metavar="F,F,...")
-    options.add_only(parser, "resnet50 or swin.*mlp")
-    add("--seconds", type=options.positive, default=3.0, metavar="S", help="of timing per problem")
-    add("--json", type=options.output, metavar="FILE")
+    add("--active", type=cli.fractions, default=".75,.5,.25,.1", metavar="F,F,...")
+    cli.add_only(parser, "resnet50 or swin.*mlp")
+    add("--seconds", type=cli.positive, default=3.0, metavar="S", help="of timing per problem")
+    add("--json", type=cli.output, metavar="FILE")
     given = parser.parse_args(arguments)
     if not all(0 < f < 1 for f in given.active):
         parser.error("argument --active: must be between 0 and 1: nothing is chosen at the ends")
     every = problems(given.suite, given.device.type)
-    names = options.chosen(parser, given, "problem", [p.name for p in every])
+    names = cli.chosen(parser, given, "problem", [p.name for p in every])
     given.problems = [p for p in every if p.name in names]
     return given
 

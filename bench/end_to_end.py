@@ -3,7 +3,8 @@
     python bench/end_to_end.py
     python bench/end_to_end.py --only resnet --active .5,.1 --json out.json --plot out.png
 
-For every network, with a share f of the neurons active, timed in turns (bench/steps.py has them):
+For every network, with a share f of the neurons active, timed in turns (the steps are in
+bench/lib/step_contenders.py):
 
     dense      as anyone would, in the layout in which that is fastest
     none       no weight gradient in any converted layer, and every input gradient
@@ -39,13 +40,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import options, report, step_report
-from bench.contenders import WrongResultError
-from bench.memory import peak_bytes
-from bench.networks import Network, networks
-from bench.report import Row
-from bench.steps import Backends, Bench, Gate, Step
-from bench.timing import FEWEST, Times, each_round, environment
+from bench.lib import cli, step_report, wgrad_report
+from bench.lib.networks import Network, networks
+from bench.lib.peak_memory import peak_bytes
+from bench.lib.step_contenders import Backends, Bench, Gate, Step
+from bench.lib.timing import FEWEST, Times, each_round, environment
+from bench.lib.wgrad_contenders import WrongResultError
+from bench.lib.wgrad_report import Row
 
 DTYPES = ("float32", "bfloat16")
 PERCENTILES = ("p20", "ms", "p80")
@@ -60,21 +61,21 @@ def main(arguments: list[str] | None = None) -> None:
     if given.device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # dense is to be as fast as it can
     facts = environment(given.device)
-    report.show_environment(facts)
+    wgrad_report.show_environment(facts)
     rows: list[Row] = []
     bar = tqdm(given.networks.items(), unit="network", disable=None, leave=False)
-    with options.tuned(given):
+    with cli.tuned(given):
         for name, network in bar:
             its_rows: list[Row] = []
             for its_rows in fitted(name, network, given, bar):
-                report.save(rows + its_rows, facts, given.json)  # should the next be the last
+                wgrad_report.save(rows + its_rows, facts, given.json)  # should the next be the last
             rows += its_rows
     if not rows:
         sys.exit("error: no network fits into the memory of this device")
     step_report.show(rows, facts)
     if given.plot:
         step_report.plot(rows, facts, given.plot)
-    report.refuse_wrong(rows)
+    wgrad_report.refuse_wrong(rows)
 
 
 def fitted(
@@ -285,19 +286,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--suite", choices=("quick", "full"), default="full")
-    options.add_device(parser)
+    cli.add_device(parser)
     add("--dtype", choices=DTYPES, help="of autocast; by default bfloat16 on a GPU, else float32")
-    add("--active", type=options.fractions, default=".75,.5,.25,.1,0", metavar="F,F,...")
-    options.add_only(parser, "resnet50 or swin")
+    add("--active", type=cli.fractions, default=".75,.5,.25,.1,0", metavar="F,F,...")
+    cli.add_only(parser, "resnet50 or swin")
     add("--compile", action="store_true", help="every model, with torch.compile")
     add("--graphs", action="store_true", help="replay each step as CUDA graphs")
-    options.add_table(parser)
-    add("--seconds", type=options.positive, default=30.0, metavar="S", help="of timing per network")
-    add("--json", type=options.output, metavar="FILE")
-    add("--plot", type=options.image, metavar="FILE")
+    cli.add_table(parser)
+    add("--seconds", type=cli.positive, default=30.0, metavar="S", help="of timing per network")
+    add("--json", type=cli.output, metavar="FILE")
+    add("--plot", type=cli.image, metavar="FILE")
     given = parser.parse_args(arguments)
 
-    options.load_table(parser, given)
+    cli.load_table(parser, given)
     given.active = list(dict.fromkeys(given.active))
     modes = {"compiled": given.compile, "graphs": given.graphs}
     given.mode = ", ".join(mode for mode, on in modes.items() if on) or "eager"
@@ -305,7 +306,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if given.graphs and given.device.type != "cuda":
         parser.error(f"argument --graphs: CUDA graphs need a GPU, the device is {given.device}")
     every = networks(given.suite, given.device.type)
-    names = options.chosen(parser, given, "network", [*every])
+    names = cli.chosen(parser, given, "network", [*every])
     given.networks = {name: every[name] for name in names}
     return given
 

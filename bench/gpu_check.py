@@ -45,8 +45,8 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import options, report, step_report
-from bench.timing import device_name, environment
+from bench.lib import cli, step_report, wgrad_report
+from bench.lib.timing import device_name, environment
 from neq_kernels.device import names as machine
 
 Row = dict[str, Any]
@@ -94,7 +94,7 @@ class Outcome:
 def main(arguments: list[str] | None = None) -> int:
     given = parse(arguments)
     facts = environment(torch.device("cuda"))
-    report.show_environment(facts)
+    wgrad_report.show_environment(facts)
     name = machine.slug(device_name(facts))
     out = given.out or ROOT / "bench/results" / name
     out.mkdir(parents=True, exist_ok=True)
@@ -107,14 +107,14 @@ def main(arguments: list[str] | None = None) -> int:
     summary |= {"results": rows, "steps": steps}
     (out / "gpu_check.json").write_text(json.dumps(summary, indent=1) + "\n")
 
-    console = Console(width=report.WIDTH, highlight=False)
+    console = Console(width=wgrad_report.WIDTH, highlight=False)
     console.print(ending(outcomes))
-    if wrong := report.faults(rows + steps):
+    if wrong := wgrad_report.faults(rows + steps):
         print(*wrong, sep="\n")
     if rows:
         console.print(by_model(rows))
-        print(report.verdict(rows, device_name(facts)))
-        report.plot(rows, facts, out / "backward_speed.png")
+        print(wgrad_report.verdict(rows, device_name(facts)))
+        wgrad_report.plot(rows, facts, out / "backward_speed.png")
     if steps:
         step_report.show(steps, facts)
         step_report.plot(steps, facts, out / "end_to_end.png")
@@ -266,7 +266,7 @@ def by_model(rows: list[Row]) -> Table:
         table.add_column(str(fraction), justify="right")
     table.add_column("backends")
     models: dict[str, list[Row]] = {}
-    for row in report.timed(rows):
+    for row in wgrad_report.timed(rows):
         if row["layout"] == row["dense_layout"] and 0 < row["active"] < 1:
             models.setdefault(row["name"].partition("/")[0], []).append(row)
     for model, its_rows in models.items():
@@ -284,7 +284,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where results go")
-    parser.add_argument("--minutes", type=options.positive, default=8.0, help="at most, altogether")
+    parser.add_argument("--minutes", type=cli.positive, default=8.0, help="at most, altogether")
     given = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error(f"needs a GPU: torch {torch.__version__} sees no CUDA device")

@@ -29,8 +29,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import neq
-from bench import options, report
-from bench.timing import environment, interleave
+from bench.lib import cli, wgrad_report
+from bench.lib.timing import environment, interleave
 
 FLAGS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -84,7 +84,7 @@ MODELS: dict[str, Callable[[], Iterator[nn.Module]]] = {"resnet50": resnet50, "v
 def main(arguments: list[str] | None = None) -> None:
     given = parse(arguments)
     facts = environment(given.device)
-    report.show_environment(facts)
+    wgrad_report.show_environment(facts)
     pairs = [(m, o) for m in MODELS for o in OPTIMIZERS if given.only.search(f"{m} {o}".lower())]
     if not pairs:
         sys.exit(f"error: --only {given.only.pattern!r} matches nothing")
@@ -92,8 +92,8 @@ def main(arguments: list[str] | None = None) -> None:
     for model, optimizer in tqdm(pairs, unit="optimizer", disable=None, leave=False):
         for row in measure(model, optimizer, given.active, given.device, given.seconds):
             rows.append(row)
-            report.save(rows, facts, given.json)  # should the next one be the last
-    report.show_table(table(rows))
+            wgrad_report.save(rows, facts, given.json)  # should the next one be the last
+    wgrad_report.show_table(table(rows))
     for r in rows:
         if r["active"] == 0.5:
             print(
@@ -178,11 +178,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", type=options.usable_device, default=default, help="cpu, cuda, cuda:1")
-    add("--active", type=options.fractions, default="1,.5,.25,.1", metavar="F,F,...")
-    add("--seconds", type=options.positive, default=2.0, help="per model, optimizer and fraction")
-    add("--only", type=options.pattern, default="", help="of model and optimizer, lower case")
-    add("--json", type=options.output, metavar="FILE")
+    add("--device", type=cli.usable_device, default=default, help="cpu, cuda, cuda:1")
+    add("--active", type=cli.fractions, default="1,.5,.25,.1", metavar="F,F,...")
+    add("--seconds", type=cli.positive, default=2.0, help="per model, optimizer and fraction")
+    add("--only", type=cli.pattern, default="", help="of model and optimizer, lower case")
+    add("--json", type=cli.output, metavar="FILE")
     return parser.parse_args(arguments)
 
 

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import neq
-from bench import options, report
-from bench.timing import environment, interleave
+from bench.lib import cli, wgrad_report
+from bench.lib.timing import environment, interleave
 
 CALLS = 20  # timed as one: a single one is too short for the clock
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -47,21 +47,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seconds", type=options.positive, default=4.0, help="per layer and pass")
-    parser.add_argument("--json", type=options.output, metavar="FILE")
+    parser.add_argument("--seconds", type=cli.positive, default=4.0, help="per layer and pass")
+    parser.add_argument("--json", type=cli.output, metavar="FILE")
     given = parser.parse_args(arguments)
 
     torch.set_num_threads(1)
     facts = environment(torch.device("cpu"))
-    report.show_environment(facts)
+    wgrad_report.show_environment(facts)
     rows = list(measure(given.seconds))
-    report.show_table(table(rows))
+    wgrad_report.show_table(table(rows))
     worst = max((r for r in rows if r["active"] == "half"), key=lambda r: r["extra_us"])
     print(
         f"part of the neurons active costs at most {worst['extra_us']:.1f} us more per call "
         f"(NEq{worst['layer']}, {worst['pass']})"
     )
-    report.save(rows, facts, given.json)
+    wgrad_report.save(rows, facts, given.json)
 
 
 def measure(seconds: float) -> Iterator[dict[str, Any]]:

@@ -31,8 +31,8 @@ from transformers import ResNetConfig, ResNetForImageClassification
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import neq
-from bench import options, report
-from bench.timing import cache_bytes, environment, interleave
+from bench.lib import cli, wgrad_report
+from bench.lib.timing import cache_bytes, environment, interleave
 from neq_kernels import row_similarity
 from neq_kernels.device.extension import pack_columns
 
@@ -59,14 +59,14 @@ def main(arguments: list[str] | None = None) -> None:
     given = parse(arguments)
 
     facts = environment(given.device)
-    report.show_environment(facts)
+    wgrad_report.show_environment(facts)
     rows = measure(given)
-    report.save(rows, facts, given.json)  # should what follows be cut off
-    report.show_table(table(rows))
+    wgrad_report.save(rows, facts, given.json)  # should what follows be cut off
+    wgrad_report.show_table(table(rows))
     compared = compare(given.device, given.seconds)
-    report.show_table(beside_copy(compared, "compare"))
+    wgrad_report.show_table(beside_copy(compared, "compare"))
     packed = pack(given.device, given.seconds)
-    report.show_table(beside_copy(packed, "pack"))
+    wgrad_report.show_table(beside_copy(packed, "pack"))
     compares, packs = (median(float(row["of_copy"]) for row in some) for some in (compared, packed))
     worst = max(rows, key=lambda row: row["share_of_epoch"])
     print(
@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
         f"{rows[-1]['agreement']:.2%} of those frozen; comparing outputs runs at "
         f"{compares:.0%} of a copy's bandwidth, packing at {packs:.0%}"
     )
-    report.save([*rows, *compared, *packed], facts, given.json)
+    wgrad_report.save([*rows, *compared, *packed], facts, given.json)
 
 
 def measure(given: argparse.Namespace) -> list[dict[str, float | str]]:
@@ -257,12 +257,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, metavar="FOLDER")
-    parser.add_argument("--device", type=options.usable_device, default="cpu")
+    parser.add_argument("--device", type=cli.usable_device, default="cpu")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--steps", type=int, default=10, help="per epoch")
     parser.add_argument("--eps", type=float, default=1e-2)
-    parser.add_argument("--seconds", type=options.positive, default=1.0, help="per kind of output")
-    parser.add_argument("--json", type=options.output, metavar="FILE")
+    parser.add_argument("--seconds", type=cli.positive, default=1.0, help="per kind of output")
+    parser.add_argument("--json", type=cli.output, metavar="FILE")
     return parser.parse_args(arguments)
 
 

@@ -28,9 +28,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import neq
-from bench import options
-from bench.report import WIDTH, show_environment
-from bench.timing import environment
+from bench.lib import cli
+from bench.lib.timing import environment
+from bench.lib.wgrad_report import WIDTH, show_environment
 from examples import cifar_report
 from examples.cifar_controls import COMPARISON, DENSE, POLICIES, schedule
 from examples.cifar_data import Data, Images, augment, load
@@ -271,7 +271,7 @@ def main(arguments: list[str] | None = None) -> None:
     )  # fmt: skip
     parser.add_argument("--output", type=Path, default=Path("runs/cifar10"), metavar="FOLDER")
     parser.add_argument("--resume", action="store_true", help="go on from what is in --output")
-    parser.add_argument("--device", type=options.usable_device, default="cuda" if gpu else "cpu")
+    parser.add_argument("--device", type=cli.usable_device, default="cuda" if gpu else "cpu")
     parser.add_argument(
         "--amp", action=argparse.BooleanOptionalAction, help="bfloat16 (default: on a GPU)"
     )

@@ -10,8 +10,8 @@ from math import inf
 import pytest
 import torch
 
-from bench.contenders import active_count
-from bench.problems import Problem, conv, linear, problems
+from bench.lib.problems import Problem, conv, linear, problems
+from bench.lib.wgrad_contenders import active_count
 from neq_kernels.wgrad import fused, planner
 from neq_kernels.wgrad.geometry import Conv
 from tests.support.aot import BLOCK_BYTES, every_target, kernels, launches

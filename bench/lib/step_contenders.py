@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import neq
-from bench import gather
-from bench.contenders import WrongResultError, active_count
-from bench.networks import Network
+from bench.lib import naive_gather
+from bench.lib.networks import Network
+from bench.lib.wgrad_contenders import WrongResultError, active_count
 from neq import Account, NeuronLayer
 from neq.layers.active import Rows
 from neq.layers.base import _NEqNorm
@@ -137,7 +137,7 @@ class Step:
             return None
         bench = self.bench
         model = bench.converted if self.name in BY_ROWS else bench.plain
-        with gather.everywhere() if self.name == "gather" else nullcontext():
+        with naive_gather.everywhere() if self.name == "gather" else nullcontext():
             with torch.autocast(bench.device.type, bench.dtype, bench.dtype != torch.float32):
                 loss: Tensor = model(**bench.batch)["loss"]
             loss.backward()

@@ -9,8 +9,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from bench.report import TOLERATED, Facts, Row, ms, show_table
-from bench.timing import device_name
+from bench.lib.timing import device_name
+from bench.lib.wgrad_report import TOLERATED, Facts, Row, ms, show_table
 
 TIMES = {
     "gradients_ms": "fwd+bwd ms",

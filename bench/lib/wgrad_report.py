@@ -14,7 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bench.timing import device_name
+from bench.lib.timing import device_name
 
 Row = dict[str, Any]
 Facts = Mapping[str, object]

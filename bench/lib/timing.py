@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 import neq
-from bench.memory import keep_freed
+from bench.lib.peak_memory import keep_freed
 from neq_kernels.device import names as machine
 
 Key = TypeVar("Key")

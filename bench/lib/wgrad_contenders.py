@@ -8,9 +8,9 @@ from math import ceil, prod
 import torch
 from torch import Tensor
 
-from bench import gather
-from bench.problems import Problem
-from bench.timing import cache_bytes
+from bench.lib import naive_gather
+from bench.lib.problems import Problem
+from bench.lib.timing import cache_bytes
 from neq_kernels import ops, reference
 from neq_kernels.wgrad import planner
 from neq_kernels.wgrad.geometry import Conv
@@ -93,7 +93,8 @@ class Case:
         return dw, None if db is None else db * active.mask
 
     def gather(self, active: Active, turn: int) -> Gradient:
-        operator, geometry = getattr(gather, self.problem.op), [self.conv] if self.conv else []
+        operator = getattr(naive_gather, self.problem.op)
+        geometry = [self.conv] if self.conv else []
         rest = (self.weight, active.rows, active.k, self.problem.bias, *geometry)
         dw, db = operator(*self._inputs(turn), *rest)
         return dw, db if self.problem.bias else None
