@@ -8,25 +8,12 @@ from itertools import islice
 import pytest
 import torch
 
-<<<<<<< HEAD:tests/bench/test_end_to_end.py
 from bench import end_to_end, step_report
 from bench.end_to_end import Entry, compare, in_best_layout, time_parts
 from bench.networks import LAYOUTS
 from bench.steps import Step
 from bench.timing import Times
 from tests.support.benches import CPU, IMAGES, TEXT, tiny_gpt2
-=======
-import neq
-from bench import end_to_end
-from bench.end_to_end import Entry, Shares, compare, in_best_layout, time_parts
-from bench.lib import networks, peak_memory, step_contenders, step_report
-from bench.lib.networks import LAYOUTS, NETWORKS, Network, images, text
-from bench.lib.problems import MODELS
-from bench.lib.step_contenders import Bench, Gate, Step
-from bench.lib.timing import Times
-from neq_kernels import ops
-from neq_kernels.wgrad import planner
->>>>>>> bench-rooms:tests/test_end_to_end.py
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -168,131 +155,6 @@ def test_bad_options(tiny, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
-<<<<<<< HEAD:tests/bench/test_end_to_end.py
-=======
-# The steps
-
-
-class Convolutions(TorchDispatchMode):
-    """Of each backward of a convolution inside, whether dX and dW are computed; or "rows"."""
-
-    def __init__(self):
-        super().__init__()
-        self.wanted = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.convolution_backward.default:
-            self.wanted.append(tuple(args[-1][:2]))
-        if func is ops.conv_wgrad:
-            self.wanted.append("rows")
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize(
-    ("name", "active", "wanted"),
-    [
-        ("dense", 1, [(True, True), (False, True)]),
-        ("none", 0, [(True, False)]),  # which dense needs for the first layer's dW
-        ("neq", 0, []),
-        ("masked", 0.5, [(True, True), (False, True)]),
-        ("gather", 0.5, ["rows", (True, False), "rows"]),
-    ],
-)
-def test_what_a_step_computes(bench, name, active, wanted):
-    one = step(bench, name, active)
-    one.prepare()
-    with Convolutions() as seen:
-        one.gradients(0)
-    assert seen.wanted == wanted
-    for name, layer in bench.layers.items():
-        rows = one.rows[name]
-        assert rows.count == active * rows.neurons
-        grad = layer.weight.grad
-        assert rows.count == 0 or not grad[rows.order[rows.count :]].any()
-        assert (grad is None) == (rows.count == 0)
-
-
-def test_whole_layers(bench):
-    wgrads = dict(Shares.of(bench).wgrads)
-    assert wgrads.keys() == {"conv1", "bn1", "conv2", "bn2", "hidden"}
-    for share in (1, 0.5, 0.1, 0):
-        one = Step(bench, "layers", 1 - share, wgrads)
-        frozen = [name for name, rows in one.rows.items() if rows.count == 0]
-        rest = [flops for name, flops in wgrads.items() if name not in frozen]
-        left = share * sum(wgrads.values()) - sum(wgrads[name] for name in frozen)
-        assert 0 <= left < min(rest, default=1)
-        one.prepare()
-        for name, layer in bench.layers.items():
-            assert layer.weight.requires_grad == (name not in frozen)
-    step(bench, "dense", 1).prepare()
-    assert all(p.requires_grad for p in bench.parameters.values())
-
-
-def test_frozen_rows_rest_under_the_optimizer_by_rows(bench):
-    bench.row_optimizer.param_groups[0]["lr"] = 1.0
-    half = step(bench, "neq", 0.5)
-    before = {name: layer.weight.detach().clone() for name, layer in bench.layers.items()}
-    for _ in range(2):
-        half.lead(0)
-        half.gradients(0)
-        half.update(0)
-    for name, layer in bench.layers.items():
-        moved = (layer.weight != before[name]).view(layer.n_neurons, -1).any(1)
-        assert torch.equal(moved, half.rows[name].mask)
-    assert all(p.grad is None for p in bench.parameters.values())
-
-
-def test_share_of_the_weight_gradients(bench):
-    shares = Shares.of(bench)
-    per_pixel = {"conv1": 36 * 27 * 8, "conv2": 16 * 72 * 8, "bn1": 2 * 36 * 8, "bn2": 2 * 16 * 8}
-    macs = {**per_pixel, "hidden": 8 * 16, "fc": 16 * 5}
-    assert shares.wgrads == {name: 2 * macs[name] for name in bench.layers}
-    # the first layer has no dgrad
-    everything = 2 * (3 * sum(macs.values()) - macs["conv1"])
-    assert shares.of_step == pytest.approx(sum(shares.wgrads.values()) / everything)
-
-
-# A wrong step
-
-
-def off_by_a_little(dw):
-    dw[torch.nonzero(dw)[0][0]] *= 1.01
-
-
-def unwritten(dw):
-    dw[torch.nonzero(dw)[0][0]] = math.nan
-
-
-def thawed(dw):
-    dw[(dw == 0).flatten(1).all(1).nonzero()[0]] = 1e-9
-
-
-@pytest.mark.parametrize(
-    ("fault", "message"),
-    [
-        (off_by_a_little, r"the gradient of conv\d.weight is off by [\d.e-]+, allowed are"),
-        (unwritten, r"the gradient of conv\d.weight is off by nan"),
-        (thawed, r"the gradient of conv\d.weight is not zero in the frozen rows"),
-    ],
-)
-def test_a_wrong_gradient_is_not_timed(bench, monkeypatch, fault, message):
-    right = planner.conv_wgrad
-
-    def wrong(*args):
-        dw, db = right(*args)
-        fault(dw)
-        return dw, db
-
-    gate = Gate("images", bench, step(bench, "dense", 1))
-    gate.admit(step(bench, "gather", 0.5))
-    monkeypatch.setattr(planner, "conv_wgrad", wrong)
-    with pytest.raises(step_contenders.WrongResultError, match=message) as error:
-        gate.admit(step(bench, "gather", 0.5))
-    where = r"gather is wrong for images (contiguous) with 0.5 of the neurons active: "
-    assert str(error.value).startswith(where)
-
-
->>>>>>> bench-rooms:tests/test_end_to_end.py
 @pytest.mark.parametrize("wrong", ["neq", "none"])
 def test_who_is_wrong_is_not_timed_and_the_run_fails(results, wrong, tmp_path, monkeypatch, capsys):
     gradients = Step.gradients
@@ -396,79 +258,6 @@ def test_each_contender_has_its_best_layout(fake):
     ]
 
 
-<<<<<<< HEAD:tests/bench/test_end_to_end.py
-=======
-def test_verdict():
-    def row(contender, active, ratio, realised):
-        return {
-            "network": "toast",
-            "mode": "compiled" if active == 0.25 else "eager",
-            "dtype": "float32",
-            "contender": contender,
-            "active": active,
-            "ratio": ratio,
-            "realised": realised,
-        }
-
-    rows = [
-        row("dense", 1, 1, None),
-        row("neq", 0.75, 1.5, -9),
-        row("neq", 0.5, 1.02, -0.1),
-        row("neq", 0.25, 1.04, -0.2),
-        row("neq", 0.1, 0.7, 0.9),
-        row("neq", 0, 0.1, 9),
-        row("gather", 0.5, 0.9, 0.4),
-    ]
-    assert step_report.verdict(rows, "toaster").splitlines() == [
-        "toaster, float32, whole steps with 0 < f <= 0.5:",
-        "neq: realised -0.10 median, -0.20 worst (toast, compiled, f = 0.25); "
-        "slower than dense in 2 (1 by more than 3%) of 3 rows",
-        "gather: realised 0.40 median, 0.40 worst (toast, f = 0.5); slower than dense in 0 "
-        "(0 by more than 3%) of 1 rows",
-    ]
-
-
-# Memory
-
-
-def test_the_peak_is_exact():
-    held = []
-
-    def call():
-        held.append(torch.ones(2 << 20))  # 8 MiB
-        torch.ones(4 << 20)  # 16 MiB, freed at once
-        torch.ones(1 << 20)
-
-    assert peak_memory.peak_bytes(call, CPU) == 24 << 20
-    assert peak_memory.peak_bytes(lambda: None, CPU) == 0
-
-
-FREED = """
-import resource
-import torch
-from bench.lib.timing import interleave
-
-def pages(turn=0):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(24 << 20, dtype=torch.uint8)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-print(pages())
-interleave({"call": pages}, torch.device("cpu"), 0.001)
-print(pages())
-"""
-
-
-def test_what_is_freed_stays_while_steps_are_timed():
-    run = subprocess.run(
-        [sys.executable, "-c", FREED], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    otherwise, timed = map(int, run.stdout.split())
-    assert otherwise > 1000
-    assert timed < 100
-
-
->>>>>>> bench-rooms:tests/test_end_to_end.py
 def test_batches_are_halved_until_they_fit(tiny, monkeypatch, capsys):
     tried = []
 
