@@ -34,7 +34,7 @@ import neq
 from bench.lib import cli, wgrad_report
 from bench.lib.timing import cache_bytes, environment, interleave
 from neq_kernels import row_similarity
-from neq_kernels.device.extension import pack_columns
+from neq_kernels.wgrad.columns import pack_columns
 
 BATCH, SAMPLES, CLASSES, IMAGES = 100, 50, 10, 50_000
 MEMORIES = ("device", "host", "sketch")

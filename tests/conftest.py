@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from neq_kernels.wgrad import planner
+from neq_kernels.wgrad import planner, tables
 
 settings.register_profile("few", max_examples=10)  # where each may compile a kernel
 
@@ -76,9 +76,9 @@ def one_thread(threads):
 @pytest.fixture
 def fresh_planner(monkeypatch, tmp_path):
     """A planner that has met no problem yet and finds no table."""
-    monkeypatch.setattr(planner, "_plans", {})
+    monkeypatch.setattr(planner, "_choices", {})
     monkeypatch.setattr(planner, "_measured", {})
-    monkeypatch.setattr(planner, "TABLES", tmp_path / "tables")
-    planner.shipped.cache_clear()
+    monkeypatch.setattr(tables, "FOLDER", tmp_path / "tables")
+    tables.shipped.cache_clear()
     yield
-    planner.shipped.cache_clear()
+    tables.shipped.cache_clear()

@@ -49,7 +49,7 @@ def on_rank(rank, folder):
             F.cross_entropy(model(x[mine]), labels[mine]).backward()
             optimizer.step()
             control.step()
-            phi.append(control._phi)
+            phi.append(control.scores["phi"])
         assert next(iter(control.layers)) == "conv"
         results[name] = masks(control), torch.stack(phi), len(control.history.records)
     contrary = neq.Controller(Net(), optimizer=(), policy=Contrary())
@@ -94,7 +94,7 @@ def test_ranks_decide_alike_from_the_samples_of_all(policy, ranks):
         F.cross_entropy(model(x), labels).backward()
         optimizer.step()
         control.step()
-        assert torch.allclose(control._phi, phi[epoch], atol=1e-5, equal_nan=True)
+        assert torch.allclose(control.scores["phi"], phi[epoch], atol=1e-5, equal_nan=True)
 
 
 def test_only_rank_0_writes_history(ranks):

@@ -8,8 +8,8 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import neq
-from neq.measure import outputs as memory
-from neq.measure.outputs import Where
+from neq.measure import outputs as kept_outputs
+from neq.measure.base import Where
 from tests.support.training import build, data, masks, train
 
 # everything here is too small for two
@@ -41,7 +41,7 @@ WAYS += [("slowest", memory, probe) for memory in get_args(Where) for probe in P
 def test_stop_and_resume_is_the_same_run_bit_for_bit(
     policy, where, probe, outputs, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(memory, "POSITIONS", 12)  # of 96 of a convolution's and its norm's
+    monkeypatch.setattr(kept_outputs, "POSITIONS", 12)  # of 96 of a convolution's and its norm's
 
     def go(*parts):
         file, records = None, []
@@ -95,13 +95,13 @@ def test_state_without_outputs_is_small():
 
 @pytest.mark.parametrize("change", [{"probe": data()[0][6:12]}, {"memory": "sketch"}], ids=list)
 def test_outputs_kept_otherwise_are_not_taken_but_measured_anew(change, monkeypatch):
-    monkeypatch.setattr(memory, "POSITIONS", 12)
+    monkeypatch.setattr(kept_outputs, "POSITIONS", 12)
     model, optimizer, control = build()
     train(model, optimizer, 2, control)
     _, _, other = build(**change)
     other.model.load_state_dict(model.state_dict())
     other.load_state_dict(control.state_dict())
     other.step()  # nothing was trained since
-    measured = other._phi[~other._phi.isnan()]
+    measured = other.scores["phi"][~other.scores["phi"].isnan()]
     assert len(measured) == 24
     assert (measured == 1).all()

@@ -10,6 +10,7 @@ from torch import nn
 from tqdm import tqdm
 
 import neq
+from neq import Motion
 from neq.history import SPEED_EXPONENTS, EpochRecord, History, LayerRecord, layer_record, read
 
 
@@ -43,7 +44,10 @@ def test_layer_record_by_hand():
     velocity = torch.tensor([1e-9, -2e-6, 0.5, -0.02, 3.0, math.nan], dtype=torch.float64)
     phi = torch.tensor([1.0, 0.5, 0.0, 0.5, 0.0, math.nan], dtype=torch.float64)
     mask = torch.tensor([1, 0, 1, 0, 0, 1]).bool()
-    r = layer_record("fc", "Linear", torch.ones(6).bool(), mask, phi, velocity, 7.0)
+    layer = neq.NEqLinear(1, 6)
+    motion = Motion("fc", layer, phi, velocity, active=torch.ones(6).bool())
+    r = layer_record(motion, mask, 7.0)
+    assert (r.name, r.kind, r.wgrad_flops) == ("fc", "Linear", 7.0)
     assert (r.neurons, r.trained, r.active) == (6, 6, 3)
     assert r.phi == pytest.approx(0.4)
     assert r.speed == pytest.approx(0.02)
@@ -56,7 +60,9 @@ def test_layer_record_by_hand():
 
 def test_what_was_not_measured_is_null_not_nan():
     nothing = torch.full((3,), math.nan)
-    r = layer_record("fc", "Linear", *2 * [torch.ones(3).bool()], nothing, nothing, 0.0)
+    everything = torch.ones(3).bool()
+    motion = Motion("fc", neq.NEqLinear(1, 3), nothing, nothing, everything)
+    r = layer_record(motion, everything, 0.0)
     assert (r.phi, r.speed, r.speeds) == (None, None, [])
 
 

@@ -11,9 +11,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from neq_kernels.shapes import as_matrix
 from neq_kernels.wgrad import planner
 from neq_kernels.wgrad.geometry import Conv
-from neq_kernels.wgrad.problem import as_matrix
 
 
 def linear_wgrad(

@@ -29,8 +29,8 @@ from bench.lib import naive_gather
 from bench.lib.networks import Network
 from bench.lib.wgrad_contenders import WrongResultError, active_count
 from neq import Account, NeuronLayer
-from neq.layers.active import Rows
-from neq.layers.base import _NEqNorm
+from neq.layers.active import ActiveSet
+from neq.layers.norm import NEqNorm
 from neq_kernels import ops
 from neq_kernels.wgrad import planner
 from neq_kernels.wgrad.geometry import Conv
@@ -101,13 +101,13 @@ class Step:
     def __init__(self, bench: Bench, name: str, active: float, wgrads: Mapping[str, int]) -> None:
         """wgrads: the FLOPs of each layer's weight gradient."""
         self.bench, self.name, self.active = bench, name, active
-        self.rows: dict[str, Rows] = {}
+        self.rows: dict[str, ActiveSet] = {}
         frozen = _whole_layers(wgrads, 1 - active) if name == "layers" else ()
         for seed, (layer, module) in enumerate(bench.layers.items()):
             n = module.n_neurons
             count = n * (layer not in frozen) if name == "layers" else active_count(active, n)
             order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-            self.rows[layer] = Rows(n, bench.device)
+            self.rows[layer] = ActiveSet(n, bench.device)
             self.rows[layer].set(torch.zeros(n, dtype=torch.bool).index_fill_(0, order[:count], 1))
         self._optimizer = bench.row_optimizer if name in BY_ROWS else bench.optimizer
         self._graphs: list[torch.cuda.CUDAGraph] = []
@@ -251,7 +251,7 @@ class Backends(TorchDispatchMode):
     def __init__(self, step: Step) -> None:
         super().__init__()
         self.asked: Counter[str] = Counter()
-        matrices = {n: m for n, m in step.bench.layers.items() if not isinstance(m, _NEqNorm)}
+        matrices = {n: m for n, m in step.bench.layers.items() if not isinstance(m, NEqNorm)}
         some = (0 < step.rows[name].count < m.n_neurons for name, m in matrices.items())
         self.layers = sum(some) if step.name in BY_ROWS else 0
 

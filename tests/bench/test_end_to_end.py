@@ -8,11 +8,12 @@ from itertools import islice
 import pytest
 import torch
 
-from bench import end_to_end, step_report
+from bench import end_to_end
 from bench.end_to_end import Entry, compare, in_best_layout, time_parts
-from bench.networks import LAYOUTS
-from bench.steps import Step
-from bench.timing import Times
+from bench.lib import step_report
+from bench.lib.networks import LAYOUTS
+from bench.lib.step_contenders import Step
+from bench.lib.timing import Times
 from tests.support.benches import CPU, IMAGES, TEXT, tiny_gpt2
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from bench import memory
+from bench.lib import peak_memory as memory
 from tests.support import ROOT
 from tests.support.benches import CPU
 
@@ -28,7 +28,7 @@ def test_the_peak_is_exact():
 FREED = """
 import resource
 import torch
-from bench.timing import interleave
+from bench.lib.timing import interleave
 
 def pages(turn=0):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 import neq
-from bench import networks
-from bench.networks import NETWORKS, images
-from bench.problems import MODELS
+from bench.lib import networks
+from bench.lib.networks import NETWORKS, images
+from bench.lib.problems import MODELS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

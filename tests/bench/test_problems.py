@@ -10,8 +10,8 @@ import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from bench import networks
-from bench.problems import MODELS, QUICK, problems
+from bench.lib import networks
+from bench.lib.problems import MODELS, QUICK, problems
 
 
 def test_suites():

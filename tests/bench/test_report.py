@@ -1,6 +1,6 @@
 """bench/report.py: the verdict."""
 
-from bench import report
+from bench.lib import wgrad_report as report
 
 
 def rows_for_verdict():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench import step_report
+from bench.lib import step_report
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import steps
 from bench.end_to_end import Shares
-from bench.steps import Bench, Gate, Step
+from bench.lib import step_contenders as steps
+from bench.lib.step_contenders import Bench, Gate, Step
 from neq_kernels import ops
 from neq_kernels.wgrad import planner
 from tests.support.benches import CPU, IMAGES, TinyClassifier

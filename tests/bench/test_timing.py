@@ -1,6 +1,6 @@
 """bench/timing.py: rounds in random orders, and percentiles."""
 
-from bench.timing import FEWEST, Times, each_round, interleave
+from bench.lib.timing import FEWEST, Times, each_round, interleave
 from tests.support.benches import CPU
 
 

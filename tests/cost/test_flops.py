@@ -9,7 +9,7 @@ from torch import nn
 import neq
 from examples.resnet import resnet18, resnet32
 from neq import account
-from neq.cost.flops import Work
+from neq.cost.account import Work
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -189,13 +189,13 @@ def test_nothing_is_disturbed():
     model.train()
     model[3].eval()
     model[0].set_active([1])
-    rows = model[0].rows
+    rows = model[0].active
     state, generator = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     account(model, torch.randn(5, 4, generator=torch.Generator()))
     assert torch.equal(torch.get_rng_state(), generator)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert [m.training for m in model] == [True, True, True, False]
-    assert model[0].rows is rows
+    assert model[0].active is rows
     assert not model[0]._forward_hooks
     assert all(p.grad is None for p in model.parameters())
 

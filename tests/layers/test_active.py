@@ -221,7 +221,7 @@ def step(layer):
 def test_a_mask_of_the_past_is_freed(layer):
     layer.set_active([1])
     step(layer)
-    old = ref(layer.rows.mask), ref(layer.rows.order)
+    old = ref(layer.active.mask), ref(layer.active.order)
     layer.set_active([2])
     assert [t() for t in old] == [None, None]
 
@@ -231,14 +231,14 @@ def test_what_a_captured_graph_reads_outlives_its_mask(layer):
     layer.set_active([1, 4])
     with mock.patch.object(neq_rows, "_is_capturing", return_value=True):
         step(layer)
-    mask, order = ref(layer.rows.mask), ref(layer.rows.order)
+    mask, order = ref(layer.active.mask), ref(layer.active.order)
     for rows in [2], [], [0, 3]:
         layer.set_active(rows)
     step(layer)
     assert mask().nonzero().flatten().tolist() == [1, 4]
     assert order().tolist() == [1, 4, 0, 2, 3, 5, 6, 7]
     assert layer.active_rows.tolist() == [0, 3]
-    later = ref(layer.rows.order)
+    later = ref(layer.active.order)
     layer.set_active(None)
     assert later() is None
 
@@ -249,7 +249,7 @@ def test_what_an_optimizer_reads_while_captured_outlives_its_mask(layer):
     step(layer)
     with mock.patch.object(neq_rows, "_is_capturing", return_value=True):
         optimizer.step()
-    order = ref(layer.rows.order)
+    order = ref(layer.active.order)
     for rows in [2], [3]:
         layer.set_active(rows)
         step(layer)

@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 import neq
-from neq.layers.active import Rows
+from neq.layers.active import ActiveSet
 from tests.support.layers import (
     ALL,
     Tiny,
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "fresh_dynamo")
 
 @pytest.fixture
 def fresh_dynamo(monkeypatch):
-    monkeypatch.setattr(Rows, "ever_masked", False)  # as in a new process
+    monkeypatch.setattr(ActiveSet, "ever_masked", False)  # as in a new process
     torch._dynamo.reset()
     counters.clear()
     yield
@@ -149,7 +149,7 @@ def test_a_model_never_masked_is_compiled_as_the_plain_model():
     assert "autograd_function_apply" in after
 
     torch._dynamo.reset()
-    Rows.ever_masked = False
+    ActiveSet.ever_masked = False
     model = neq.convert(copy.deepcopy(plain))
     x = tiny_input()
     y, mine = train(compiled(model)[0], model, x)

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
 import neq
-from neq.layers.conversion import convertible
+from neq.layers import LAYERS
 from tests.support.layers import Tiny, layers_of, mask_randomly, reasons_of, tiny_input
 
 each = pytest.mark.parametrize
@@ -47,9 +47,9 @@ def test_revert_leaves_no_trace():
 def test_convert_twice_keeps_the_masks():
     model = neq.convert(Tiny())
     model.hidden.set_active([1])
-    rows = [layer.rows for layer in layers_of(model)]
+    rows = [layer.active for layer in layers_of(model)]
     neq.convert(model)
-    assert [layer.rows for layer in layers_of(model)] == rows
+    assert [layer.active for layer in layers_of(model)] == rows
     assert model.hidden.active_rows.tolist() == [1]
 
 
@@ -95,7 +95,7 @@ def test_classes_that_neq_has_no_layer_for(unknown):
 
 
 def test_every_layer_of_neq_is_public():
-    layers = {layer for layer in convertible().values() if layer.__module__ == "neq.modules"}
+    layers = set(LAYERS)
     public = {getattr(neq, name) for name in neq.__all__ if name.startswith("NEq")}
     assert layers == public
 

@@ -35,15 +35,10 @@ def without_tf32():
 
 
 @pytest.fixture(params=[*planner.BACKENDS], autouse=True)
-def backend(request, monkeypatch, fresh_planner):
+def backend(request, fresh_planner):
     """Where this backend can compute a layer's gradient, it does."""
-
-    def predict(problem):
-        able = planner.BACKENDS[request.param].cost(problem) < float("inf")
-        return request.param if able else "dense"
-
-    monkeypatch.setattr(planner, "predict", predict)
-    return request.param
+    with planner.only(request.param):
+        yield request.param
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str, autouse=True)
@@ -208,7 +203,7 @@ def test_the_model_gives_each_backend_something_to_do(device, backend, precision
     training = Training("SGD", device)
     training.freeze(1)
     training.step()
-    assert (backend in planner._plans.values()) == (backend in ABLE[device, precision])
+    assert (backend in planner._choices.values()) == (backend in ABLE[device, precision])
 
 
 @on_devices
@@ -280,7 +275,7 @@ def test_what_a_step_reads_is_on_the_host_for_a_gpu_too(name):
     training.step()
     with Reads() as reads:
         training.step()
-    lengths = [layer.rows.length for layer in training.model.children()]
+    lengths = [layer.active.count for layer in training.model.children()]
     steps = [state["step"] for state in training.optimizer.state.values() if "step" in state]
     rates = [t for t in reads.read if t.dtype is torch.float64]
     assert {t.item() for t in rates} == {OPTIMIZERS[name]["lr"]}

@@ -72,7 +72,7 @@ def test_all_rows_active_is_the_plain_path(case, rows):
 
 @each("case", first_of_each(MATRIX), ids=repr)
 def test_the_operator_is_called_where_somebody_looks(case, monkeypatch):
-    monkeypatch.setattr(planner, "planned", lambda *sizes: "pack")
+    monkeypatch.setattr(planner, "choose", lambda *sizes: "pack")
     _, layer = case.twins()
     layer.set_active([0])
     x = case.input()
@@ -96,8 +96,8 @@ def test_the_operator_is_called_where_somebody_looks(case, monkeypatch):
 @each("case", first_of_each(MATRIX), ids=repr)
 def test_some_rows_active_runs_one_operator_unless_dense_is_planned(case, plan, monkeypatch):
     """Then the vendor's joint backward runs, as in the plain layer, and the rows are zeroed."""
-    monkeypatch.setattr(planner, "planned", lambda *sizes: plan)
-    monkeypatch.setattr(planner, "choose", lambda *args: plan or "dense")
+    monkeypatch.setattr(planner, "choose", lambda *sizes: plan)
+    monkeypatch.setattr(planner, "_measure", lambda *args: plan or "dense")
     plain, layer = case.twins()
     layer.set_active([0])
     x = case.input()
@@ -129,6 +129,7 @@ def test_the_planner_is_asked_before_the_forward_what_it_is_asked_after(case, mo
     monkeypatch.setattr(planner, "problem_of", problem_of)
     monkeypatch.setattr(planner, "predict", lambda problem: "pack")
     monkeypatch.setitem(planner.BACKENDS, "pack", dense)
+    monkeypatch.setitem(planner.LINEAR, "pack", dense)
     _, layer = case.twins()
     layer.set_active([0])
     y = layer(case.input(), **case.forward)
@@ -137,7 +138,7 @@ def test_the_planner_is_asked_before_the_forward_what_it_is_asked_after(case, mo
     (early,) = asked
     assert early.neurons == layer.n_neurons
     assert math.prod(early.dy) == y.numel()
-    planner._plans.clear()
+    planner._choices.clear()
     y.sum().backward()
     assert set(asked) == {early}
 

@@ -4,13 +4,12 @@ import pytest
 import torch
 
 import neq
-from neq.measure import outputs as memory
-from neq.measure.outputs import Memory
+from neq.measure.outputs import POSITIONS, KeptOutputs
 
 
 def remember(where="device", per_sample=False, keeps_precision=False, neurons=(3,)):
     devices = [torch.device("cpu")] * len(neurons)
-    return Memory(list(neurons), devices, where, per_sample, keeps_precision)
+    return KeptOutputs(list(neurons), devices, where, per_sample, keeps_precision)
 
 
 def compare(kept, passes):
@@ -18,7 +17,7 @@ def compare(kept, passes):
     for outputs in passes:
         kept.start()
         for output in outputs:
-            kept.see(*output)
+            kept.observe(*output)
     return kept.phi(kept.sums())
 
 
@@ -57,7 +56,7 @@ def test_memory_holds_copies_in_16_bits(where, dtype):
     y = torch.randn(2, 3, 4000 if where == "sketch" else 4).to(dtype)
     kept = remember(where)
     kept.start()
-    kept.see(0, y, 1)
+    kept.observe(0, y, 1)
     (copied,) = kept.outputs[0]
     held = copied.clone()
     y.zero_()  # as an activation does that works in place
@@ -80,7 +79,7 @@ def test_a_sketch_is_bounded_and_close(shape, dim):
     whole, sketch = remember(), remember("sketch")
     passes = [[(0, before, dim)], [(0, now, dim)]]
     exact, close = compare(whole, passes), compare(sketch, passes)
-    assert sketch.outputs[0][0].numel() <= 3 * memory.POSITIONS
+    assert sketch.outputs[0][0].numel() <= 3 * POSITIONS
     assert torch.allclose(exact, close, atol=0.02)
     assert not torch.equal(exact, close)
     small = torch.randn(4, 3, 5)  # nothing to choose from: kept whole

@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers.pytorch_utils import Conv1D
 
 import neq
-from neq.measure.probes import by_neuron, parameter_rows
 
 
 def layers_of(model):
@@ -65,7 +64,7 @@ CHANNELS = [
 @pytest.mark.parametrize(("layer", "shape"), CHANNELS)
 def test_neurons_are_told_apart_in_every_layer(layer, shape):
     layer = neq.convert(nn.Sequential(constant(copy.deepcopy(layer))))[0]
-    y, channel_dim = by_neuron(layer, layer.eval()(torch.randn(shape)))
+    y, channel_dim = layer.by_neuron(layer.eval()(torch.randn(shape)))
     assert channel_dim > 0
     assert y.shape[channel_dim] == layer.n_neurons
     for i, values in enumerate(y.unbind(channel_dim)):
@@ -76,12 +75,12 @@ def test_neurons_of_rmsnorm_and_transformers_conv1d():
     norm = neq.convert(nn.Sequential(nn.RMSNorm(4)))[0]
     with torch.no_grad():
         norm.weight.copy_(torch.arange(4))
-    y, channel_dim = by_neuron(norm, norm(torch.ones(4, 4, 4)))
+    y, channel_dim = norm.by_neuron(norm(torch.ones(4, 4, 4)))
     assert channel_dim == 2
     assert [round(v.mean().item(), 3) for v in y.unbind(2)] == [0, 1, 2, 3]
 
     layer = neq.convert(nn.Sequential(constant(Conv1D(4, 4))))[0]
-    y, channel_dim = by_neuron(layer, layer(torch.randn(4, 4, 4)))
+    y, channel_dim = layer.by_neuron(layer(torch.randn(4, 4, 4)))
     assert all((v == i).all() for i, v in enumerate(y.unbind(channel_dim)))
 
 
@@ -305,4 +304,6 @@ def test_weights_as_a_probe():
 
 def test_weights_of_transformers_conv1d():
     layer = neq.convert(nn.Sequential(Conv1D(4, 4)))[0]  # square: [inputs, n]
-    assert torch.equal(parameter_rows(layer), torch.cat([layer.weight.t(), layer.bias[:, None]], 1))
+    assert torch.equal(
+        layer.parameter_rows(), torch.cat([layer.weight.t(), layer.bias[:, None]], 1)
+    )

@@ -80,7 +80,7 @@ def test_tokens_are_not_scrambled_with_channels():
         model[0].weight[2] *= -1
         model[0].bias[2] *= -1
     control.step()
-    assert control._phi.tolist() == [1, 1, -1, 1, 1, 1]
+    assert control.scores["phi"].tolist() == [1, 1, -1, 1, 1, 1]
     assert model[0].active_rows.tolist() == [2]
 
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(params=["compiled", "packed"])
 def backend(request, monkeypatch):
     if request.param == "packed":
-        monkeypatch.setattr(row_step, "backend", lambda *tensors: pack_step)
+        monkeypatch.setattr(row_step, "choose", lambda *tensors: pack_step)
     return request.param
 
 
@@ -120,7 +120,7 @@ def test_active_rows_as_torch_and_frozen_rows_untouched(name, options, backend):
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_packed_rows_have_torchs_bits(name, dtype, monkeypatch):
-    monkeypatch.setattr(row_step, "backend", lambda *tensors: pack_step)
+    monkeypatch.setattr(row_step, "choose", lambda *tensors: pack_step)
     mine, dense = make_model(dtype), make_model(dtype)
     options = {"momentum": 0.9, "weight_decay": 0.1} if name == "SGD" else {"amsgrad": True}
     optimizer = make(neq.optim, name, mine, options, layers=mine)

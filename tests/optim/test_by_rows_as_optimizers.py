@@ -176,7 +176,7 @@ def test_layers_that_come_later():
     for p in layer.parameters():
         p.grad = torch.ones_like(p)
     unknowing = copy.deepcopy(optimizer)
-    message = "neq.optim.SGD does not know whose neurons rest: give it layers=model, or"
+    message = "neq.optim.SGD does not know which neurons are frozen: give it layers=model, or"
     for one in (optimizer, unknowing):
         assert not one.follows
         with pytest.raises(ValueError, match=message):

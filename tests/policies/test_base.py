@@ -18,7 +18,8 @@ def test_a_policy_of_ones_own_as_documented():
     import inspect
 
     source = "\n".join(line.strip() for line in inspect.getsource(FasterHalf).splitlines())
-    documented = "\n".join(line.strip() for line in neq.Policy.__doc__.splitlines())
+    lines = (line.strip().lstrip(">.").strip() for line in neq.Policy.__doc__.splitlines())
+    documented = "\n".join(lines)
     assert source.strip() in documented
     assert chosen_rows(FasterHalf(), motion([1, -3, 2])) == [[1, 2]]
 

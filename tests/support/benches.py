@@ -7,8 +7,8 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
-from bench.networks import LAYOUTS, Network, images, text
-from bench.problems import Problem
+from bench.lib.networks import LAYOUTS, Network, images, text
+from bench.lib.problems import Problem
 
 CPU = torch.device("cpu")
 

@@ -5,7 +5,7 @@ import json
 import torch
 
 from neq_kernels.device import names as machine
-from neq_kernels.wgrad import planner
+from neq_kernels.wgrad import planner, tables
 from tests.support.cases import FLOAT32, conv_case, linear_case
 from tests.support.checks import meta, problem_of
 
@@ -31,10 +31,10 @@ def measure(case, backend):
 
 def ship(case, backend, device=None):
     device = device or machine.name(torch.device("cpu"))
-    planner.TABLES.mkdir(exist_ok=True)
+    tables.FOLDER.mkdir(exist_ok=True)
     problem = problem_of(op_of(case), *case.args())
     table = {device: {problem.key: {problem.samples: backend}}}
-    (planner.TABLES / f"{machine.slug(device)}.json").write_text(json.dumps(table))
+    (tables.FOLDER / f"{machine.slug(device)}.json").write_text(json.dumps(table))
 
 
 def of_samples(samples):

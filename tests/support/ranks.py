@@ -85,11 +85,11 @@ def train_by_rows(rank: int) -> None:
     def forced(problem: Problem) -> str:
         return "pack" if pack.cost(problem) < inf else "dense"
 
-    planner._plans.clear()
+    planner._choices.clear()
     with mock.patch.object(planner, "predict", forced):
         train(rank)
-    assert "pack" in planner._plans.values()
-    planner._plans.clear()
+    assert "pack" in planner._choices.values()
+    planner._choices.clear()
 
 
 def accumulate(rank: int) -> None:
@@ -117,7 +117,7 @@ def tune(rank: int) -> None:
     in_ranks = rf"tuning\(\) in one of {WORLD} ranks.*planner.save\(path\).*planner.load\(path\)"
     with pytest.raises(RuntimeError, match=in_ranks), planner.tuning():
         pass
-    planner._plans.clear()
+    planner._choices.clear()
     with mock.patch.object(planner, "_tuning", True):  # since before there were ranks
         loss = model(torch.randn(BATCH, 3, 5, 5)).square().mean()
         with pytest.raises(RuntimeError, match=in_ranks):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import neq
-from neq.layers.active import parse
+from neq.layers.active import as_mask
 
 NAN = math.nan
 
@@ -21,7 +21,7 @@ def motion(velocity, active=None, name="layer"):
 def chosen_rows(policy, *motions, epoch=1):
     """The rows chosen in each layer."""
     chosen = policy.choose(motions, epoch)
-    masks = [parse(rows, len(m), m.name) for rows, m in zip(chosen, motions, strict=True)]
+    masks = [as_mask(rows, len(m), m.name) for rows, m in zip(chosen, motions, strict=True)]
     return [mask.nonzero().flatten().tolist() for mask in masks]
 
 

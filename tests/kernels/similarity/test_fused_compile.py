@@ -9,7 +9,7 @@ from tests.support.aot import every_target, kernels, launches
 
 
 def test_a_gpu_compares_outputs_by_the_kernel():
-    assert similarity.backend("cuda") is triton_similarity
+    assert similarity.choose("cuda") is triton_similarity
 
 
 @every_target

@@ -26,7 +26,7 @@ def test_torch_does_it_where_there_is_no_kernel(device, compiled, backend):
             similarity.compiled, "why_not", return_value=None if compiled else "no compiler"
         ),
     ):
-        assert similarity.backend(device) is backend
+        assert similarity.choose(device) is backend
 
 
 def test_nothing_is_copied_of_what_is_dense():

@@ -28,18 +28,18 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_who_steps(device, dtype, elements, chosen):
     p = mock.Mock(dtype=dtype, is_cpu=device == "cpu", is_cuda=device == "cuda")
     p.numel.return_value = elements
-    assert row_step.backend(p).__name__ == f"neq_kernels.step.{chosen}"
+    assert row_step.choose(p).__name__ == f"neq_kernels.step.{chosen}"
 
 
 def test_who_steps_a_transposed_matrix():
     whole, transposed = torch.ones(3, 4), torch.ones(4, 3).t()
-    assert row_step.backend(transposed, transposed) is native_step
-    assert row_step.backend(transposed, whole) is pack_step
-    assert row_step.backend(whole, transposed) is pack_step
-    assert row_step.backend(torch.ones(4, 3, 2).transpose(0, 1)) is pack_step
+    assert row_step.choose(transposed, transposed) is native_step
+    assert row_step.choose(transposed, whole) is pack_step
+    assert row_step.choose(whole, transposed) is pack_step
+    assert row_step.choose(torch.ones(4, 3, 2).transpose(0, 1)) is pack_step
 
 
 def test_without_triton_torch_steps_on_a_gpu():
     p = mock.Mock(is_cpu=False, is_cuda=True, numel=lambda: 9)
     with mock.patch.object(row_step, "triton_is_there", return_value=False):
-        assert row_step.backend(p) is pack_step
+        assert row_step.choose(p) is pack_step

@@ -1,5 +1,6 @@
 """A planner that times what it is told, and a switch that tests leave as it was."""
 
+from math import inf
 from types import SimpleNamespace
 
 import pytest
@@ -36,10 +37,16 @@ def backends(monkeypatch, clock):
                 clock.now += seconds
                 return weight, weight
 
-            return SimpleNamespace(cost=lambda problem: cost, linear_wgrad=run, conv_wgrad=run)
+            return SimpleNamespace(
+                supports=lambda problem: cost < inf,
+                cost=lambda problem: cost,
+                linear_wgrad=run,
+                conv_wgrad=run,
+            )
 
         table = {name: backend(name, *values) for name, values in costs_and_seconds.items()}
         monkeypatch.setattr(planner, "BACKENDS", table)
+        monkeypatch.setattr(planner, "LINEAR", table)
         return calls
 
     return install

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
 from neq_kernels.device import extension as compiled
-from neq_kernels.device.extension import pack_columns
+from neq_kernels.wgrad.columns import pack_columns
 
 if compiled.why_not("cpu"):
     raise RuntimeError(compiled.why_not("cpu"))

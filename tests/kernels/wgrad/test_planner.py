@@ -127,10 +127,10 @@ def test_nothing_is_timed_outside_of_tuning(clock):
 
 def test_plans_of_ever_new_sizes_do_not_pile_up(backends, monkeypatch):
     backends(dense=(1.0, 5), other=(0.5, 4))
-    monkeypatch.setattr(planner, "MOST_PLANS", 3)
+    monkeypatch.setattr(planner, "MOST_CHOICES", 3)
     for samples in range(1, 9):
         assert choose(linear_case((samples,), 8, 32, range(8))) == "other"
-        assert len(planner._plans) <= 3
+        assert len(planner._choices) <= 3
 
 
 CHANNELS_LAST = ("channels_last",) * 3
@@ -153,7 +153,7 @@ OTHERS = {
 @pytest.mark.parametrize(("case", "other", "options"), OTHERS.values(), ids=OTHERS)
 def test_problems_that_differ_share_no_plan(case, other, options):
     assert choose(other, **options) == "dense"
-    planner._plans.clear()
+    planner._choices.clear()
     measure(case, "pack")
     assert choose(case) == "pack"
     assert choose(other, **options) == "dense"

@@ -10,7 +10,7 @@ import torch
 
 from neq_kernels import conv_wgrad
 from neq_kernels.device import names as machine
-from neq_kernels.wgrad import planner
+from neq_kernels.wgrad import planner, tables
 from tests.support.cases import conv_case
 from tests.support.checks import problem_of
 from tests.support.planning import CONV, LINEAR, choose, measure, of_samples, op_of, ship
@@ -94,7 +94,7 @@ def test_measured_choices_survive_a_file(backends, clock, tmp_path):
     assert [*table.values()] == [{"4": "other"}, {"64": "other"}]
 
     planner._measured.clear()
-    planner._plans.clear()
+    planner._choices.clear()
     readings = clock.readings
     assert [choose(LINEAR), choose(CONV)] == ["dense", "dense"]
     planner.load(str(tmp_path / "table.json"))
@@ -136,13 +136,13 @@ def test_a_shipped_table_is_taken_unless_something_was_measured_here(clock):
     assert choose(CONV) == planner.predict(problem_of("conv_wgrad", *CONV.args()))
     assert clock.readings == 0
     measure(LINEAR, "native")
-    planner._plans.clear()
+    planner._choices.clear()
     assert choose(LINEAR) == "native"
 
 
 def test_a_shipped_table_holds_on_no_other_device():
     ship(LINEAR, "pack", "NVIDIA H200")
-    assert planner.TABLES.joinpath("nvidia-h200.json").exists()
+    assert tables.FOLDER.joinpath("nvidia-h200.json").exists()
     assert choose(LINEAR) == "dense"
 
 

@@ -12,8 +12,8 @@ from tests.support.layers import Tiny, mask_randomly
 @pytest.fixture(autouse=True, params=["dense", None], ids=["joint", "by rows"])
 def path(request, monkeypatch):
     """Tiny layers alone would all take the vendor's joint backward."""
-    monkeypatch.setattr(planner, "planned", lambda *sizes: request.param)
-    monkeypatch.setattr(planner, "choose", lambda *tensors: "dense")
+    monkeypatch.setattr(planner, "choose", lambda *sizes: request.param)
+    monkeypatch.setattr(planner, "_measure", lambda *tensors: "dense")
     return request.param
 
 

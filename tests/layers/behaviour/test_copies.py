@@ -112,5 +112,5 @@ def test_replicas_of_data_parallel_place_their_rows_by_themselves():
     layer = neq.NEqLinear(4, 8)
     layer.set_active([1, 3])
     replica = layer._replicate_for_data_parallel()
-    assert replica.rows is not layer.rows
-    assert replica.rows.active.tolist() == [1, 3]
+    assert replica.active is not layer.active
+    assert replica.active.rows.tolist() == [1, 3]

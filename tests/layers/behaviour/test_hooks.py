@@ -97,7 +97,7 @@ def test_another_tensor_than_was_saved_is_an_error(backend, unpack):
     """Where kernels read by address, nobody else would notice."""
     layer = neq.NEqLinear(6, 8)
     layer.set_active([1, 2])
-    with mock.patch.object(planner, "planned", return_value=backend):
+    with mock.patch.object(planner, "choose", return_value=backend):
         with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
             y = layer(torch.ones(3, 6))
         with pytest.raises(
@@ -113,7 +113,7 @@ def test_a_saved_tensor_without_memory_is_an_error():
 
     layer = neq.NEqLinear(6, 8)
     layer.set_active([1, 2])
-    with mock.patch.object(planner, "planned", return_value="native"):
+    with mock.patch.object(planner, "choose", return_value="native"):
         with torch.autograd.graph.saved_tensors_hooks(torch.clone, freed):
             y = layer(torch.ones(3, 6))
         with pytest.raises(ValueError, match="a tensor must have memory"):

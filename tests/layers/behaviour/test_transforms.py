@@ -21,7 +21,7 @@ def test_a_transform_around_a_backward_pass(transform):
     """Of a graph made outside; after one without, which has taught what an ordinary tensor is."""
     layer = neq.NEqLinear(6, 8)
     layer.set_active([1, 2])
-    with mock.patch.object(planner, "planned", return_value="native"):
+    with mock.patch.object(planner, "choose", return_value="native"):
         y = layer(torch.arange(18.0).view(3, 6))
         dy = torch.arange(24.0).view(3, 8)
 
@@ -156,7 +156,7 @@ def test_forward_mode(grad):
     ],
 )
 def test_double_backward_says_that_it_does_not_work(model, monkeypatch, plan, name, shape):
-    monkeypatch.setattr(planner, "planned", lambda *sizes: plan)
+    monkeypatch.setattr(planner, "choose", lambda *sizes: plan)
     x = torch.randn(shape, requires_grad=True)
     y = model.get_submodule(name)(x)
     with pytest.raises(RuntimeError, match=r"second derivative.*use torch\.func\.grad, or set_act"):
@@ -166,7 +166,7 @@ def test_double_backward_says_that_it_does_not_work(model, monkeypatch, plan, na
 @each("case", first_of_each(LINEAR), ids=repr)
 def test_double_backward_through_the_vendors_joint_backward(case, monkeypatch):
     """A penalty on all gradients; on the frozen rows' there is none."""
-    monkeypatch.setattr(planner, "planned", lambda *sizes: "dense")
+    monkeypatch.setattr(planner, "choose", lambda *sizes: "dense")
     plain, layer = (module.double() for module in case.twins())
     layer.set_active([0, 2])
     active = active_elements(layer)
