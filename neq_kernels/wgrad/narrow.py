@@ -22,7 +22,7 @@ from neq_kernels.shapes import INT32, ceil_div
 from neq_kernels.wgrad.geometry import Conv, in_two_dimensions
 from neq_kernels.wgrad.problem import Problem
 
-if extension.why_not("cuda") is None:
+if extension.devices:
     from neq_kernels import _C
 
 DTYPES = (torch.bfloat16, torch.float16)

@@ -12,7 +12,8 @@ from unittest import mock
 
 import pybind11
 
-from neq_kernels.device import extension as compiled
+from neq_kernels import _torch
+from neq_kernels.device import extension
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 
@@ -35,7 +36,7 @@ def build(folder: Path):
 @contextmanager
 def lent(module):
     """Inside, tensors on the CPU reach the module's kernels, and those on a GPU the real ones."""
-    on_gpu = getattr(compiled._C, "cuda_conv_wgrad", None), compiled._current_stream
+    on_gpu = getattr(extension._C, "cuda_conv_wgrad", None), _torch.current_stream
 
     def cuda_conv_wgrad(*args):
         *problem, device, _ = args
@@ -48,7 +49,7 @@ def lent(module):
         return 0 if device < 0 else on_gpu[1](device)
 
     with (
-        mock.patch.object(compiled._C, "cuda_conv_wgrad", cuda_conv_wgrad, create=True),
-        mock.patch.object(compiled, "_current_stream", current_stream),
+        mock.patch.object(extension._C, "cuda_conv_wgrad", cuda_conv_wgrad, create=True),
+        mock.patch.object(_torch, "current_stream", current_stream),
     ):
         yield
