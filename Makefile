@@ -33,9 +33,9 @@ sanitize: $(VENV)/.deps build/sanitize/races
 	build/sanitize/races
 
 # Linked without libgomp: the file brings what of it the kernels need.
-build/sanitize/races: tests/races.cpp $(wildcard csrc/*.h csrc/cpu/*)
+build/sanitize/races: tests/races.cpp $(shell find csrc -type f)
 	mkdir -p build/sanitize/threads
-	cd build/sanitize/threads && printf '%s\n' $(CURDIR)/csrc/cpu/*.cpp $(CURDIR)/tests/races.cpp | \
+	cd build/sanitize/threads && printf '%s\n' $(CURDIR)/csrc/cpu/*/*.cpp $(CURDIR)/tests/races.cpp | \
 		xargs -P 2 -I{} c++ -std=c++20 -O2 -g -fopenmp -fno-math-errno -fsanitize=thread \
 		-Wall -Wextra -c {}
 	c++ -fsanitize=thread build/sanitize/threads/*.o -o $@

@@ -3,12 +3,12 @@
 #include <algorithm>
 #include <array>
 
-#include "cpu/conv_wgrad.h"
+#include "cpu/wgrad/conv_wgrad.h"
 #include "cpu/memory.h"
-#include "cpu/pack.h"
-#include "cpu/similarity.h"
-#include "cpu/step.h"
-#include "cpu/zero.h"
+#include "cpu/wgrad/pack.h"
+#include "cpu/similarity/row_similarity.h"
+#include "cpu/step/step.h"
+#include "cpu/wgrad/zero.h"
 
 namespace py = pybind11;
 

@@ -1,8 +1,8 @@
 #include <limits>
 
 #include "bindings.h"
-#include "cuda/conv_wgrad.h"
-#include "cuda/pack.h"
+#include "cuda/wgrad/conv_wgrad.h"
+#include "cuda/wgrad/pack.h"
 
 namespace py = pybind11;
 

@@ -319,8 +319,8 @@ void multiply_add(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
 }  // namespace neq::cuda
 
 #include "../csrc/bindings_cuda.cpp"
-#include "../csrc/cuda/conv_wgrad.cu"
-#include "../csrc/cuda/pack.cu"
+#include "../csrc/cuda/wgrad/conv_wgrad.cu"
+#include "../csrc/cuda/wgrad/pack.cu"
 
 PYBIND11_MODULE(cuda_on_host, m) {
   neq::Tensor::find_torch();

@@ -13,11 +13,11 @@
 #include <functional>
 #include <vector>
 
-#include "../csrc/cpu/conv_wgrad.h"
-#include "../csrc/cpu/pack.h"
-#include "../csrc/cpu/similarity.h"
-#include "../csrc/cpu/step.h"
-#include "../csrc/cpu/zero.h"
+#include "../csrc/cpu/wgrad/conv_wgrad.h"
+#include "../csrc/cpu/wgrad/pack.h"
+#include "../csrc/cpu/similarity/row_similarity.h"
+#include "../csrc/cpu/step/step.h"
+#include "../csrc/cpu/wgrad/zero.h"
 
 namespace {
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from aot import functions
 
-SOURCES = sorted((Path(__file__).parent.parent / "csrc/cuda").glob("*.cu"))
+SOURCES = sorted((Path(__file__).parent.parent / "csrc/cuda").glob("**/*.cu"))
 
 every_target = pytest.mark.parametrize("target", [80, 90, 100], ids="sm_{}".format)
 

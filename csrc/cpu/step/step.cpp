@@ -7,7 +7,7 @@
 #include <string>
 #include <type_traits>
 
-#include "processor.h"
+#include "../processor.h"
 
 namespace neq::cpu {
 namespace {

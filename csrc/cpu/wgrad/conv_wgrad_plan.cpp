@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "memory.h"
+#include "../memory.h"
 
 namespace neq::cpu {
 namespace {

@@ -1,10 +1,10 @@
-#include "similarity.h"
+#include "row_similarity.h"
 
 #include <algorithm>
 #include <tuple>
 #include <vector>
 
-#include "processor.h"
+#include "../processor.h"
 
 namespace neq::cpu {
 namespace {

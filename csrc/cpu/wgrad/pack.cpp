@@ -8,8 +8,8 @@
 #include <utility>
 #include <vector>
 
-#include "element.h"
-#include "processor.h"
+#include "../element.h"
+#include "../processor.h"
 
 #ifdef NEQ_X86
 #include <immintrin.h>

@@ -3,7 +3,7 @@
 #include <array>
 #include <cstdint>
 
-#include "../dtype.h"
+#include "../../dtype.h"
 
 namespace neq::cpu {
 

@@ -3,8 +3,8 @@
 #include <array>
 #include <cstdint>
 
-#include "../dtype.h"
-#include "processor.h"
+#include "../../dtype.h"
+#include "../processor.h"
 
 namespace neq::cpu {
 

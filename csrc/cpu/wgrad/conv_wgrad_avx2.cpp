@@ -3,7 +3,7 @@
 #include <utility>
 
 #include "conv_wgrad_kernels.h"
-#include "element.h"
+#include "../element.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #ifdef __clang__

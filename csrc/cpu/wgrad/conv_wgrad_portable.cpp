@@ -3,7 +3,7 @@
 #include <utility>
 
 #include "conv_wgrad_kernels.h"
-#include "element.h"
+#include "../element.h"
 
 #define NEQ_ISA portable
 #define NEQ_VECTOR_BYTES 16

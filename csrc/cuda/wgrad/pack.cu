@@ -1,4 +1,4 @@
-#include "gpu.h"
+#include "../gpu.h"
 #include "pack.h"
 #include "sum_over_y.h"
 

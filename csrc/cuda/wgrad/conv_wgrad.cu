@@ -12,7 +12,7 @@
 
 #include "conv_wgrad.h"
 
-#include "gpu.h"
+#include "../gpu.h"
 #include "sum_over_y.h"
 
 namespace neq::cuda {
