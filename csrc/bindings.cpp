@@ -4,7 +4,7 @@
 #include <array>
 
 #include "cpu/wgrad/conv_wgrad.h"
-#include "cpu/memory.h"
+#include "cpu/buffer.h"
 #include "cpu/wgrad/pack.h"
 #include "cpu/similarity/row_similarity.h"
 #include "cpu/step/step.h"

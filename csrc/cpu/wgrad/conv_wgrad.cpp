@@ -7,7 +7,7 @@
 
 #include "conv_wgrad_kernels.h"
 #include "conv_wgrad_plan.h"
-#include "../memory.h"
+#include "../buffer.h"
 
 namespace neq::cpu {
 namespace {

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "../memory.h"
+#include "../buffer.h"
 
 namespace neq::cpu {
 namespace {
