@@ -3,11 +3,11 @@
 #include <algorithm>
 #include <array>
 
-#include "cpu/wgrad/conv_wgrad.h"
 #include "cpu/buffer.h"
-#include "cpu/wgrad/pack.h"
 #include "cpu/similarity/row_similarity.h"
 #include "cpu/step/step.h"
+#include "cpu/wgrad/conv_wgrad.h"
+#include "cpu/wgrad/pack.h"
 #include "cpu/wgrad/zero.h"
 
 namespace py = pybind11;
@@ -53,7 +53,8 @@ bool lie_alike(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-// Of each parameter what is stepped. Lists of states may be empty; tensors of a parameter lie alike.
+// Of each parameter what is stepped. Lists of states may be empty; tensors of a parameter lie
+// alike.
 std::vector<neq::cpu::Stepped> stepped(const Tensors& params, const Tensors& grads,
                                        const std::array<const Tensors*, 3>& states,
                                        const Tensors& rows, const Tensors& counts) {
@@ -72,7 +73,9 @@ std::vector<neq::cpu::Stepped> stepped(const Tensors& params, const Tensors& gra
       require(lie_alike(p, t), "gradient and state", "like their parameter in memory");
       return t.data();
     };
-    const auto state = [&](const Tensors& list) { return list.empty() ? nullptr : like_p(list[i]); };
+    const auto state = [&](const Tensors& list) {
+      return list.empty() ? nullptr : like_p(list[i]);
+    };
     require(p.dims() >= 1, "dimensions of a parameter", p.dims(), "at least 1");
     require(p.dtype() == params[0].dtype(), "parameters", "of one dtype");
     require(can_be_stepped(p), "a parameter", "in memory neuron by neuron, or transposed");
@@ -125,8 +128,8 @@ void cpu_adamw_rows(const Tensors& params, const Tensors& grads, const Tensors& 
                        threads);
 }
 
-// Zeros for the rows of dimension `dim`. False, and nothing done, where they lie in pieces of less than
-// a cache line each, or the tensor doesn't fill its memory.
+// Zeros for the rows of dimension `dim`. False, and nothing done, where they lie in pieces of less
+// than a cache line each, or the tensor doesn't fill its memory.
 bool cpu_zero_rows(const Tensor& t, const Tensor& rows, int dim, int threads) {
   require_cpu(t, rows);
   require(dim >= 0 && dim < t.dims(), "dim", dim, "a dimension of the tensor");
@@ -322,10 +325,10 @@ PYBIND11_MODULE(_C, m) {
         py::arg("momentum_buffers"), py::arg("rows"), py::arg("counts"), py::arg("lr"),
         py::arg("momentum"), py::arg("dampening"), py::arg("weight_decay"), py::arg("nesterov"),
         py::arg("maximize"), py::arg("first"), py::arg("threads"));
-  m.def("cpu_adamw_rows", &cpu_adamw_rows, py::arg("params"), py::arg("grads"),
-        py::arg("exp_avgs"), py::arg("exp_avg_sqs"), py::arg("max_exp_avg_sqs"), py::arg("steps"),
-        py::arg("rows"), py::arg("counts"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"),
-        py::arg("eps"), py::arg("weight_decay"), py::arg("maximize"), py::arg("threads"));
+  m.def("cpu_adamw_rows", &cpu_adamw_rows, py::arg("params"), py::arg("grads"), py::arg("exp_avgs"),
+        py::arg("exp_avg_sqs"), py::arg("max_exp_avg_sqs"), py::arg("steps"), py::arg("rows"),
+        py::arg("counts"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
+        py::arg("weight_decay"), py::arg("maximize"), py::arg("threads"));
   py::enum_<neq::cpu::Isa>(m, "Isa")
       .value("best", neq::cpu::Isa::best)
       .value("avx512", neq::cpu::Isa::avx512)

@@ -48,7 +48,8 @@ inline void* bias_gradient(const Tensor& db, DType dtype, int64_t neurons) {
   return db.data();
 }
 
-// dy [samples, neurons] with adjacent columns, rows [k], packed [samples, k], and sums [k] if wanted.
+// dy [samples, neurons] with adjacent columns, rows [k], packed [samples, k], and sums [k] if
+// wanted.
 inline void check_pack(const Tensor& dy, const Tensor& rows, const Tensor& packed,
                        const std::optional<Tensor>& sums) {
   require(dy.dims() == 2, "dimensions of dy", dy.dims(), "2");
@@ -66,8 +67,8 @@ inline void check_pack(const Tensor& dy, const Tensor& rows, const Tensor& packe
 
 constexpr int64_t kMostStep = 1 << 24;  // products of which with any size are still numbers
 
-// A convolution of dy [images, neurons, pixels], x [images, groups * channels, pixels] and dw [neurons,
-// channels, kernel], in one to three spatial dimensions.
+// A convolution of dy [images, neurons, pixels], x [images, groups * channels, pixels] and dw
+// [neurons, channels, kernel], in one to three spatial dimensions.
 inline void check_conv(const Tensor& dy, const Tensor& x, const Tensor& dw, const Ints& stride,
                        const Ints& padding, const Ints& dilation, int64_t groups) {
   for (const Tensor* tensor : {&dy, &x, &dw})

@@ -25,11 +25,10 @@ void cuda_pack_columns(const Tensor& dy, const Tensor& rows, const Tensor& packe
                        uintptr_t stream) {
   check_pack(dy, rows, packed, sums);
   require(device >= 0, "device", device, "at least 0");
-  check("pack_columns",
-        cuda::pack_columns(dy.dtype(), dy.data(), dy.size(0), dy.stride(0),
-                           rows.data<const int64_t>(), rows.size(0), packed.data(),
-                           sums ? sums->data() : nullptr, scratch.data(), device,
-                           reinterpret_cast<void*>(stream)));
+  check("pack_columns", cuda::pack_columns(dy.dtype(), dy.data(), dy.size(0), dy.stride(0),
+                                           rows.data<const int64_t>(), rows.size(0), packed.data(),
+                                           sums ? sums->data() : nullptr, scratch.data(), device,
+                                           reinterpret_cast<void*>(stream)));
 }
 
 cuda::Size2 size2(const Ints& given) { return {int(given[0]), int(given[1])}; }
@@ -62,7 +61,8 @@ void cuda_conv_wgrad(const Tensor& dy, const Tensor& x, const Tensor& dw, const 
           bytes_of(dtype), "2");
   const int64_t neurons = dy.size(1), taps = dw.size(2) * dw.size(3);
   require_indices(rows);
-  require(k >= 1 && k <= rows.size(0) && k <= neurons, "k", k, "between 1 and neurons = " + std::to_string(neurons));
+  require(k >= 1 && k <= rows.size(0) && k <= neurons, "k", k,
+          "between 1 and neurons = " + std::to_string(neurons));
   require(tile.size() == 2, "dimensions of a tile", int64_t(tile.size()), "2");
   int64_t tiles = dy.size(0);
   for (int i = 0; i < 2; ++i) {
@@ -106,9 +106,8 @@ void cuda_conv_wgrad(const Tensor& dy, const Tensor& x, const Tensor& dw, const 
 
 void bind_cuda(py::module_& m) {
   m.def("cuda_pack_scratch_bytes", &cuda_pack_scratch_bytes, py::arg("dy"), py::arg("k"));
-  m.def("cuda_pack_columns", &cuda_pack_columns, py::arg("dy"), py::arg("rows"),
-        py::arg("packed"), py::arg("sums"), py::arg("scratch"), py::arg("device"),
-        py::arg("stream"));
+  m.def("cuda_pack_columns", &cuda_pack_columns, py::arg("dy"), py::arg("rows"), py::arg("packed"),
+        py::arg("sums"), py::arg("scratch"), py::arg("device"), py::arg("stream"));
   m.def("cuda_conv_wgrad", &cuda_conv_wgrad, py::arg("dy"), py::arg("x"), py::arg("dw"),
         py::arg("db"), py::arg("rows"), py::arg("k"), py::arg("stride"), py::arg("padding"),
         py::arg("dilation"), py::arg("tile"), py::arg("octets"), py::arg("slices"),

@@ -11,8 +11,9 @@
 
 #include "dtype.h"
 
-// torch's tensors without torch's headers and libraries: one build serves every version. torch.Tensor
-// offers a table of C functions, DLPack's exchange API, one of which describes a tensor in place.
+// torch's tensors without torch's headers and libraries: one build serves every version.
+// torch.Tensor offers a table of C functions, DLPack's exchange API, one of which describes a
+// tensor in place.
 
 namespace neq {
 

@@ -13,10 +13,10 @@
 #include <functional>
 #include <vector>
 
-#include "../csrc/cpu/wgrad/conv_wgrad.h"
-#include "../csrc/cpu/wgrad/pack.h"
 #include "../csrc/cpu/similarity/row_similarity.h"
 #include "../csrc/cpu/step/step.h"
+#include "../csrc/cpu/wgrad/conv_wgrad.h"
+#include "../csrc/cpu/wgrad/pack.h"
 #include "../csrc/cpu/wgrad/zero.h"
 
 namespace {
@@ -172,7 +172,8 @@ void steps(int64_t neurons, int64_t width, bool transposed) {
       Floats all = start;
       for (float& x : all) x = x * x;  // a second moment is not negative
       Stepped s{all.data(), grad.data(), all.data() + size, all.data() + 2 * size, nullptr,
-                neurons,    width,       transposed,        rows.data(),           k, 1};
+                neurons,    width,       transposed,        rows.data(),           k,
+                1};
       step(std::vector<Stepped>{s}, threads);
       return all;
     });

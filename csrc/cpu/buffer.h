@@ -86,8 +86,8 @@ class Prefetch {
   int64_t offset_ = 0;
 };
 
-// Memory fresh from the system comes page by page as it is first written, each with a trap: in large
-// pages that is several times faster. A hint, which some systems ignore.
+// Memory fresh from the system comes page by page as it is first written, each with a trap: in
+// large pages that is several times faster. A hint, which some systems ignore.
 inline void prefer_large_pages(void* begin, size_t bytes) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t kPage = 2 << 20;

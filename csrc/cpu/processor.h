@@ -7,7 +7,8 @@
 
 namespace neq::cpu {
 
-// Of the instructions that this processor has, ATEN_CPU_CAPABILITY bars the wider ones, as in torch.
+// Of the instructions that this processor has, ATEN_CPU_CAPABILITY bars the wider ones, as in
+// torch.
 struct Processor {
   bool avx2 = false, avx512 = false;
 

@@ -12,7 +12,8 @@ namespace {
 // What is worth a thread: this many elements, in up to so many parts.
 constexpr int64_t kPart = 1 << 14;
 constexpr int64_t kMostParts = 64;
-// What a part has of the sums of each neuron at least: its sums are few, compared with what it reads.
+// What a part has of the sums of each neuron at least: its sums are few, compared with what it
+// reads.
 constexpr int64_t kPositions = 64;
 // Rows that are added up before their sum is added to what lies in memory.
 constexpr int64_t kRows = 8;
@@ -30,7 +31,7 @@ template <class A, class B, int64_t Count>
 NEQ_INLINE void add_columns(const Rows& r, int64_t row) {
   const auto* __restrict y = (const typename A::Bits*)r.y + row * r.step;
   const auto* __restrict y_ = (const typename B::Bits*)r.y_ + row * r.step_;
-  double *__restrict dot = r.dot, *__restrict square = r.square, *__restrict square_ = r.square_;
+  double* __restrict dot = r.dot, * __restrict square = r.square, * __restrict square_ = r.square_;
   const int64_t neurons = r.neurons, step = r.step, step_ = r.step_;
 #pragma omp simd
   for (int64_t i = 0; i < neurons; ++i) {
@@ -133,8 +134,8 @@ void row_similarity(const Output& y, const Output& y_, const std::array<int64_t,
   if (samples * before * neurons * after == 0) return;
 
   // Each sample is cut into parts of its rows, and where these are few or short, of its neurons.
-  const int64_t wanted = std::clamp<int64_t>(before * neurons * after / kPart, 1,
-                                             ceil_div(kMostParts, samples));
+  const int64_t wanted =
+      std::clamp<int64_t>(before * neurons * after / kPart, 1, ceil_div(kMostParts, samples));
   const int64_t row_parts =
       std::clamp<int64_t>(before * after / kPositions, 1, std::min(wanted, before));
   const int64_t neuron_parts =
@@ -153,8 +154,7 @@ void row_similarity(const Output& y, const Output& y_, const std::array<int64_t,
       const int64_t row = before * row_part / row_parts;
       const int64_t first = neurons * neuron_part / neuron_parts;
       const auto at = [&](const Output& o) {
-        const int64_t offset =
-            sample * o.strides[0] + row * o.strides[1] + first * o.strides[2];
+        const int64_t offset = sample * o.strides[0] + row * o.strides[1] + first * o.strides[2];
         return static_cast<const char*>(o.data) + offset * bytes_of(o.dtype);
       };
       double* to = (row_part ? partial.data() + (row_part - 1) * 3 * sums : out) +

@@ -8,8 +8,8 @@
 
 namespace neq::cpu {
 
-// One of two outputs [samples, before, neurons, after]; its last dimension longer than 1 is adjacent
-// in memory.
+// One of two outputs [samples, before, neurons, after]; its last dimension longer than 1 is
+// adjacent in memory.
 struct Output {
   DType dtype;
   const void* data;

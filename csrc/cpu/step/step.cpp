@@ -18,8 +18,8 @@ struct All {
   T operator()(int64_t, T next, T) const { return next; }
 };
 
-// Those where all bits of `active` are set; where it is zero, none. Picked bit by bit: a condition would
-// become a branch around the arithmetic, and no loop vectors.
+// Those where all bits of `active` are set; where it is zero, none. Picked bit by bit: a condition
+// would become a branch around the arithmetic, and no loop vectors.
 template <class T>
 struct Chosen {
   using Lane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
@@ -204,7 +204,8 @@ void step(const std::vector<Stepped>& all, const Options& options, int threads) 
     const int64_t piece = std::max<int64_t>(1, (int64_t(1) << 12) / std::max<int64_t>(length, 1));
 #pragma omp for schedule(static) nowait
     for (int64_t begin = 0; begin < lines; begin += piece)
-      run(line, s, s.transposed ? active[i].data() : nullptr, begin, std::min(lines, begin + piece));
+      run(line, s, s.transposed ? active[i].data() : nullptr, begin,
+          std::min(lines, begin + piece));
   }
 }
 

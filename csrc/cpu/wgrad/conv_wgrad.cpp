@@ -5,14 +5,15 @@
 #include <mutex>
 #include <vector>
 
+#include "../buffer.h"
 #include "conv_wgrad_kernels.h"
 #include "conv_wgrad_plan.h"
-#include "../buffer.h"
 
 namespace neq::cpu {
 namespace {
 
-// So many cache lines of the next chunk are fetched between two tiles; more come one with each pixel.
+// So many cache lines of the next chunk are fetched between two tiles; more come one with each
+// pixel.
 constexpr int64_t kFewLines = 8;
 // Computing should take at least as many cycles as this for each cache line fetched between tiles:
 // with less to do, the thread waits for memory either way.
@@ -85,9 +86,9 @@ class Gradient : Plan {
           const int64_t at = plane / p.output[D] * stride[0] + channels.begin * stride[1] +
                              depth * stride[2] + h * stride[3] + begin * stride[4];
           std::fill(line, line + zeros, T(0));
-          kernels.pack_line[int(p.dtype)](
-              static_cast<const char*>(p.x) + at * bytes_of(p.dtype), end - begin, stride[4],
-              channels.size(), stride[1], line + zeros, to.step);
+          kernels.pack_line[int(p.dtype)](static_cast<const char*>(p.x) + at * bytes_of(p.dtype),
+                                          end - begin, stride[4], channels.size(), stride[1],
+                                          line + zeros, to.step);
           std::fill(line + zeros + packed, line + to.line(), T(0));
         }
       }
@@ -111,8 +112,7 @@ class Gradient : Plan {
             const Range block = part(rows.size(), b, row_blocks);
             kernels.pack_rows[int(p.dtype)][block.size()](
                 static_cast<const char*>(p.dy) + at * bytes_of(p.dtype), pixels, stride[4],
-                &dy_rows[block.begin],
-                panel + block.begin * c.size() + packed * block.size());
+                &dy_rows[block.begin], panel + block.begin * c.size() + packed * block.size());
           }
           packed += pixels;
         }
@@ -138,10 +138,17 @@ class Gradient : Plan {
       runs.push_back({dy_at(c, plane, lines.begin, pixels.begin), x_at, lines.size()});
     }
     const int64_t n_runs = runs.size(), size = n_runs * lines.size() * pixels.size();
-    return {runs.data(), n_runs,
-            pixels.size(), size,
-            nullptr, packs_dy, dy_pixel(), dy_line(c),
-            nullptr, p.stride[W] * x_pixel, p.stride[H] * x_line,
+    return {runs.data(),
+            n_runs,
+            pixels.size(),
+            size,
+            nullptr,
+            packs_dy,
+            dy_pixel(),
+            dy_line(c),
+            nullptr,
+            p.stride[W] * x_pixel,
+            p.stride[H] * x_line,
             nullptr};
   }
 
@@ -165,8 +172,8 @@ class Gradient : Plan {
       for (int64_t i = mine.begin; i < mine.end; ++i) {
         memory.next.clear();
         if (i + 1 < mine.end) look_ahead(chunk(i + 1), rows, memory.next);
-        sum_chunk(chunk(i), part(p.groups * blocks, block_part, block_parts), rows,
-                  i == mine.begin, pixel_part, memory);
+        sum_chunk(chunk(i), part(p.groups * blocks, block_part, block_parts), rows, i == mine.begin,
+                  pixel_part, memory);
       }
   }
 
@@ -213,8 +220,8 @@ class Gradient : Plan {
   }
 
   // Blocks count through all groups.
-  void sum_chunk(const Chunk& c, Range my_blocks, int64_t row_part, bool fresh,
-                 int64_t pixel_part, Memory& m) const {
+  void sum_chunk(const Chunk& c, Range my_blocks, int64_t row_part, bool fresh, int64_t pixel_part,
+                 Memory& m) const {
     for (int64_t first = my_blocks.begin; first < my_blocks.end;) {
       const int64_t group = first / blocks;
       const int64_t end = std::min(my_blocks.end, (group + 1) * blocks);
@@ -308,7 +315,7 @@ class Gradient : Plan {
 
   // Of neurons [begin, end), at most kWrittenRows: sums to dw, and zeros where there are none.
   void write_rows(Range neurons) const {
-    const T* from[kWrittenRows];       // their sums
+    const T* from[kWrittenRows];        // their sums
     int64_t summed[kWrittenRows] = {};  // all bits set where there are any, else they are kZeros
     const int64_t* active = std::lower_bound(p.rows, p.rows + p.k, neurons.begin);
     alignas(kLineBytes) static constexpr T kZeros[kLineBytes / sizeof(T)] = {};
@@ -329,8 +336,7 @@ class Gradient : Plan {
     T* row = static_cast<T*>(p.dw) + neurons.begin * p.dw_strides[0];
     if (p.dw_strides[0] == 1 && !in_place)  // neurons share cache lines
       return for_each_tap([&](int64_t to, int64_t at) {
-        kernels.interleave(from, summed, neurons.size(), at, p.channels, row + to,
-                           p.dw_strides[1]);
+        kernels.interleave(from, summed, neurons.size(), at, p.channels, row + to, p.dw_strides[1]);
       });
     const int64_t step = p.dw_strides[1];  // of sums it is 1
     for (int64_t i = 0; i < neurons.size(); ++i, row += p.dw_strides[0])

@@ -12,7 +12,8 @@ using Size3 = std::array<int64_t, 3>;     // depth, height, width; 1 (or 0 of pa
 using Strides5 = std::array<int64_t, 5>;  // in elements, of a tensor [a, b, depth, height, width]
 
 // dw[rows[j], c, tap] = sum over samples and pixels of dy[sample, rows[j], pixel]
-//                                                     * x[sample, c, pixel * stride - padding + tap * dilation]
+//                                                     * x[sample, c, pixel * stride - padding + tap
+//                                                     * dilation]
 // and db[rows[j]] = sum of dy[sample, rows[j], pixel]. Rows not named become zero.
 struct ConvWgrad {
   DType dtype;  // of x and dy; dw and db are float, or double for double

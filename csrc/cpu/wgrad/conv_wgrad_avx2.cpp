@@ -2,8 +2,8 @@
 #include <type_traits>
 #include <utility>
 
-#include "conv_wgrad_kernels.h"
 #include "../element.h"
+#include "conv_wgrad_kernels.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #ifdef __clang__

@@ -26,11 +26,11 @@ struct Strip {
   const char* next;  // memory to bring into the second-level cache, a line with each pixel; or null
 };
 
-// out[out_rows[j] + i] (+)= sum over the strip's pixels of dy[dy_rows[j]] * x[i] for R rows j and the
-// V * lanes inputs i. `fresh` overwrites out.
+// out[out_rows[j] + i] (+)= sum over the strip's pixels of dy[dy_rows[j]] * x[i] for R rows j and
+// the V * lanes inputs i. `fresh` overwrites out.
 template <class T>
-using Tile = void (*)(const Strip<T>& strip, const int64_t* dy_rows, T* out, const int64_t* out_rows,
-                      bool fresh);
+using Tile = void (*)(const Strip<T>& strip, const int64_t* dy_rows, T* out,
+                      const int64_t* out_rows, bool fresh);
 
 // totals[j] += sum over pixels i of dy[dy_rows[j] + i * dy_step] for R rows j. In double: there are
 // few of them, and as many summands as there are pixels.
@@ -48,8 +48,8 @@ template <class T>
 using PackLine = void (*)(const void* x, int64_t pixels, int64_t x_step, int64_t channels,
                           int64_t x_channel, T* panel, int64_t step);
 
-// out[i * step + j] = rows[j][(at + i) & summed[j]] for `length` values i of n rows j. summed: all bits
-// set, or none where the row is zero: then rows[j] has a cache line of zeros.
+// out[i * step + j] = rows[j][(at + i) & summed[j]] for `length` values i of n rows j. summed: all
+// bits set, or none where the row is zero: then rows[j] has a cache line of zeros.
 template <class T>
 using Interleave = void (*)(const T* const* rows, const int64_t* summed, int64_t n, int64_t at,
                             int64_t length, T* out, int64_t step);

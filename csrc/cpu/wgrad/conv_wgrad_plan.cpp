@@ -14,7 +14,8 @@ constexpr int64_t kChunkBytes = 40 << 10;
 constexpr int64_t kChunkPixels = 128, kChunkPixelsOfShortVectors = 96, kLongVectorBytes = 64;
 // What a thread should have to do, for waking it to pay.
 constexpr double kThreadCycles = 50e3;
-// What a second-level cache holds of sums beside all else, and how many rows make reading X again pay.
+// What a second-level cache holds of sums beside all else, and how many rows make reading X again
+// pay.
 constexpr int64_t kSumsBytes = 2 << 20;
 constexpr int64_t kRowsPerPart = 192;
 // How often a value of dY should be read, in lanes, for packing it to pay; and one of X, by rows.
@@ -75,8 +76,7 @@ void Plan::choose_split(const Tiles& tiles, int split_for) {
   const bool is_long = lanes * tiles.sum_bytes >= kLongVectorBytes;
   int64_t chain = is_long ? kChunkPixels : kChunkPixelsOfShortVectors;
   if (sums_row <= lanes) chain /= 2;  // few sums add up soon
-  int64_t target =
-      std::min(chain, kChunkBytes / (block_channels * tiles.sum_bytes + kLineBytes));
+  int64_t target = std::min(chain, kChunkBytes / (block_channels * tiles.sum_bytes + kLineBytes));
   // Input lines that two chunks share are packed twice.
   const int64_t shared_lines = shift(p.kernel[H] - 1, H) - shift(0, H) + 1 - p.stride[H];
   if (packs_x) target = std::max(target, 4 * shared_lines / p.stride[H] * pixels);

@@ -10,10 +10,10 @@
 //   block   some vectors of channels, times some rows: what one tile sums in registers
 //
 // A tile takes one tap, and exactly those pixels where that tap meets the input: padding is neither
-// stored nor multiplied. X is read in place if its channels are adjacent and fill whole vectors, and
-// else from a panel in which they do. Where channels are few, the panel has zeros left and right, and
-// the taps along the width, which are adjacent there, count as channels of one wide tap: a window.
-// (Its zeros are multiplied: an infinity in dY beside them makes a NaN.)
+// stored nor multiplied. X is read in place if its channels are adjacent and fill whole vectors,
+// and else from a panel in which they do. Where channels are few, the panel has zeros left and
+// right, and the taps along the width, which are adjacent there, count as channels of one wide tap:
+// a window. (Its zeros are multiplied: an infinity in dY beside them makes a NaN.)
 
 namespace neq::cpu {
 

@@ -18,9 +18,9 @@
 namespace neq::cpu {
 namespace {
 
-// The ascending columns that rows names next, as long as they lie among `lanes` adjacent ones: bit i
-// of mask stands for column + i. They land side by side from `out` on. Every sample is packed by the
-// same list of blocks.
+// The ascending columns that rows names next, as long as they lie among `lanes` adjacent ones: bit
+// i of mask stands for column + i. They land side by side from `out` on. Every sample is packed by
+// the same list of blocks.
 struct Block {
   int64_t column;
   int64_t out;
@@ -174,8 +174,7 @@ constexpr int kGroup = 8;
 template <class Isa, class Element>
 NEQ_INLINE void pack_chunk(const Matrix<typename Element::Bits>& m, int64_t begin, int64_t end,
                            typename Element::Sum* sums) {
-  for (; begin + kGroup <= end; begin += kGroup)
-    pack_samples<Isa, Element, kGroup>(m, begin, sums);
+  for (; begin + kGroup <= end; begin += kGroup) pack_samples<Isa, Element, kGroup>(m, begin, sums);
   for (; begin < end; ++begin) pack_samples<Isa, Element, 1>(m, begin, sums);
 }
 

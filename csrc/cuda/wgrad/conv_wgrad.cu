@@ -57,7 +57,9 @@ struct Layout {
 struct Deal {
   explicit Deal(const ConvWgrad& p)
       : matrices(p.kernel.y * p.kernel.x * p.plan.slices),
-        hands(matrices <= kMatrices ? 1 : matrices <= 2 * kMatrices ? 2 : kWarps),
+        hands(matrices <= kMatrices       ? 1
+              : matrices <= 2 * kMatrices ? 2
+                                          : kWarps),
         sharing(kWarps / hands) {}
   int matrices, hands, sharing;
 };
@@ -255,8 +257,8 @@ __global__ void __launch_bounds__(kThreads, 2)
         p.partial_db[part * padded + first_row + o * 8 + lane * 2 + e] = sums[kMatrices][o][e];
 }
 
-// The threads of a block in x take as many weights of a neuron, the bias being the last of them, and
-// those in y share the parts.
+// The threads of a block in x take as many weights of a neuron, the bias being the last of them,
+// and those in y share the parts.
 template <class T>
 __global__ void __launch_bounds__(kFinishThreads) finish(const ConvWgrad p, int padded) {
   const int weights = p.kernel.y * p.kernel.x * p.channels;

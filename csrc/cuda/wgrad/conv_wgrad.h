@@ -17,8 +17,8 @@ struct Images {
   int line, column;
 };
 
-// How the work is cut up among blocks of threads. A block takes some active rows, some channels, and
-// one part of the tiles of the output.
+// How the work is cut up among blocks of threads. A block takes some active rows, some channels,
+// and one part of the tiles of the output.
 struct ConvPlan {
   Size2 tile;  // pixels of one image
   int octets;  // of active rows in a block, 1 to 4
@@ -28,8 +28,8 @@ struct ConvPlan {
 
 // The gradient of the weight and bias of a 2-d convolution, for the active rows.
 struct ConvWgrad {
-  DType dtype;         // of dy and x: float16 or bfloat16
-  DType weight_dtype;  // of dw and db
+  DType dtype;                       // of dy and x: float16 or bfloat16
+  DType weight_dtype;                // of dw and db
   int images, neurons, channels, k;  // neurons and channels are multiples of 8
   Size2 input, output, kernel, stride, padding, dilation;
   Images dy, x;

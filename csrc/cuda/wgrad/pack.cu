@@ -1,5 +1,6 @@
-#include "../gpu.h"
 #include "pack.h"
+
+#include "../gpu.h"
 #include "sum_over_y.h"
 
 namespace neq::cuda {
@@ -71,9 +72,8 @@ cudaError_t pack_as(const void* dy, int64_t samples, int64_t stride, const int64
   Sum* partial = static_cast<Sum*>(sums && grid.splits > 1 ? scratch : sums);
   const Launch packing{dim3(grid.strips, grid.splits),
                        dim3(grid.columns, grid.threads / grid.columns), 0, stream};
-  const cudaError_t error =
-      launch(pack<T, Sum>, packing, static_cast<const T*>(dy), samples, stride, rows, k,
-             static_cast<T*>(packed), partial, grid.samples);
+  const cudaError_t error = launch(pack<T, Sum>, packing, static_cast<const T*>(dy), samples,
+                                   stride, rows, k, static_cast<T*>(packed), partial, grid.samples);
   if (error != cudaSuccess || partial == sums) return error;
   const Launch adding{dim3(ceil_div(k, kLanes)), dim3(kLanes, kLanes), 0, stream};
   return launch(add_splits<Sum>, adding, partial, grid.splits, k, static_cast<Sum*>(sums));
@@ -96,8 +96,8 @@ const char* pack_columns(DType dtype, const void* dy, int64_t samples, int64_t s
                    : dtype == DType::float64  ? pack_as<double, double>
                    : dtype == DType::bfloat16 ? pack_as<__nv_bfloat16, float>
                                               : pack_as<__half, float>;
-  const cudaError_t error = run(dy, samples, stride, rows, k, packed, sums, scratch,
-                                static_cast<cudaStream_t>(stream));
+  const cudaError_t error =
+      run(dy, samples, stride, rows, k, packed, sums, scratch, static_cast<cudaStream_t>(stream));
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

@@ -9,12 +9,12 @@ namespace neq::cuda {
 // How the k columns and the samples are dealt out to blocks of threads.
 struct PackGrid {
   static constexpr int threads = 256;
-  static constexpr int unroll = 8;   // samples that a thread loads before it stores any
+  static constexpr int unroll = 8;         // samples that a thread loads before it stores any
   static constexpr int64_t enough = 2048;  // blocks that fill any GPU a few times over
 
   int columns;  // of a block, a power of two and a warp at most; its other threads take samples
   int64_t strips, splits;  // blocks along the columns and along the samples
-  int64_t samples;  // of a block
+  int64_t samples;         // of a block
 
   static constexpr PackGrid of(int64_t samples, int64_t k) {
     PackGrid grid{1, 0, 0, 0};
