@@ -18,6 +18,9 @@ from setuptools.command.build_ext import build_ext
 
 SOURCES = [
     "csrc/bindings.cpp",
+    "csrc/bindings_similarity.cpp",
+    "csrc/bindings_step.cpp",
+    "csrc/bindings_wgrad.cpp",
     "csrc/cpu/similarity/row_similarity.cpp",
     "csrc/cpu/step/step.cpp",
     "csrc/cpu/wgrad/conv_wgrad.cpp",

@@ -1,6 +1,6 @@
 #include <limits>
 
-#include "bindings.h"
+#include "bindings_wgrad.h"
 #include "cuda/wgrad/conv_wgrad.h"
 #include "cuda/wgrad/pack.h"
 
