@@ -14,10 +14,13 @@ namespace neq {
 
 using Ints = std::vector<int64_t>;
 
+[[noreturn]] inline void refuse(const char* argument, int64_t given, const std::string& allowed) {
+  throw std::invalid_argument(std::string(argument) + " must be " + allowed + ", got " +
+                              std::to_string(given));
+}
+
 inline void require(bool ok, const char* argument, int64_t given, const std::string& allowed) {
-  if (!ok)
-    throw std::invalid_argument(std::string(argument) + " must be " + allowed + ", got " +
-                                std::to_string(given));
+  if (!ok) refuse(argument, given, allowed);
 }
 
 inline void require(bool ok, const char* argument, const char* allowed) {
@@ -33,12 +36,25 @@ inline void require_threads(int threads) {
   require(threads >= 1, "threads", threads, "at least 1");
 }
 
-inline void require_indices(const Tensor& rows) {
-  require(rows.is_int64() && rows.dims() == 1 && rows.is_contiguous(), "rows",
+inline void require_indices(const Tensor& t, const char* argument) {
+  require(t.is_int64() && t.dims() == 1 && t.is_contiguous(), argument,
           "contiguous int64 of one dimension");
 }
 
-// Each defines the functions of one family, in the file of its name.
+// order [neurons]: a permutation of all neurons, the k active ones first.
+inline void require_order(const Tensor& order, int64_t neurons) {
+  require_indices(order, "order");
+  require(order.size(0) == neurons, "size of order", order.size(0),
+          "neurons = " + std::to_string(neurons));
+}
+
+inline void require_between(const char* argument, int64_t given, int64_t least, int64_t neurons) {
+  if (given < least || given > neurons)
+    refuse(argument, given,
+           "between " + std::to_string(least) + " and neurons = " + std::to_string(neurons));
+}
+
+// Each adds the functions of one family to the module; in bindings_<family>.cpp.
 void bind_wgrad(pybind11::module_& m);
 void bind_similarity(pybind11::module_& m);
 void bind_step(pybind11::module_& m);

@@ -24,17 +24,17 @@ void cpu_pack_columns(const Tensor& dy, const Tensor& rows, const Tensor& packed
                     sums ? sums->data() : nullptr, threads);
 }
 
-// Zeros for the rows of dimension `dim`. False, and nothing done, where they lie in pieces of less
-// than a cache line each, or the tensor doesn't fill its memory.
+// Zeroes the rows of dimension `dim`. Returns false, having done nothing, if a row's pieces are
+// less than a cache line each, or the tensor does not fill its memory.
 bool cpu_zero_rows(const Tensor& t, const Tensor& rows, int dim, int threads) {
   require_cpu(t, rows);
   require(dim >= 0 && dim < t.dims(), "dim", dim, "a dimension of the tensor");
-  require_indices(rows);
+  require_indices(rows, "rows");
   const int64_t neurons = t.size(dim);
   const auto* row = rows.data<const int64_t>();
   for (int64_t j = 0; j < rows.size(0); ++j)
-    require(row[j] >= 0 && row[j] < neurons, "rows", row[j],
-            "between 0 and neurons = " + std::to_string(neurons));
+    if (row[j] < 0 || row[j] >= neurons)
+      refuse("rows", row[j], "between 0 and neurons = " + std::to_string(neurons));
   require_threads(threads);
   const int64_t piece = neurons > 1 ? t.stride(dim) : t.numel();
   const int64_t bytes = piece * bytes_of(t.dtype());
@@ -52,34 +52,34 @@ void cpu_prefer_large_pages(const Tensor& t) {
 
 using cpu::Size3;
 
-// The last of up to three dimensions, preceded by what a missing one has.
+// Up to three sizes as three. Missing ones come first.
 Size3 size3(std::span<const int64_t> given, int64_t missing) {
   Size3 size{missing, missing, missing};
   std::ranges::copy_backward(given, size.end());
   return size;
 }
 
-// Of a tensor with two dimensions before its spatial ones.
+// The strides of a tensor with two dimensions before its spatial ones.
 cpu::Strides5 strides5(const Tensor& t) {
   cpu::Strides5 strides{t.stride(0), t.stride(1)};
   std::ranges::copy_backward(t.strides().subspan(2), strides.end());
   return strides;
 }
 
-std::vector<int64_t> ascending(const Tensor& rows, int64_t k, int64_t neurons) {
-  require_indices(rows);
-  require(k >= 0 && k <= rows.size(0), "k", k, "between 0 and " + std::to_string(rows.size(0)));
-  std::vector<int64_t> chosen(k);
-  for (int64_t j = 0; j < k; ++j) {
-    const int64_t row = rows.data<const int64_t>()[j];
-    require(row > (j ? chosen[j - 1] : -1) && row < neurons, "rows", row,
-            "ascending, between 0 and neurons = " + std::to_string(neurons));
-    chosen[j] = row;
-  }
-  return chosen;
+// The active rows: the first k of `order`, which ascend.
+std::vector<int64_t> active_rows(const Tensor& order, int64_t k, int64_t neurons) {
+  require_order(order, neurons);
+  require_between("k", k, 0, neurons);
+  const auto* first = order.data<const int64_t>();
+  std::vector<int64_t> rows(first, first + k);
+  for (int64_t j = 0; j < k; ++j)
+    if (rows[j] <= (j ? rows[j - 1] : -1) || rows[j] >= neurons)
+      refuse("the first k of order", rows[j],
+             "ascending, between 0 and neurons = " + std::to_string(neurons));
+  return rows;
 }
 
-// What both kinds of layers have in common; of the sums dw and db.
+// What linear layers and convolutions have in common. dw and db hold sums.
 cpu::ConvWgrad problem_of(const Tensor& dy, const Tensor& x, const Tensor& dw, const Tensor& db,
                           const std::vector<int64_t>& rows) {
   require(dw.dtype() == sum_dtype(dy.dtype()), "dw", "of the dtype of sums");
@@ -98,17 +98,17 @@ cpu::ConvWgrad problem_of(const Tensor& dy, const Tensor& x, const Tensor& dw, c
 }
 
 void cpu_conv_wgrad(const Tensor& dy, const Tensor& x, const Tensor& dw, const Tensor& db,
-                    const Tensor& rows, int64_t k, const Ints& stride, const Ints& padding,
+                    const Tensor& order, int64_t k, const Ints& stride, const Ints& padding,
                     const Ints& dilation, int64_t groups, cpu::Isa isa, int threads,
                     int split_for) {
-  require_cpu(dy, x, dw, db, rows);
+  require_cpu(dy, x, dw, db, order);
   check_conv(dy, x, dw, stride, padding, dilation, groups);
-  const auto chosen = ascending(rows, k, dw.size(0));
+  const auto rows = active_rows(order, k, dw.size(0));
   require(cpu::has_isa(isa), "isa", int64_t(isa), "one that this processor has");
   require(split_for >= 1, "split_for", split_for, "at least 1");
   require_threads(threads);
 
-  auto problem = problem_of(dy, x, dw, db, chosen);
+  auto problem = problem_of(dy, x, dw, db, rows);
   problem.samples = dy.size(0);
   problem.groups = groups;
   problem.input = size3(x.sizes().subspan(2), 1);
@@ -124,7 +124,8 @@ void cpu_conv_wgrad(const Tensor& dy, const Tensor& x, const Tensor& dw, const T
   cpu::conv_wgrad(problem, isa, threads, split_for);
 }
 
-// Several dimensions of two tensors as few as they can be in both: [images, depth, lines, pixels].
+// The dimensions of samples of two tensors, merged into as few as both allow:
+// [images, depth, lines, pixels].
 struct Samples {
   std::array<int64_t, 4> sizes{1, 1, 1, 1}, dy{}, x{};  // and their strides
 };
@@ -152,10 +153,11 @@ Samples samples_of(const Tensor& dy, const Tensor& x) {
   return samples;
 }
 
-// dy [..., neurons], x [..., inputs], dw [neurons, inputs]: samples are the pixels of images.
+// dy [..., neurons], x [..., inputs], dw [neurons, inputs]: a 1x1 convolution whose pixels are
+// samples.
 void cpu_linear_wgrad(const Tensor& dy, const Tensor& x, const Tensor& dw, const Tensor& db,
-                      const Tensor& rows, int64_t k, int threads, int split_for) {
-  require_cpu(dy, x, dw, db, rows);
+                      const Tensor& order, int64_t k, int threads, int split_for) {
+  require_cpu(dy, x, dw, db, order);
   const int last = dy.dims() - 1;
   require(last >= 0 && x.dims() == last + 1, "dimensions of x", x.dims(),
           "as many as those of dy, " + std::to_string(last + 1));
@@ -165,11 +167,11 @@ void cpu_linear_wgrad(const Tensor& dy, const Tensor& x, const Tensor& dw, const
   require(x.dtype() == dy.dtype(), "x", "of dy's dtype");
   require(dy.size(last) == dw.size(0), "neurons of dy", dy.size(last), std::to_string(dw.size(0)));
   require(x.size(last) == dw.size(1), "inputs of x", x.size(last), std::to_string(dw.size(1)));
-  const auto chosen = ascending(rows, k, dw.size(0));
+  const auto rows = active_rows(order, k, dw.size(0));
   require(split_for >= 1, "split_for", split_for, "at least 1");
   require_threads(threads);
 
-  auto problem = problem_of(dy, x, dw, db, chosen);
+  auto problem = problem_of(dy, x, dw, db, rows);
   const auto [sizes, of_dy, of_x] = samples_of(dy, x);
   problem.samples = sizes[0];
   problem.groups = 1;
@@ -192,9 +194,9 @@ void bind_wgrad(py::module_& m) {
   m.def("cpu_zero_rows", &cpu_zero_rows, py::arg("t"), py::arg("rows"), py::arg("dim"),
         py::arg("threads"));
   m.def("cpu_linear_wgrad", &cpu_linear_wgrad, py::arg("dy"), py::arg("x"), py::arg("dw"),
-        py::arg("db"), py::arg("rows"), py::arg("k"), py::arg("threads"), py::arg("split_for"));
+        py::arg("db"), py::arg("order"), py::arg("k"), py::arg("threads"), py::arg("split_for"));
   m.def("cpu_conv_wgrad", &cpu_conv_wgrad, py::arg("dy"), py::arg("x"), py::arg("dw"),
-        py::arg("db"), py::arg("rows"), py::arg("k"), py::arg("stride"), py::arg("padding"),
+        py::arg("db"), py::arg("order"), py::arg("k"), py::arg("stride"), py::arg("padding"),
         py::arg("dilation"), py::arg("groups"), py::arg("isa"), py::arg("threads"),
         py::arg("split_for"));
 }

@@ -14,7 +14,7 @@ inline DType sum_dtype(DType dtype) {
   return dtype == DType::float64 ? DType::float64 : DType::float32;
 }
 
-// db [neurons] of the sums' dtype, or empty where none is asked for: then null.
+// db [neurons] of the dtype of the sums, or empty if it is not wanted: then null.
 inline void* bias_gradient(const Tensor& db, DType dtype, int64_t neurons) {
   if (db.numel() == 0) return nullptr;
   require(db.dims() == 1 && db.size(0) == neurons && db.is_contiguous(), "db",
@@ -23,15 +23,15 @@ inline void* bias_gradient(const Tensor& db, DType dtype, int64_t neurons) {
   return db.data();
 }
 
-// dy [samples, neurons] with adjacent columns, rows [k], packed [samples, k], and sums [k] if
-// wanted.
+// dy [samples, neurons] with adjacent columns, rows [k], packed [samples, k], and optional
+// sums [k].
 inline void check_pack(const Tensor& dy, const Tensor& rows, const Tensor& packed,
                        const std::optional<Tensor>& sums) {
   require(dy.dims() == 2, "dimensions of dy", dy.dims(), "2");
   require(dy.stride(1) == 1 && dy.stride(0) >= 0, "neurons of dy", "adjacent in memory");
-  require_indices(rows);
+  require_indices(rows, "rows");
   const int64_t k = rows.size(0), neurons = dy.size(1);
-  require(k <= neurons, "k", k, "between 0 and neurons = " + std::to_string(neurons));
+  require_between("k", k, 0, neurons);
   require(packed.dims() == 2 && packed.size(0) == dy.size(0) && packed.size(1) == k &&
               packed.dtype() == dy.dtype() && packed.is_contiguous(),
           "packed", "contiguous, a sample of dy's dtype and k columns for each of dy's");
@@ -40,7 +40,7 @@ inline void check_pack(const Tensor& dy, const Tensor& rows, const Tensor& packe
           "sums", "contiguous, one for each of k columns, of the dtype of sums");
 }
 
-constexpr int64_t kMostStep = 1 << 24;  // products of which with any size are still numbers
+constexpr int64_t kMaxStep = 1 << 24;  // its product with any size fits into an int64
 
 // A convolution of dy [images, neurons, pixels], x [images, groups * channels, pixels] and dw
 // [neurons, channels, kernel], in one to three spatial dimensions.
@@ -59,8 +59,8 @@ inline void check_conv(const Tensor& dy, const Tensor& x, const Tensor& dw, cons
   for (const int64_t size : padding) require(size >= 0, "padding", size, "at least 0");
   for (const Ints* sizes : {&stride, &padding, &dilation})
     for (const int64_t size : *sizes)
-      require(size < kMostStep, "stride, padding or dilation", size,
-              "below " + std::to_string(kMostStep));
+      require(size < kMaxStep, "stride, padding or dilation", size,
+              "below " + std::to_string(kMaxStep));
   const int64_t neurons = dy.size(1);
   require(x.dtype() == dy.dtype(), "x", "of dy's dtype");
   require(dw.size(0) == neurons, "neurons of dw", dw.size(0), std::to_string(neurons));

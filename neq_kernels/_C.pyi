@@ -1,4 +1,6 @@
-# What takes tensors checks what a wrong one would break: devices, dtypes, sizes, rows out of range.
+# Functions check of tensors what a wrong one would break: devices, dtypes, sizes; on the CPU also
+# that rows and orders are in range. rows [k] are the indices of active neurons; order [n] is the
+# permutation of all, the k active ones first.
 
 from collections.abc import Sequence
 
@@ -24,7 +26,7 @@ def cpu_linear_wgrad(
     x: Tensor,
     dw: Tensor,
     db: Tensor,
-    rows: Tensor,
+    order: Tensor,
     k: int,
     threads: int,
     split_for: int,
@@ -34,7 +36,7 @@ def cpu_conv_wgrad(
     x: Tensor,
     dw: Tensor,
     db: Tensor,
-    rows: Tensor,
+    order: Tensor,
     k: int,
     stride: Sequence[int],
     padding: Sequence[int],
@@ -48,7 +50,7 @@ def cpu_sgd_rows(
     params: list[Tensor],
     grads: list[Tensor],
     momentum_buffers: list[Tensor],
-    rows: list[Tensor],
+    orders: list[Tensor],
     counts: list[Tensor],
     lr: float,
     momentum: float,
@@ -66,7 +68,7 @@ def cpu_adamw_rows(
     exp_avg_sqs: list[Tensor],
     max_exp_avg_sqs: list[Tensor],
     steps: list[Tensor],
-    rows: list[Tensor],
+    orders: list[Tensor],
     counts: list[Tensor],
     lr: float,
     beta1: float,
@@ -91,7 +93,7 @@ def cuda_conv_wgrad(
     x: Tensor,
     dw: Tensor,
     db: Tensor,
-    rows: Tensor,
+    order: Tensor,
     k: int,
     stride: Sequence[int],
     padding: Sequence[int],

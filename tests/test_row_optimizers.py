@@ -263,11 +263,11 @@ def test_the_kernel_refuses_rows_beyond_the_parameter():
         ({"momentum": 0.5}, "momentum_buffers must be given with momentum"),
         (
             {"params": [torch.ones(4, 6)[:, ::2]], "grads": [torch.ones(4, 6)[:, ::2]]},
-            "a parameter must be in memory neuron by neuron, or transposed",
+            "a parameter must be in memory neuron by neuron, or column-major",
         ),
         ({"params": [torch.tensor(1.0)]}, "dimensions of a parameter must be at least 1, got 0"),
-        ({"rows": [torch.arange(5)]}, "rows must be one for each neuron, got 5"),
-        ({"rows": [torch.arange(4).int()]}, "rows must be contiguous int64 of one dimension"),
+        ({"orders": [torch.arange(5)]}, "size of order must be neurons = 4, got 5"),
+        ({"orders": [torch.arange(4).int()]}, "order must be contiguous int64 of one dimension"),
         ({"counts": [torch.tensor(5)]}, "count must be between 0 and neurons = 4, got 5"),
         ({"counts": [torch.tensor([2, 2])]}, "a tensor must have one value"),
         ({"threads": 0}, "threads must be at least 1, got 0"),
@@ -276,7 +276,7 @@ def test_the_kernel_refuses_rows_beyond_the_parameter():
 def test_the_kernel_refuses_what_it_would_misread(change, message):
     p, g = torch.ones(4, 3), torch.ones(4, 3)
     lists = {"params": [p], "grads": [g], "momentum_buffers": []}
-    lists |= {"rows": [torch.arange(4)], "counts": [torch.tensor(2)]}
+    lists |= {"orders": [torch.arange(4)], "counts": [torch.tensor(2)]}
     numbers = {"lr": 0.5, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0}
     flags = dict.fromkeys(("nesterov", "maximize", "first"), False) | {"threads": 1}
     with pytest.raises(ValueError, match=message):

@@ -3,20 +3,14 @@
 #include <utility>
 
 #include "../element.h"
+#include "../processor.h"
 #include "conv_wgrad_kernels.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#ifdef __clang__
-#pragma clang attribute push( \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
-#else
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
-#endif
+#ifdef NEQ_X86
+NEQ_BEGIN_TARGET(NEQ_AVX512)
 #define NEQ_ISA avx512
 #define NEQ_VECTOR_BYTES 64
 #define NEQ_ACCUMULATORS 24
 #include "conv_wgrad_kernels.inc"
-#ifdef __clang__
-#pragma clang attribute pop
-#endif
+NEQ_END_TARGET
 #endif

@@ -10,20 +10,20 @@ struct Size2 {
   int y, x;
 };
 
-// [images, lines, columns, channels], the channels adjacent.
+// [images, lines, columns, channels] with adjacent channels. Strides count pieces of 16 bytes.
 struct Images {
   const void* data;
-  int64_t image;  // from one to the next: so many pieces of 16 bytes
+  int64_t image;
   int line, column;
 };
 
-// How the work is cut up among blocks of threads. A block takes some active rows, some channels,
-// and one part of the tiles of the output.
+// How the work is split among thread blocks: a block takes `octets` of active rows, `slices` of
+// channels, and one of `parts` parts of the tiles of the output.
 struct ConvPlan {
   Size2 tile;  // pixels of one image
-  int octets;  // of active rows in a block, 1 to 4
-  int slices;  // of 16 channels in a block; times the taps of the kernel, 36 at most
-  int parts;   // as many as there are tiles at most
+  int octets;  // 1 to 4, of 8 active rows each
+  int slices;  // of 16 channels each; slices times taps of the kernel is at most 36
+  int parts;   // at most the number of tiles
 };
 
 // The gradient of the weight and bias of a 2-d convolution, for the active rows.
@@ -35,16 +35,16 @@ struct ConvWgrad {
   Images dy, x;
   void* dw;  // [neurons, channels, kernel], zero but for the active rows
   int64_t dw_strides[4];
-  void* db;             // [neurons], or null
-  const int64_t* rows;  // [neurons]: all of them, the k active ones first
-  // scratch: the sums of each part, for k rounded up to whole blocks
+  void* db;              // [neurons], or null
+  const int64_t* order;  // [neurons]: a permutation, the k active ones first
+  // scratch: the sums of each part; rows is k rounded up to whole blocks of octets
   float* partial_dw;  // [parts, rows, kernel, channels]
   float* partial_db;  // [parts, rows]
   ConvPlan plan;
 };
 
-// On the device's memory and in the order of `stream`, a cudaStream_t. Neither waits nor allocates.
-// Rows are not checked. Returns what CUDA says went wrong, or null.
+// All memory is the device's, and `stream` is a cudaStream_t. Neither synchronizes nor allocates.
+// Does not check `order`. Returns CUDA's error message, or null.
 const char* conv_wgrad(const ConvWgrad& problem, int device, void* stream);
 
 }  // namespace neq::cuda
