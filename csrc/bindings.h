@@ -19,7 +19,9 @@ using Ints = std::vector<int64_t>;
                               std::to_string(given));
 }
 
-inline void require(bool ok, const char* argument, int64_t given, const std::string& allowed) {
+// Prefer a literal for `allowed`: a std::string is made on every call, also where all is well.
+template <class Text>
+void require(bool ok, const char* argument, int64_t given, const Text& allowed) {
   if (!ok) refuse(argument, given, allowed);
 }
 
@@ -44,8 +46,8 @@ inline void require_indices(const Tensor& t, const char* argument) {
 // order [neurons]: a permutation of all neurons, the k active ones first.
 inline void require_order(const Tensor& order, int64_t neurons) {
   require_indices(order, "order");
-  require(order.size(0) == neurons, "size of order", order.size(0),
-          "neurons = " + std::to_string(neurons));
+  if (order.size(0) != neurons)
+    refuse("size of order", order.size(0), "neurons = " + std::to_string(neurons));
 }
 
 inline void require_between(const char* argument, int64_t given, int64_t least, int64_t neurons) {

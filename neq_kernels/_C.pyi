@@ -46,12 +46,10 @@ def cpu_conv_wgrad(
     threads: int,
     split_for: int,
 ) -> None: ...
+
+# lists: params, grads, momentum_buffers (or []), orders, counts
 def cpu_sgd_rows(
-    params: list[Tensor],
-    grads: list[Tensor],
-    momentum_buffers: list[Tensor],
-    orders: list[Tensor],
-    counts: list[Tensor],
+    lists: tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]],
     lr: float,
     momentum: float,
     dampening: float,
@@ -61,15 +59,19 @@ def cpu_sgd_rows(
     first: bool,
     threads: int,
 ) -> None: ...
+
+# lists: params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs (or []), steps, orders, counts
 def cpu_adamw_rows(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    max_exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    orders: list[Tensor],
-    counts: list[Tensor],
+    lists: tuple[
+        list[Tensor],
+        list[Tensor],
+        list[Tensor],
+        list[Tensor],
+        list[Tensor],
+        list[Tensor],
+        list[Tensor],
+        list[Tensor],
+    ],
     lr: float,
     beta1: float,
     beta2: float,

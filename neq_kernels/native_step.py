@@ -26,7 +26,7 @@ def sgd_rows_(
     lr, momentum, dampening, weight_decay, nesterov, maximize, first = options
     lists = params, grads, momentum_buffers, rows, counts
     numbers = lr.item(), momentum, dampening, weight_decay
-    _C.cpu_sgd_rows(*lists, *numbers, nesterov, maximize, first, torch.get_num_threads())
+    _C.cpu_sgd_rows(lists, *numbers, nesterov, maximize, first, torch.get_num_threads())
     torch.autograd.graph.increment_version([*params, *momentum_buffers])
 
 
@@ -44,9 +44,9 @@ def adamw_rows_(
     moments = exp_avgs, exp_avg_sqs, max_exp_avg_sqs
     torch._foreach_add_(steps, 1)
     lr, beta1, beta2, eps, weight_decay, _, maximize = options
-    lists = params, grads, *moments, steps, rows, counts
+    lists = params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, rows, counts
     numbers = lr.item(), beta1, beta2, eps, weight_decay
-    _C.cpu_adamw_rows(*lists, *numbers, maximize, torch.get_num_threads())
+    _C.cpu_adamw_rows(lists, *numbers, maximize, torch.get_num_threads())
     torch.autograd.graph.increment_version([t for ts in (params, *moments) for t in ts])
 
 
