@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inc' -o -name '*.cu')
 
 .PHONY: bench test gpu sanitize format clean
 
@@ -11,6 +12,7 @@ bench: $(VENV)/.built
 test: $(VENV)/.built
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
@@ -33,9 +35,9 @@ sanitize: $(VENV)/.deps build/sanitize/races
 	build/sanitize/races
 
 # Linked without libgomp: the file brings what of it the kernels need.
-build/sanitize/races: tests/support/races.cpp $(wildcard csrc/*.h csrc/cpu/*)
+build/sanitize/races: tests/support/races.cpp $(shell find csrc -type f)
 	mkdir -p build/sanitize/threads
-	cd build/sanitize/threads && printf '%s\n' $(CURDIR)/csrc/cpu/*.cpp $(CURDIR)/tests/support/races.cpp | \
+	cd build/sanitize/threads && printf '%s\n' $(CURDIR)/csrc/cpu/*/*.cpp $(CURDIR)/tests/support/races.cpp | \
 		xargs -P 2 -I{} c++ -std=c++20 -O2 -g -fopenmp -fno-math-errno -fsanitize=thread \
 		-Wall -Wextra -c {}
 	c++ -fsanitize=thread build/sanitize/threads/*.o -o $@
@@ -43,6 +45,7 @@ build/sanitize/races: tests/support/races.cpp $(wildcard csrc/*.h csrc/cpu/*)
 format: $(VENV)/.deps
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

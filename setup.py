@@ -18,17 +18,24 @@ from setuptools.command.build_ext import build_ext
 
 SOURCES = [
     "csrc/bindings.cpp",
-    "csrc/cpu/conv_wgrad.cpp",
-    "csrc/cpu/conv_wgrad_avx2.cpp",
-    "csrc/cpu/conv_wgrad_avx512.cpp",
-    "csrc/cpu/conv_wgrad_plan.cpp",
-    "csrc/cpu/conv_wgrad_portable.cpp",
-    "csrc/cpu/pack.cpp",
-    "csrc/cpu/similarity.cpp",
-    "csrc/cpu/step.cpp",
-    "csrc/cpu/zero.cpp",
+    "csrc/bindings_similarity.cpp",
+    "csrc/bindings_step.cpp",
+    "csrc/bindings_wgrad.cpp",
+    "csrc/cpu/similarity/row_similarity.cpp",
+    "csrc/cpu/step/step.cpp",
+    "csrc/cpu/wgrad/conv_wgrad.cpp",
+    "csrc/cpu/wgrad/conv_wgrad_avx2.cpp",
+    "csrc/cpu/wgrad/conv_wgrad_avx512.cpp",
+    "csrc/cpu/wgrad/conv_wgrad_plan.cpp",
+    "csrc/cpu/wgrad/conv_wgrad_portable.cpp",
+    "csrc/cpu/wgrad/pack.cpp",
+    "csrc/cpu/wgrad/zero.cpp",
 ]
-CUDA_SOURCES = ["csrc/bindings_cuda.cpp", "csrc/cuda/conv_wgrad.cu", "csrc/cuda/pack.cu"]
+CUDA_SOURCES = [
+    "csrc/bindings_cuda.cpp",
+    "csrc/cuda/wgrad/conv_wgrad.cu",
+    "csrc/cuda/wgrad/pack.cu",
+]
 CUDA_TARGETS = [80, 90, 100]
 
 # without errno, loops with a square root become vectors

@@ -4,7 +4,6 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
-#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -15,10 +14,15 @@ namespace neq {
 
 using Ints = std::vector<int64_t>;
 
-inline void require(bool ok, const char* argument, int64_t given, const std::string& allowed) {
-  if (!ok)
-    throw std::invalid_argument(std::string(argument) + " must be " + allowed + ", got " +
-                                std::to_string(given));
+[[noreturn]] inline void refuse(const char* argument, int64_t given, const std::string& allowed) {
+  throw std::invalid_argument(std::string(argument) + " must be " + allowed + ", got " +
+                              std::to_string(given));
+}
+
+// Prefer a literal for `allowed`: a std::string is made on every call, also where all is well.
+template <class Text>
+void require(bool ok, const char* argument, int64_t given, const Text& allowed) {
+  if (!ok) refuse(argument, given, allowed);
 }
 
 inline void require(bool ok, const char* argument, const char* allowed) {
@@ -30,76 +34,32 @@ void require_cpu(const Tensors&... tensors) {
   require((tensors.on_cpu() && ...), "every tensor", "on the CPU");
 }
 
-inline void require_indices(const Tensor& rows) {
-  require(rows.is_int64() && rows.dims() == 1 && rows.is_contiguous(), "rows",
+inline void require_threads(int threads) {
+  require(threads >= 1, "threads", threads, "at least 1");
+}
+
+inline void require_indices(const Tensor& t, const char* argument) {
+  require(t.is_int64() && t.dims() == 1 && t.is_contiguous(), argument,
           "contiguous int64 of one dimension");
 }
 
-inline DType sum_dtype(DType dtype) {
-  return dtype == DType::float64 ? DType::float64 : DType::float32;
+// order [neurons]: a permutation of all neurons, the k active ones first.
+inline void require_order(const Tensor& order, int64_t neurons) {
+  require_indices(order, "order");
+  if (order.size(0) != neurons)
+    refuse("size of order", order.size(0), "neurons = " + std::to_string(neurons));
 }
 
-// db [neurons] of the sums' dtype, or empty where none is asked for: then null.
-inline void* bias_gradient(const Tensor& db, DType dtype, int64_t neurons) {
-  if (db.numel() == 0) return nullptr;
-  require(db.dims() == 1 && db.size(0) == neurons && db.is_contiguous(), "db",
-          "empty, or one for each neuron");
-  require(db.dtype() == dtype, "db", "of the dtype of the sums");
-  return db.data();
+inline void require_between(const char* argument, int64_t given, int64_t least, int64_t neurons) {
+  if (given < least || given > neurons)
+    refuse(argument, given,
+           "between " + std::to_string(least) + " and neurons = " + std::to_string(neurons));
 }
 
-// dy [samples, neurons] with adjacent columns, rows [k], packed [samples, k], and sums [k] if wanted.
-inline void check_pack(const Tensor& dy, const Tensor& rows, const Tensor& packed,
-                       const std::optional<Tensor>& sums) {
-  require(dy.dims() == 2, "dimensions of dy", dy.dims(), "2");
-  require(dy.stride(1) == 1 && dy.stride(0) >= 0, "neurons of dy", "adjacent in memory");
-  require_indices(rows);
-  const int64_t k = rows.size(0), neurons = dy.size(1);
-  require(k <= neurons, "k", k, "between 0 and neurons = " + std::to_string(neurons));
-  require(packed.dims() == 2 && packed.size(0) == dy.size(0) && packed.size(1) == k &&
-              packed.dtype() == dy.dtype() && packed.is_contiguous(),
-          "packed", "contiguous, a sample of dy's dtype and k columns for each of dy's");
-  require(!sums || (sums->dims() == 1 && sums->size(0) == k && sums->is_contiguous() &&
-                    sums->dtype() == sum_dtype(dy.dtype())),
-          "sums", "contiguous, one for each of k columns, of the dtype of sums");
-}
-
-constexpr int64_t kMostStep = 1 << 24;  // products of which with any size are still numbers
-
-// A convolution of dy [images, neurons, pixels], x [images, groups * channels, pixels] and dw [neurons,
-// channels, kernel], in one to three spatial dimensions.
-inline void check_conv(const Tensor& dy, const Tensor& x, const Tensor& dw, const Ints& stride,
-                       const Ints& padding, const Ints& dilation, int64_t groups) {
-  for (const Tensor* tensor : {&dy, &x, &dw})
-    require(tensor->dims() == int64_t(stride.size()) + 2, "dimensions", tensor->dims(),
-            std::to_string(stride.size() + 2));
-  for (const Ints* sizes : {&stride, &padding, &dilation})
-    require(sizes->size() >= 1 && sizes->size() <= 3 && sizes->size() == stride.size(),
-            "spatial dimensions", int64_t(sizes->size()), "1, 2 or 3, and equal");
-  for (const Tensor* tensor : {&dy, &x, &dw})
-    for (const int64_t size : tensor->sizes()) require(size >= 1, "a size", size, "at least 1");
-  for (const Ints* sizes : {&stride, &dilation})
-    for (const int64_t size : *sizes) require(size >= 1, "a stride", size, "at least 1");
-  for (const int64_t size : padding) require(size >= 0, "padding", size, "at least 0");
-  for (const Ints* sizes : {&stride, &padding, &dilation})
-    for (const int64_t size : *sizes)
-      require(size < kMostStep, "stride, padding or dilation", size,
-              "below " + std::to_string(kMostStep));
-  const int64_t neurons = dy.size(1);
-  require(x.dtype() == dy.dtype(), "x", "of dy's dtype");
-  require(dw.size(0) == neurons, "neurons of dw", dw.size(0), std::to_string(neurons));
-  require(x.size(0) == dy.size(0), "samples of x", x.size(0), std::to_string(dy.size(0)));
-  require(groups >= 1 && neurons % groups == 0 && x.size(1) == groups * dw.size(1), "groups",
-          groups, "a divisor of neurons that makes x's channels groups times dw's");
-  for (size_t i = 0; i < stride.size(); ++i) {
-    const int d = int(i) + 2;
-    const int64_t reach = (dy.size(d) - 1) * stride[i] + (dw.size(d) - 1) * dilation[i];
-    require(reach < x.size(d) + 2 * padding[i], "reach of the kernel", reach,
-            "within the padded input");
-  }
-}
-
-// What of this module runs on GPUs; in bindings_cuda.cpp.
+// Each adds the functions of one family to the module; in bindings_<family>.cpp.
+void bind_wgrad(pybind11::module_& m);
+void bind_similarity(pybind11::module_& m);
+void bind_step(pybind11::module_& m);
 void bind_cuda(pybind11::module_& m);
 
 }  // namespace neq

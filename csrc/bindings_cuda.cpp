@@ -1,8 +1,8 @@
 #include <limits>
 
-#include "bindings.h"
-#include "cuda/conv_wgrad.h"
-#include "cuda/pack.h"
+#include "bindings_wgrad.h"
+#include "cuda/wgrad/conv_wgrad.h"
+#include "cuda/wgrad/pack.h"
 
 namespace py = pybind11;
 
@@ -19,39 +19,38 @@ int64_t cuda_pack_scratch_bytes(const Tensor& dy, int64_t k) {
   return cuda::pack_scratch_bytes(dy.dtype(), dy.size(0), k);
 }
 
-// scratch: so many bytes as ``cuda_pack_scratch_bytes`` says, if sums are wanted.
+// scratch: as many bytes as cuda_pack_scratch_bytes says, if there are sums.
 void cuda_pack_columns(const Tensor& dy, const Tensor& rows, const Tensor& packed,
                        const std::optional<Tensor>& sums, const Tensor& scratch, int device,
                        uintptr_t stream) {
   check_pack(dy, rows, packed, sums);
   require(device >= 0, "device", device, "at least 0");
-  check("pack_columns",
-        cuda::pack_columns(dy.dtype(), dy.data(), dy.size(0), dy.stride(0),
-                           rows.data<const int64_t>(), rows.size(0), packed.data(),
-                           sums ? sums->data() : nullptr, scratch.data(), device,
-                           reinterpret_cast<void*>(stream)));
+  check("pack_columns", cuda::pack_columns(dy.dtype(), dy.data(), dy.size(0), dy.stride(0),
+                                           rows.data<const int64_t>(), rows.size(0), packed.data(),
+                                           sums ? sums->data() : nullptr, scratch.data(), device,
+                                           reinterpret_cast<void*>(stream)));
 }
 
 cuda::Size2 size2(const Ints& given) { return {int(given[0]), int(given[1])}; }
 
-// [images, channels, lines, columns]. Along a single one nobody steps.
+// t [images, channels, lines, columns]. The stride of a dimension of size 1 is never used.
 cuda::Images images(const Tensor& t) {
-  int64_t step[4];
-  for (int i = 0; i < 4; ++i) step[i] = t.size(i) > 1 ? t.stride(i) : 0;
-  constexpr int64_t most = std::numeric_limits<int>::max();
+  int64_t stride[4];
+  for (int i = 0; i < 4; ++i) stride[i] = t.size(i) > 1 ? t.stride(i) : 0;
+  constexpr int64_t max = std::numeric_limits<int>::max();
   require(t.stride(1) == 1, "stride of channels", t.stride(1), "1");
   require(t.size(1) % 8 == 0, "neurons or channels", t.size(1), "a multiple of 8");
   const auto address = reinterpret_cast<uintptr_t>(t.data());
   require(address % 16 == 0, "address", int64_t(address), "a multiple of 16");
   for (const int i : {0, 2, 3})
-    require(step[i] >= 0 && step[i] % 8 == 0, "a stride", step[i], "a multiple of 8");
-  const int64_t extent = (t.size(2) * step[2] + t.size(3) * step[3]) / 8;
-  require(extent <= most, "16-byte pieces in an image", extent, "at most " + std::to_string(most));
-  return {t.data(), step[0] / 8, int(step[2] / 8), int(step[3] / 8)};
+    require(stride[i] >= 0 && stride[i] % 8 == 0, "a stride", stride[i], "a multiple of 8");
+  const int64_t extent = (t.size(2) * stride[2] + t.size(3) * stride[3]) / 8;
+  require(extent <= max, "16-byte pieces in an image", extent, "at most " + std::to_string(max));
+  return {t.data(), stride[0] / 8, int(stride[2] / 8), int(stride[3] / 8)};
 }
 
 void cuda_conv_wgrad(const Tensor& dy, const Tensor& x, const Tensor& dw, const Tensor& db,
-                     const Tensor& rows, int64_t k, const Ints& stride, const Ints& padding,
+                     const Tensor& order, int64_t k, const Ints& stride, const Ints& padding,
                      const Ints& dilation, const Ints& tile, int octets, int slices, int64_t parts,
                      const Tensor& partial_dw, const Tensor& partial_db, int device,
                      uintptr_t stream) {
@@ -61,8 +60,8 @@ void cuda_conv_wgrad(const Tensor& dy, const Tensor& x, const Tensor& dw, const 
   require(dtype == DType::float16 || dtype == DType::bfloat16, "bytes of an element of dy",
           bytes_of(dtype), "2");
   const int64_t neurons = dy.size(1), taps = dw.size(2) * dw.size(3);
-  require_indices(rows);
-  require(k >= 1 && k <= rows.size(0) && k <= neurons, "k", k, "between 1 and neurons = " + std::to_string(neurons));
+  require_order(order, neurons);
+  require_between("k", k, 1, neurons);
   require(tile.size() == 2, "dimensions of a tile", int64_t(tile.size()), "2");
   int64_t tiles = dy.size(0);
   for (int i = 0; i < 2; ++i) {
@@ -95,7 +94,7 @@ void cuda_conv_wgrad(const Tensor& dy, const Tensor& x, const Tensor& dw, const 
   problem.dw = dw.data();
   std::ranges::copy(dw.strides(), problem.dw_strides);
   problem.db = bias_gradient(db, dw.dtype(), neurons);
-  problem.rows = rows.data<const int64_t>();
+  problem.order = order.data<const int64_t>();
   problem.partial_dw = partial_dw.data<float>();
   problem.partial_db = partial_db.data<float>();
   problem.plan = {size2(tile), octets, slices, int(parts)};
@@ -106,11 +105,10 @@ void cuda_conv_wgrad(const Tensor& dy, const Tensor& x, const Tensor& dw, const 
 
 void bind_cuda(py::module_& m) {
   m.def("cuda_pack_scratch_bytes", &cuda_pack_scratch_bytes, py::arg("dy"), py::arg("k"));
-  m.def("cuda_pack_columns", &cuda_pack_columns, py::arg("dy"), py::arg("rows"),
-        py::arg("packed"), py::arg("sums"), py::arg("scratch"), py::arg("device"),
-        py::arg("stream"));
+  m.def("cuda_pack_columns", &cuda_pack_columns, py::arg("dy"), py::arg("rows"), py::arg("packed"),
+        py::arg("sums"), py::arg("scratch"), py::arg("device"), py::arg("stream"));
   m.def("cuda_conv_wgrad", &cuda_conv_wgrad, py::arg("dy"), py::arg("x"), py::arg("dw"),
-        py::arg("db"), py::arg("rows"), py::arg("k"), py::arg("stride"), py::arg("padding"),
+        py::arg("db"), py::arg("order"), py::arg("k"), py::arg("stride"), py::arg("padding"),
         py::arg("dilation"), py::arg("tile"), py::arg("octets"), py::arg("slices"),
         py::arg("parts"), py::arg("partial_dw"), py::arg("partial_db"), py::arg("device"),
         py::arg("stream"));

@@ -11,8 +11,9 @@
 
 #include "dtype.h"
 
-// torch's tensors without torch's headers and libraries: one build serves every version. torch.Tensor
-// offers a table of C functions, DLPack's exchange API, one of which describes a tensor in place.
+// torch's tensors without torch's headers and libraries: one build serves every version.
+// torch.Tensor has a table of C functions, DLPack's exchange API, one of which describes a tensor
+// in place.
 
 namespace neq {
 
@@ -42,15 +43,15 @@ struct ExchangeApi {
   Version version;
   void* previous;
   void* others[3];
-  int (*describe)(void* object, Tensor* out);  // other than 0: a Python error is set
+  int (*describe)(void* object, Tensor* out);  // not 0 if it sets a Python error
 };
 
 }  // namespace dlpack
 
-// A tensor that a call is given, described for as long as the call lasts.
+// An argument of a call, valid as long as the call lasts.
 class Tensor {
  public:
-  // Before the first call, by the module that takes tensors.
+  // Every module calls this once, before it is given a tensor.
   static void find_torch() {
     namespace py = pybind11;
     py::object type = py::module_::import("torch").attr("Tensor");
@@ -59,7 +60,7 @@ class Tensor {
         PyCapsule_GetPointer(table.ptr(), "dlpack_exchange_api"));
     if (!api_) throw py::error_already_set();
     if (api_->version.major != 1 || !api_->describe)
-      throw std::runtime_error("torch's DLPack exchange is of another version than 1");
+      throw std::runtime_error("torch's DLPack exchange API must be of version 1");
     type_ = type.release().ptr();  // for as long as the process lasts
   }
 
@@ -85,7 +86,7 @@ class Tensor {
       if (size(d) != 1 && stride(d) != adjacent) return numel() == 0;
     return true;
   }
-  // Dense, in whatever order of dimensions.
+  // Is it dense, in whatever order of dimensions?
   bool fills_its_memory() const {
     std::vector<int> order;
     for (int d = 0; d < dims(); ++d)
@@ -99,7 +100,7 @@ class Tensor {
     return true;
   }
   bool is_int64() const { return is(dlpack::kInt, 64); }
-  // The only value, of whatever dtype it is.
+  // The value of a tensor of one element.
   double value() const {
     if (numel() != 1) throw std::invalid_argument("a tensor must have one value");
     if (is_int64()) return double(*data<const int64_t>());

@@ -1,4 +1,6 @@
-# What takes tensors checks what a wrong one would break: devices, dtypes, sizes, rows out of range.
+# Functions check of tensors what a wrong one would break: devices, dtypes, sizes; on the CPU also
+# that rows and orders are in range. rows [k] are the indices of active neurons; order [n] is the
+# permutation of all, the k active ones first.
 
 from collections.abc import Sequence
 
@@ -24,7 +26,7 @@ def cpu_linear_wgrad(
     x: Tensor,
     dw: Tensor,
     db: Tensor,
-    rows: Tensor,
+    order: Tensor,
     k: int,
     threads: int,
     split_for: int,
@@ -34,7 +36,7 @@ def cpu_conv_wgrad(
     x: Tensor,
     dw: Tensor,
     db: Tensor,
-    rows: Tensor,
+    order: Tensor,
     k: int,
     stride: Sequence[int],
     padding: Sequence[int],
@@ -44,12 +46,10 @@ def cpu_conv_wgrad(
     threads: int,
     split_for: int,
 ) -> None: ...
+
+# lists: params, grads, momentum_buffers (or []), orders, counts
 def cpu_sgd_rows(
-    params: list[Tensor],
-    grads: list[Tensor],
-    momentum_buffers: list[Tensor],
-    rows: list[Tensor],
-    counts: list[Tensor],
+    lists: tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]],
     lr: float,
     momentum: float,
     dampening: float,
@@ -59,15 +59,19 @@ def cpu_sgd_rows(
     first: bool,
     threads: int,
 ) -> None: ...
+
+# lists: params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs (or []), steps, orders, counts
 def cpu_adamw_rows(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    max_exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    rows: list[Tensor],
-    counts: list[Tensor],
+    lists: tuple[
+        list[Tensor],
+        list[Tensor],
+        list[Tensor],
+        list[Tensor],
+        list[Tensor],
+        list[Tensor],
+        list[Tensor],
+        list[Tensor],
+    ],
     lr: float,
     beta1: float,
     beta2: float,
@@ -91,7 +95,7 @@ def cuda_conv_wgrad(
     x: Tensor,
     dw: Tensor,
     db: Tensor,
-    rows: Tensor,
+    order: Tensor,
     k: int,
     stride: Sequence[int],
     padding: Sequence[int],

@@ -13,12 +13,12 @@
 
 namespace neq::cpu {
 
-// Packing only moves bits, so the kernels know elements by their width; sums need the value.
+// The dtypes as kernels read them: packing moves Bits, arithmetic needs the value.
 struct Half {
   using Bits = uint16_t;
   using Sum = float;
   static NEQ_INLINE float value(uint16_t h) {
-    // Shifted into place, the exponent is 112 too small; infinity and nan need all its bits.
+    // Shifted into place, the exponent is 112 too small; infinity and NaN need all its bits set.
     uint32_t magnitude = uint32_t(h & 0x7fff) << 13;
     uint32_t bits = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) * 0x1p112f);
     bits |= (h & 0x7c00) == 0x7c00 ? 0x7f800000u | magnitude : 0u;

@@ -1,9 +1,10 @@
 // The CUDA kernels, compiled for a CPU: a module with the functions of csrc/bindings_cuda.cpp.
 //
-// What csrc/cuda/gpu.h has of CUDA is written here in plain C++. The threads of a block are contexts
-// that run in turn until they wait for each other: one warp as far as it can, in random order, then
-// another, so that what lacks a barrier reads what is not there yet. Shared memory begins as NaN,
-// and asynchronous copies arrive when they are waited for, or in every other block at once.
+// What csrc/cuda/gpu.h has of CUDA is written here in plain C++. The threads of a block are
+// contexts that run in turn until they wait for each other: one warp as far as it can, in random
+// order, then another, so that what lacks a barrier reads what is not there yet. Shared memory
+// begins as NaN, and asynchronous copies arrive when they are waited for, or in every other block
+// at once.
 #define NEQ_CUDA_GPU_H
 
 #include <pybind11/pybind11.h>
@@ -92,7 +93,7 @@ struct Thread {
   Warp* warp;
   bool running;
   Barrier* waits_for;
-  unsigned turn;  // of that barrier
+  unsigned turn;                         // of that barrier
   std::deque<std::vector<Copy>> copies;  // in groups, the last of which has not ended
 };
 
@@ -319,8 +320,8 @@ void multiply_add(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
 }  // namespace neq::cuda
 
 #include "../../csrc/bindings_cuda.cpp"
-#include "../../csrc/cuda/conv_wgrad.cu"
-#include "../../csrc/cuda/pack.cu"
+#include "../../csrc/cuda/wgrad/conv_wgrad.cu"
+#include "../../csrc/cuda/wgrad/pack.cu"
 
 PYBIND11_MODULE(cuda_on_host, m) {
   neq::Tensor::find_torch();

@@ -1,7 +1,7 @@
 // Looks for races between the threads of the CPU kernels: built by `make sanitize` with
-// ThreadSanitizer, which does not understand libgomp's barriers. So the few entries of libgomp that
-// compiled OpenMP calls here are written in pthreads, which it does understand: the same kernels,
-// cut up among threads in the same way.
+// ThreadSanitizer, which does not understand libgomp's barriers. So the few functions of libgomp
+// that compiled OpenMP code calls are written here in pthreads, which it does understand: the same
+// kernels, split among threads in the same way.
 //
 // Each kernel runs on several sizes with several numbers of threads, and must give the same bits.
 
@@ -13,11 +13,11 @@
 #include <functional>
 #include <vector>
 
-#include "../../csrc/cpu/conv_wgrad.h"
-#include "../../csrc/cpu/pack.h"
-#include "../../csrc/cpu/similarity.h"
-#include "../../csrc/cpu/step.h"
-#include "../../csrc/cpu/zero.h"
+#include "../../csrc/cpu/similarity/row_similarity.h"
+#include "../../csrc/cpu/step/step.h"
+#include "../../csrc/cpu/wgrad/conv_wgrad.h"
+#include "../../csrc/cpu/wgrad/pack.h"
+#include "../../csrc/cpu/wgrad/zero.h"
 
 namespace {
 
@@ -163,7 +163,7 @@ void similarity(const std::array<int64_t, 4>& sizes) {
   });
 }
 
-void steps(int64_t neurons, int64_t width, bool transposed) {
+void steps(int64_t neurons, int64_t width, bool column_major) {
   const auto rows = every_third(neurons);
   const int64_t size = neurons * width, k = int64_t(rows.size());
   const Floats start = numbers(3 * size), grad = numbers(size);
@@ -171,9 +171,13 @@ void steps(int64_t neurons, int64_t width, bool transposed) {
     check(name, [&](int threads) {
       Floats all = start;
       for (float& x : all) x = x * x;  // a second moment is not negative
-      Stepped s{all.data(), grad.data(), all.data() + size, all.data() + 2 * size, nullptr,
-                neurons,    width,       transposed,        rows.data(),           k, 1};
-      step(std::vector<Stepped>{s}, threads);
+      float *const first = all.data() + size, *const second = all.data() + 2 * size;
+      Parameter p{};
+      p.param = all.data(), p.grad = grad.data();
+      p.momentum_buffer = p.exp_avg = first, p.exp_avg_sq = second;
+      p.neurons = neurons, p.width = width, p.is_column_major = column_major;
+      p.rows = rows.data(), p.k = k, p.step = 1;
+      step(std::vector<Parameter>{p}, threads);
       return all;
     });
   };
@@ -203,5 +207,5 @@ int main() {
   similarity({1, 5000, 70, 1});
   similarity({20, 1, 64, 100});
   similarity({1, 1, 300, 900});
-  for (const bool transposed : {false, true}) steps(600, 200, transposed);
+  for (const bool column_major : {false, true}) steps(600, 200, column_major);
 }

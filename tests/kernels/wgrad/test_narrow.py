@@ -242,7 +242,7 @@ def strided(size, strides):
 DY, X = pixels(2, 40, 9, 7), pixels(2, 32, 9, 7)
 OFF = torch.zeros(X.numel() + 4, dtype=torch.bfloat16)[4:].as_strided(X.shape, X.stride())
 PROBLEM = {
-    "dy": DY, "x": X, "dw": pixels(40, 32, 3, 3), "db": torch.empty(0), "rows": torch.arange(40),
+    "dy": DY, "x": X, "dw": pixels(40, 32, 3, 3), "db": torch.empty(0), "order": torch.arange(40),
     "k": 4, "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1),
 }  # fmt: skip
 PLAN = {"tile": (9, 7), "octets": 1, "slices": 2, "parts": 2}
@@ -254,8 +254,8 @@ PARTS = {"partial_dw": torch.empty(0), "partial_db": torch.empty(0), "device": 0
     [
         ({"k": 0}, "k must be between 1 and neurons = 40, got 0"),
         ({"k": 41}, "k must be between 1 and neurons = 40, got 41"),
-        ({"rows": torch.arange(3)}, "k must be between 1 and neurons = 40, got 4"),
-        ({"rows": torch.arange(40).int()}, "rows must be contiguous int64 of one dimension"),
+        ({"order": torch.arange(39)}, "size of order must be neurons = 40, got 39"),
+        ({"order": torch.arange(40).int()}, "order must be contiguous int64 of one dimension"),
         ({"dy": DY.float(), "x": X.float()}, "bytes of an element of dy must be 2, got 4"),
         ({"x": OFF}, "address must be a multiple of 16, got "),
         (

@@ -205,12 +205,30 @@ def test_capability_of_torch_bars_wider_instructions(capability, isa):
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
+def starting(*rows, n=36):
+    """What should be an order, but for the first of its rows."""
+    order = torch.arange(n)
+    order[: len(rows)] = torch.tensor(rows)
+    return order
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rows": torch.tensor([3, 3])}, "rows must be ascending, between 0 and .* = 36, got 3"),
-        ({"rows": torch.tensor([36])}, "rows must be ascending, between 0 and .* = 36, got 36"),
-        ({"rows": torch.tensor([-1])}, "rows must be ascending, between 0 and .* = 36, got -1"),
+        (
+            {"order": starting(3, 3)},
+            "first k of order must be ascending, between 0 and .* = 36, got 3",
+        ),
+        (
+            {"order": starting(36)},
+            "first k of order must be ascending, between 0 and .* = 36, got 36",
+        ),
+        (
+            {"order": starting(-1)},
+            "first k of order must be ascending, between 0 and .* = 36, got -1",
+        ),
+        ({"order": torch.arange(35)}, "size of order must be neurons = 36, got 35"),
+        ({"order": torch.arange(36).int()}, "order must be contiguous int64 of one dimension"),
         ({"groups": 2}, "groups must be a divisor of neurons that makes .*, got 2"),
         ({"stride": (2, 1)}, "reach of the kernel must be within the padded input, got"),
         ({"stride": (1,)}, "dimensions must be 3, got 4"),
@@ -218,7 +236,8 @@ def test_capability_of_torch_bars_wider_instructions(capability, isa):
         ({"padding": (-1, 1)}, "padding must be at least 0, got -1"),
         ({"padding": (2**40, 1)}, "stride, padding or dilation must be below 16777216, got 1099"),
         ({"dw": torch.ones(1, 1, 1, 1).expand(36, 64, 1, 1)}, "dw must be without gaps and"),
-        ({"k": 4}, "k must be between 0 and 3, got 4"),
+        ({"k": 37}, "k must be between 0 and neurons = 36, got 37"),
+        ({"k": -1}, "k must be between 0 and neurons = 36, got -1"),
         ({"x": torch.ones(3, 64, 8, 9).double()}, "x must be of dy's dtype"),
         ({"dw": torch.ones(36, 64, 1, 1).double()}, "dw must be of the dtype of sums"),
         ({"db": torch.ones(35)}, "db must be empty, or one for each neuron"),
@@ -227,13 +246,11 @@ def test_capability_of_torch_bars_wider_instructions(capability, isa):
     ],
 )
 def test_mistakes_are_named(change, message):
-    dy, x, weight, rows, _, _, stride, padding, dilation, _, _, groups = CASES["1x1"].args()
-    args = {"dy": dy, "x": x, "dw": weight, "db": weight.new_empty(36), "rows": rows[:3]}
+    dy, x, weight, order, _, _, stride, padding, dilation, _, _, groups = CASES["1x1"].args()
+    args = {"dy": dy, "x": x, "dw": weight, "db": weight.new_empty(36), "order": order}
     args |= {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups} | change
     with pytest.raises(ValueError, match=message):
-        _C.cpu_conv_wgrad(
-            **{"k": len(args["rows"]), "isa": _C.Isa.best, "threads": 1, "split_for": 1} | args
-        )
+        _C.cpu_conv_wgrad(**{"k": 3, "isa": _C.Isa.best, "threads": 1, "split_for": 1} | args)
 
 
 @pytest.mark.parametrize(
@@ -246,13 +263,14 @@ def test_mistakes_are_named(change, message):
         ({"dy": torch.ones(5, 5)}, "neurons of dy must be 6, got 5"),
         ({"dy": torch.ones(0, 6), "x": torch.ones(0, 7)}, "a size must be at least 1, got 0"),
         ({"dw": torch.ones(6, 7, 1)}, "dimensions of dw must be 2, got 3"),
-        ({"rows": torch.tensor([6])}, "rows must be ascending, between 0 and .* = 6, got 6"),
+        ({"order": starting(6, n=6)}, "first k of order must be ascending, .* = 6, got 6"),
+        ({"order": torch.arange(5)}, "size of order must be neurons = 6, got 5"),
     ],
 )
 def test_mistakes_of_linear_layers_are_named(change, message):
     args = {"dy": torch.ones(5, 6), "x": torch.ones(5, 7), "dw": torch.ones(6, 7)} | change
-    rows = torch.tensor([2])
-    args = {"db": torch.ones(0), "rows": rows, "k": 1, "threads": 1, "split_for": 1} | args
+    order = torch.arange(6)
+    args = {"db": torch.ones(0), "order": order, "k": 1, "threads": 1, "split_for": 1} | args
     with pytest.raises(ValueError, match=message):
         _C.cpu_linear_wgrad(**args)
 

@@ -5,26 +5,27 @@
 #include <mutex>
 #include <vector>
 
+#include "../buffer.h"
 #include "conv_wgrad_kernels.h"
 #include "conv_wgrad_plan.h"
-#include "memory.h"
 
 namespace neq::cpu {
 namespace {
 
-// So many cache lines of the next chunk are fetched between two tiles; more come one with each pixel.
+// The most cache lines of the next chunk that are prefetched between two tiles. If there are more,
+// a tile prefetches one with each pixel.
 constexpr int64_t kFewLines = 8;
-// Computing should take at least as many cycles as this for each cache line fetched between tiles:
-// with less to do, the thread waits for memory either way.
+// The cycles of computing for each cache line prefetched between tiles, below which the thread
+// waits for memory either way.
 constexpr int64_t kCyclesPerLine = 8;
-// Neurons that are written together.
+// The neurons that are written together.
 constexpr int64_t kWrittenRows = 64;
 
 template <class T>
 class Gradient : Plan {
  public:
   Gradient(const ConvWgrad& problem, const Kernels<T>& kernels, int split_for)
-      : Plan(problem, {kernels.lanes, sizeof(T), kernels.most_vectors, kernels.most_rows.data()},
+      : Plan(problem, {kernels.lanes, sizeof(T), kernels.max_vectors, kernels.max_rows.data()},
              split_for),
         kernels(kernels) {}
 
@@ -36,7 +37,7 @@ class Gradient : Plan {
     const int64_t parts = pixel_parts * block_parts;
     const int team = int(std::min<int64_t>(threads, parts));
     const int64_t written = ceil_div(p.neurons, kWrittenRows);
-    std::exception_ptr error;  // none may leave the threads by itself
+    std::exception_ptr error;  // no exception may leave a parallel region
     std::mutex mutex;
 #pragma omp parallel num_threads(team) if (team > 1)
     {
@@ -55,13 +56,13 @@ class Gradient : Plan {
   }
 
  private:
-  // The rows of a tile: how many, which is the first of p.rows, where their dY and their sums are.
+  // The rows of a tile: how many, the index of the first in p.rows, offsets in dY and in the sums.
   struct TileRows {
     int64_t size, first;
-    int64_t dy[kMostRows], sums[kMostRows];
+    int64_t dy[kMaxRows], sums[kMaxRows];
   };
 
-  // What one thread needs for its chunks.
+  // The scratch of a thread.
   struct Memory {
     Buffer<T> x, dy;
     std::vector<std::vector<Run>> runs;
@@ -85,19 +86,19 @@ class Gradient : Plan {
           const int64_t at = plane / p.output[D] * stride[0] + channels.begin * stride[1] +
                              depth * stride[2] + h * stride[3] + begin * stride[4];
           std::fill(line, line + zeros, T(0));
-          kernels.pack_line[int(p.dtype)](
-              static_cast<const char*>(p.x) + at * bytes_of(p.dtype), end - begin, stride[4],
-              channels.size(), stride[1], line + zeros, to.step);
+          kernels.pack_line[int(p.dtype)](static_cast<const char*>(p.x) + at * bytes_of(p.dtype),
+                                          end - begin, stride[4], channels.size(), stride[1],
+                                          line + zeros, to.step);
           std::fill(line + zeros + packed, line + to.line(), T(0));
         }
       }
-    std::fill(panel, panel + lanes, T(0));  // a window's last vector may end here
+    std::fill(panel, panel + lanes, T(0));  // a window's last vector may reach in here
   }
 
   // panel [blocks of rows, pixels of the chunk, rows]
   void pack_dy(const Chunk& c, Range rows, T* panel) const {
     const auto& stride = p.dy_strides;
-    const int64_t row_blocks = ceil_div(rows.size(), most_rows);
+    const int64_t row_blocks = ceil_div(rows.size(), max_rows);
     std::vector<int64_t> dy_rows(rows.size());
     for (int64_t j = 0; j < rows.size(); ++j) dy_rows[j] = p.rows[rows.begin + j] * stride[1];
     int64_t packed = 0;
@@ -111,17 +112,16 @@ class Gradient : Plan {
             const Range block = part(rows.size(), b, row_blocks);
             kernels.pack_rows[int(p.dtype)][block.size()](
                 static_cast<const char*>(p.dy) + at * bytes_of(p.dtype), pixels, stride[4],
-                &dy_rows[block.begin],
-                panel + block.begin * c.size() + packed * block.size());
+                &dy_rows[block.begin], panel + block.begin * c.size() + packed * block.size());
           }
           packed += pixels;
         }
   }
 
-  // Where the chunk's dY and X meet at a tap, but for their addresses.
+  // The pixels of a chunk whose input at a tap is inside of the image; without addresses.
   Strip<T> strip(const Chunk& c, const Panel& panel, Size3 tap, std::vector<Run>& runs) const {
-    const Range lines = meeting(c.lines, tap[H], H);
-    const Range pixels = window ? c.pixels : meeting(c.pixels, tap[W], W);
+    const Range lines = outputs_inside(c.lines, tap[H], H);
+    const Range pixels = window ? c.pixels : outputs_inside(c.pixels, tap[W], W);
     const int64_t h = lines.begin * p.stride[H] + shift(tap[H], H);
     const int64_t w = pixels.begin * p.stride[W] + shift(tap[W], W);
 
@@ -138,14 +138,21 @@ class Gradient : Plan {
       runs.push_back({dy_at(c, plane, lines.begin, pixels.begin), x_at, lines.size()});
     }
     const int64_t n_runs = runs.size(), size = n_runs * lines.size() * pixels.size();
-    return {runs.data(), n_runs,
-            pixels.size(), size,
-            nullptr, packs_dy, dy_pixel(), dy_line(c),
-            nullptr, p.stride[W] * x_pixel, p.stride[H] * x_line,
+    return {runs.data(),
+            n_runs,
+            pixels.size(),
+            size,
+            nullptr,
+            packs_dy,
+            dy_pixel(),
+            dy_line(c),
+            nullptr,
+            p.stride[W] * x_pixel,
+            p.stride[H] * x_line,
             nullptr};
   }
 
-  // Where dY [plane, line, pixel] is in the tensor, or which pixel of the panel of the chunk it is.
+  // The offset of dY [plane, line, pixel] in the tensor, or packed, its number in the panel.
   int64_t dy_at(const Chunk& c, int64_t plane, int64_t line, int64_t pixel) const {
     if (packs_dy)
       return ((plane - c.planes.begin) * c.lines.size() + line - c.lines.begin) * dy_line(c) +
@@ -160,17 +167,17 @@ class Gradient : Plan {
     Memory memory;
     memory.runs.resize(taps[D] * taps[H] * taps[W]);
     memory.strips.resize(memory.runs.size());
-    const Range mine = part(chunks, pixel_part, pixel_parts);
+    const Range my_chunks = part(chunks, pixel_part, pixel_parts);
     for (int64_t rows = 0; rows < row_parts; ++rows)
-      for (int64_t i = mine.begin; i < mine.end; ++i) {
+      for (int64_t i = my_chunks.begin; i < my_chunks.end; ++i) {
         memory.next.clear();
-        if (i + 1 < mine.end) look_ahead(chunk(i + 1), rows, memory.next);
+        if (i + 1 < my_chunks.end) look_ahead(chunk(i + 1), rows, memory.next);
         sum_chunk(chunk(i), part(p.groups * blocks, block_part, block_parts), rows,
-                  i == mine.begin, pixel_part, memory);
+                  i == my_chunks.begin, pixel_part, memory);
       }
   }
 
-  // Names the memory that a chunk reads for a part of the rows.
+  // Adds the memory that a chunk reads for a part of the rows.
   void look_ahead(const Chunk& c, int64_t row_part, Prefetch& next) const {
     const Panel in = panel(c, 0);
     const int64_t begin = std::clamp<int64_t>(in.pixels.begin, 0, p.input[W]);
@@ -212,19 +219,19 @@ class Gradient : Plan {
     }
   }
 
-  // Blocks count through all groups.
-  void sum_chunk(const Chunk& c, Range my_blocks, int64_t row_part, bool fresh,
+  // `my_blocks` counts through all groups.
+  void sum_chunk(const Chunk& c, Range my_blocks, int64_t row_part, bool overwrite,
                  int64_t pixel_part, Memory& m) const {
     for (int64_t first = my_blocks.begin; first < my_blocks.end;) {
       const int64_t group = first / blocks;
       const int64_t end = std::min(my_blocks.end, (group + 1) * blocks);
-      sum_group(c, group, {first % blocks, end - group * blocks}, rows_of(group, row_part), fresh,
-                pixel_part, m);
+      sum_group(c, group, {first % blocks, end - group * blocks}, rows_of(group, row_part),
+                overwrite, pixel_part, m);
       first = end;
     }
   }
 
-  void sum_group(const Chunk& c, int64_t group, Range my_blocks, Range rows, bool fresh,
+  void sum_group(const Chunk& c, int64_t group, Range my_blocks, Range rows, bool overwrite,
                  int64_t pixel_part, Memory& m) const {
     if (rows.size() == 0) return;
 
@@ -234,7 +241,7 @@ class Gradient : Plan {
       pack_dy(c, rows, to);
       dy = to;
     }
-    const int64_t row_blocks = ceil_div(rows.size(), most_rows);
+    const int64_t row_blocks = ceil_div(rows.size(), max_rows);
     m.rows.resize(row_blocks);
     for (int64_t r = 0; r < row_blocks; ++r) {
       const Range block = part(rows.size(), r, row_blocks);
@@ -248,7 +255,7 @@ class Gradient : Plan {
     }
 
     const int64_t tiles = my_blocks.size() * row_blocks * int64_t(m.strips.size());
-    const int64_t cycles = c.size() * tiles * most_rows * kernels.most_vectors / 2;
+    const int64_t cycles = c.size() * tiles * max_rows * kernels.max_vectors / 2;
     const int64_t ahead = ceil_div(m.next.lines, tiles);
     const int64_t at_once = cycles < kCyclesPerLine * m.next.lines ? 0 : ahead;
 
@@ -262,16 +269,16 @@ class Gradient : Plan {
         for (Strip<T>& strip : m.strips) {
           strip.next = ahead > kFewLines ? m.next.take(strip.size) : nullptr;
           if (!strip.next) m.next.fetch(at_once);
-          tile(strip, rows.dy, out, rows.sums, fresh);
+          tile(strip, rows.dy, out, rows.sums, overwrite);
           out += vectors * lanes;
         }
-        if (p.db && b == 0) sum_bias(c, dy, rows, fresh, pixel_part);
+        if (p.db && b == 0) sum_bias(c, dy, rows, overwrite, pixel_part);
       }
     }
   }
 
-  // X of the chunk and the block's channels, and in m.strips where in it the taps begin. A window's
-  // panel serves all blocks of a group.
+  // X of a chunk and the channels of a block. Sets in m.strips where the taps begin in it. One
+  // panel of a window serves all blocks of a group.
   const T* block_x(const Chunk& c, int64_t group, Range block, bool first, Memory& m) const {
     const int64_t group_channel = group * p.channels;
     Range packed{0, p.channels};
@@ -294,10 +301,10 @@ class Gradient : Plan {
     return x;
   }
 
-  void sum_bias(const Chunk& c, const T* dy, const TileRows& rows, bool fresh,
+  void sum_bias(const Chunk& c, const T* dy, const TileRows& rows, bool overwrite,
                 int64_t pixel_part) const {
     double* totals = bias_sums + pixel_part * p.k + rows.first;
-    if (fresh) std::fill(totals, totals + rows.size, 0.0);
+    if (overwrite) std::fill(totals, totals + rows.size, 0.0);
     const auto sum = kernels.sum_rows[rows.size];
     if (packs_dy) return sum(dy, c.size(), rows.size, rows.dy, totals);
     for (int64_t plane = c.planes.begin; plane < c.planes.end; ++plane)
@@ -306,10 +313,10 @@ class Gradient : Plan {
             totals);
   }
 
-  // Of neurons [begin, end), at most kWrittenRows: sums to dw, and zeros where there are none.
+  // Writes the rows of these neurons, at most kWrittenRows, to dw and db: their sums, or zeros.
   void write_rows(Range neurons) const {
-    const T* from[kWrittenRows];       // their sums
-    int64_t summed[kWrittenRows] = {};  // all bits set where there are any, else they are kZeros
+    const T* from[kWrittenRows];       // their sums, or kZeros
+    int64_t masks[kWrittenRows] = {};  // all bits set in active rows
     const int64_t* active = std::lower_bound(p.rows, p.rows + p.k, neurons.begin);
     alignas(kLineBytes) static constexpr T kZeros[kLineBytes / sizeof(T)] = {};
     for (int64_t neuron = neurons.begin; neuron < neurons.end; ++neuron) {
@@ -317,26 +324,25 @@ class Gradient : Plan {
       from[i] = kZeros;
       if (j < p.k && *active == neuron) {
         ++active;
-        summed[i] = -1;
+        masks[i] = -1;
         if (!in_place) from[i] = add_parts(j);
       }
       if (!p.db) continue;
       double total = 0;
-      for (int64_t part = 0; part < pixel_parts && summed[i]; ++part)
+      for (int64_t part = 0; part < pixel_parts && masks[i]; ++part)
         total += bias_sums[part * p.k + j];
       static_cast<T*>(p.db)[neuron] = T(total);
     }
     T* row = static_cast<T*>(p.dw) + neurons.begin * p.dw_strides[0];
-    if (p.dw_strides[0] == 1 && !in_place)  // neurons share cache lines
+    if (p.dw_strides[0] == 1 && !in_place)  // columns: a cache line holds many neurons
       return for_each_tap([&](int64_t to, int64_t at) {
-        kernels.interleave(from, summed, neurons.size(), at, p.channels, row + to,
-                           p.dw_strides[1]);
+        kernels.interleave(from, masks, neurons.size(), at, p.channels, row + to, p.dw_strides[1]);
       });
-    const int64_t step = p.dw_strides[1];  // of sums it is 1
+    const int64_t step = p.dw_strides[1];  // that of the sums is 1
     for (int64_t i = 0; i < neurons.size(); ++i, row += p.dw_strides[0])
-      if (!summed[i] && rows_are_dense)
+      if (!masks[i] && rows_are_dense)
         std::fill_n(row, p.channels * p.kernel[D] * p.kernel[H] * p.kernel[W], T(0));
-      else if (!summed[i])
+      else if (!masks[i])
         for_each_tap([&](int64_t to, int64_t) {
           for (int64_t c = 0; c < p.channels; ++c) row[to + c * step] = 0;
         });
@@ -346,7 +352,7 @@ class Gradient : Plan {
         });
   }
 
-  // The sums of active row j, of all parts.
+  // The sums of active row j over all parts.
   const T* add_parts(int64_t j) const {
     T* total = sums + j * sums_row;
     for (int64_t i = 1; i < pixel_parts; ++i) {
@@ -356,7 +362,7 @@ class Gradient : Plan {
     return total;
   }
 
-  // Calls visit(where its channels begin in a row of dw, and in a row of sums) for each tap.
+  // Calls visit(offset in a row of dw, offset in a row of sums) for each tap.
   template <class Visit>
   void for_each_tap(Visit visit) const {
     const auto &to = p.dw_strides, &from = sums_strides;

@@ -5,7 +5,7 @@
 
 namespace neq::cpu {
 
-constexpr int64_t kThreadBytes = 128 << 10;  // for waking one to pay
+constexpr int64_t kThreadBytes = 128 << 10;  // that repay waking a thread
 
 void zero_rows(void* data, int64_t lines, int64_t neurons, int64_t piece, const int64_t* rows,
                int64_t k, int threads) {

@@ -8,8 +8,8 @@
 #include <utility>
 #include <vector>
 
-#include "element.h"
-#include "processor.h"
+#include "../element.h"
+#include "../processor.h"
 
 #ifdef NEQ_X86
 #include <immintrin.h>
@@ -18,9 +18,9 @@
 namespace neq::cpu {
 namespace {
 
-// The ascending columns that rows names next, as long as they lie among `lanes` adjacent ones: bit i
-// of mask stands for column + i. They land side by side from `out` on. Every sample is packed by the
-// same list of blocks.
+// Consecutive entries of `rows` that ascend and lie among `lanes` adjacent columns: bit i of mask
+// stands for column + i. They are packed to `out` and the following columns. Every sample is packed
+// by the same list of blocks.
 struct Block {
   int64_t column;
   int64_t out;
@@ -53,13 +53,13 @@ struct Matrix {
   int64_t k;
 };
 
-constexpr int64_t kMostLanes = 64;  // of a block: the bits of its mask
+constexpr int64_t kMaxLanes = 64;  // of a block: the bits of its mask
 
-// How each instruction set moves the masked ones of `lanes` elements at src together at dst.
-// `room` is the number of elements from dst to the end of the packed sample.
+// Each instruction set's way to compress the masked ones of `lanes` elements at src to dst. `room`
+// is the number of elements from dst to the end of the packed sample.
 struct Portable {
   template <class T>
-  static constexpr int64_t lanes = kMostLanes;
+  static constexpr int64_t lanes = kMaxLanes;
 
   template <class From, class To>
   static NEQ_INLINE void compress(const From* src, uint64_t mask, To* dst, int64_t) {
@@ -83,7 +83,7 @@ struct Table {
 };
 
 struct Avx2 {
-  // 16-bit elements go by 8: that is what one byte shuffle of a small table can do.
+  // 8 elements of 16 bits are what one byte shuffle of a small table can compress.
   template <class T>
   static constexpr int64_t lanes = sizeof(T) == 8 ? 4 : 8;
 
@@ -92,10 +92,10 @@ struct Avx2 {
   static constexpr Table<uint8_t, 8, 2> bytes{};
 
   template <class T>
-  __attribute__((target("avx2"))) static inline void compress(const T* src, uint64_t mask, T* dst,
-                                                              int64_t room) {
-    // The whole vector is stored: what lies beyond the set bits is overwritten by later blocks of
-    // the sample, of which there must be some.
+  NEQ_TARGET(NEQ_AVX2)
+  static inline void compress(const T* src, uint64_t mask, T* dst, int64_t room) {
+    // Stores the whole vector. What it writes beyond the set bits, later blocks of the sample
+    // overwrite; in the last blocks of a sample there is no room for it.
     if (room < lanes<T>) {
       Portable::compress(src, mask, dst, room);
     } else if constexpr (sizeof(T) == 2) {
@@ -111,16 +111,15 @@ struct Avx2 {
   }
 };
 
-#define NEQ_AVX512 "avx2,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,bmi2,popcnt"
 struct Avx512 {
   template <class T>
   static constexpr int64_t lanes = 64 / sizeof(T);
 
   template <class T>
-  __attribute__((target(NEQ_AVX512))) static inline void compress(const T* src, uint64_t mask,
-                                                                  T* dst, int64_t) {
-    // Masked, the load may reach past the end of a short sample. Compressing straight to memory is
-    // slow on some processors; to a register never.
+  NEQ_TARGET(NEQ_AVX512_VBMI2)
+  static inline void compress(const T* src, uint64_t mask, T* dst, int64_t) {
+    // A masked load may reach past the end of a short sample. Compressing to memory is slow on some
+    // processors, to a register on none.
     uint64_t head = _bzhi_u64(~uint64_t(0), std::popcount(mask));
     if constexpr (sizeof(T) == 2) {
       __m512i vector = _mm512_maskz_loadu_epi16(mask, src);
@@ -148,8 +147,8 @@ NEQ_INLINE void add_samples(const typename Element::Bits* src, int64_t stride, i
 }
 
 // Packs samples [begin, begin + Count) and, for each lane of each block, adds their sum to
-// sums [blocks, lanes]. A block's Count loads go to as many streams, which prefetchers follow, and
-// its sums stay in registers meanwhile.
+// sums [blocks, lanes]. The Count loads of a block are streams that the hardware prefetcher
+// follows, and its sums stay in registers.
 template <class Isa, class Element, int Count>
 NEQ_INLINE void pack_samples(const Matrix<typename Element::Bits>& m, int64_t begin,
                              typename Element::Sum* sums) {
@@ -174,8 +173,7 @@ constexpr int kGroup = 8;
 template <class Isa, class Element>
 NEQ_INLINE void pack_chunk(const Matrix<typename Element::Bits>& m, int64_t begin, int64_t end,
                            typename Element::Sum* sums) {
-  for (; begin + kGroup <= end; begin += kGroup)
-    pack_samples<Isa, Element, kGroup>(m, begin, sums);
+  for (; begin + kGroup <= end; begin += kGroup) pack_samples<Isa, Element, kGroup>(m, begin, sums);
   for (; begin < end; ++begin) pack_samples<Isa, Element, 1>(m, begin, sums);
 }
 
@@ -191,30 +189,32 @@ void pack_portable(const Matrix<typename Element::Bits>& m, int64_t begin, int64
 
 #ifdef NEQ_X86
 template <class Element>
-__attribute__((target("avx2"))) void pack_avx2(const Matrix<typename Element::Bits>& m,
-                                               int64_t begin, int64_t end,
-                                               typename Element::Sum* sums) {
+NEQ_TARGET(NEQ_AVX2)
+void pack_avx2(const Matrix<typename Element::Bits>& m, int64_t begin, int64_t end,
+               typename Element::Sum* sums) {
   pack_chunk<Avx2, Element>(m, begin, end, sums);
 }
 
 template <class Element>
-__attribute__((target(NEQ_AVX512))) void pack_avx512(const Matrix<typename Element::Bits>& m,
-                                                     int64_t begin, int64_t end,
-                                                     typename Element::Sum* sums) {
+NEQ_TARGET(NEQ_AVX512_VBMI2)
+void pack_avx512(const Matrix<typename Element::Bits>& m, int64_t begin, int64_t end,
+                 typename Element::Sum* sums) {
   pack_chunk<Avx512, Element>(m, begin, end, sums);
 }
 #endif
 
-// The widest instructions that samples of `neurons` elements allow, and the lanes of their blocks.
+// The kernel of the widest instructions for samples of `neurons` elements, and the lanes of a
+// block.
 template <class Element>
 std::pair<Kernel<Element>, int64_t> kernel_for(int64_t neurons) {
-  static const Processor processor;
 #ifdef NEQ_X86
+  const cpu::Isa best = best_isa();
   using T = typename Element::Bits;
-  if (processor.avx512) return {pack_avx512<Element>, std::min(neurons, Avx512::lanes<T>)};
-  if (processor.avx2 && neurons >= Avx2::lanes<T>) return {pack_avx2<Element>, Avx2::lanes<T>};
+  if (best == cpu::Isa::avx512) return {pack_avx512<Element>, std::min(neurons, Avx512::lanes<T>)};
+  if (best == cpu::Isa::avx2 && neurons >= Avx2::lanes<T>)
+    return {pack_avx2<Element>, Avx2::lanes<T>};
 #endif
-  return {pack_portable<Element>, std::min(neurons, kMostLanes)};
+  return {pack_portable<Element>, std::min(neurons, kMaxLanes)};
 }
 
 template <class Element>
@@ -226,15 +226,15 @@ void pack(const void* dy, int64_t samples, int64_t neurons, int64_t stride, cons
   const std::vector<Block> blocks = blocks_of(rows, k, neurons, lanes);
   const Matrix<T> matrix{(const T*)dy, stride, blocks, lanes, (T*)packed, k};
 
-  // A chunk of samples is summed by one thread and the chunks in order afterwards, so that the
-  // sums depend on the chunks, which depend on the shape alone, and not on the threads.
+  // One thread sums a chunk of samples, and the chunks are added up in order afterwards: the bits
+  // depend on the shape alone, not on the number of threads.
   const int64_t chunk = std::max<int64_t>(16, ceil_div(ceil_div(samples, 64), kGroup) * kGroup);
   const int64_t chunks = ceil_div(samples, chunk);
   const int64_t n_blocks = int64_t(blocks.size());
   const int64_t width = n_blocks * lanes;
   std::vector<Sum> partial(sums ? chunks * width : 0);  // [chunks, blocks, lanes]
 
-  // Waking a thread costs microseconds: each should move 32 KiB at least.
+  // Waking a thread costs microseconds: each should move at least 32 KiB.
   const int64_t bytes = samples * width * int64_t(sizeof(T));
   const int team = int(std::clamp<int64_t>(bytes >> 15, 1, std::min<int64_t>(threads, chunks)));
 #pragma omp parallel num_threads(team) if (team > 1)
@@ -246,7 +246,7 @@ void pack(const void* dy, int64_t samples, int64_t neurons, int64_t stride, cons
     if (sums) {
 #pragma omp for schedule(static)
       for (int64_t b = 0; b < n_blocks; ++b) {
-        double total[kMostLanes] = {};  // most of the rounding would happen here, in float
+        double total[kMaxLanes] = {};  // in float, most of the rounding would happen here
         for (int64_t i = 0; i < chunks; ++i)
           for (int64_t lane = 0; lane < lanes; ++lane)
             total[lane] += partial[i * width + b * lanes + lane];

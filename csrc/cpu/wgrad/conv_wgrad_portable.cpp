@@ -2,8 +2,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "../element.h"
 #include "conv_wgrad_kernels.h"
-#include "element.h"
 
 #define NEQ_ISA portable
 #define NEQ_VECTOR_BYTES 16

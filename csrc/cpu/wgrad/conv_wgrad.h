@@ -3,17 +3,18 @@
 #include <array>
 #include <cstdint>
 
-#include "../dtype.h"
-#include "processor.h"
+#include "../../dtype.h"
+#include "../processor.h"
 
 namespace neq::cpu {
 
 using Size3 = std::array<int64_t, 3>;     // depth, height, width; 1 (or 0 of padding) where missing
 using Strides5 = std::array<int64_t, 5>;  // in elements, of a tensor [a, b, depth, height, width]
 
-// dw[rows[j], c, tap] = sum over samples and pixels of dy[sample, rows[j], pixel]
-//                                                     * x[sample, c, pixel * stride - padding + tap * dilation]
-// and db[rows[j]] = sum of dy[sample, rows[j], pixel]. Rows not named become zero.
+// dw[rows[j], c, tap] = sum of dy[sample, rows[j], pixel] * x[sample, c, input] over samples and
+// pixels, where input = pixel * stride - padding + tap * dilation;
+// db[rows[j]] = sum of dy[sample, rows[j], pixel] over samples and pixels;
+// all other rows become zero.
 struct ConvWgrad {
   DType dtype;  // of x and dy; dw and db are float, or double for double
   int64_t samples, neurons, groups;
@@ -30,8 +31,8 @@ struct ConvWgrad {
   int64_t k;
 };
 
-// The sum is the same for the same `split_for`, however many threads there are: it is the number of
-// threads that the work is split for.
+// `split_for` is the number of threads that the work is split for: results have the same bits for
+// the same `split_for`, whatever `threads` is.
 void conv_wgrad(const ConvWgrad& problem, Isa isa, int threads, int split_for);
 
 }  // namespace neq::cpu

@@ -2,8 +2,9 @@
 
 namespace neq::cuda {
 
-// To the threads with threadIdx.y = 0: the sum over threadIdx.y, always in the same order. Few terms
-// are left here, of which each is a large part of the whole: in float, they'd do most of the rounding.
+// Returns the sum of `mine` over threadIdx.y to the threads with threadIdx.y = 0, always added up
+// in the same order. In double: these are few large terms, which would do most of the rounding in
+// float.
 template <int Threads>
 __device__ double sum_over_y(double mine) {
   __shared__ double all[Threads];

@@ -2,25 +2,25 @@
 
 #include <algorithm>
 
-#include "memory.h"
+#include "../buffer.h"
 
 namespace neq::cpu {
 namespace {
 
 // The X and dY that a block of a chunk reads: a small first-level cache.
 constexpr int64_t kChunkBytes = 40 << 10;
-// A chunk is one chain of additions, so a long one is inexact; vendors add up shorter ones where
+// A chunk is one chain of additions, so a long chunk is inexact. Vendors' chains are shorter where
 // vectors are shorter.
 constexpr int64_t kChunkPixels = 128, kChunkPixelsOfShortVectors = 96, kLongVectorBytes = 64;
-// What a thread should have to do, for waking it to pay.
+// The least work of a thread that repays waking it.
 constexpr double kThreadCycles = 50e3;
-// What a second-level cache holds of sums beside all else, and how many rows make reading X again pay.
+// What a second-level cache holds of sums beside all else, and the rows that repay reading X again.
 constexpr int64_t kSumsBytes = 2 << 20;
 constexpr int64_t kRowsPerPart = 192;
-// How often a value of dY should be read, in lanes, for packing it to pay; and one of X, by rows.
+// The uses of a value of dY, in lanes, that repay packing it; and of a value of X, in rows.
 constexpr int64_t kPackedUses = 16, kPackedRows = 48;
 
-// A 1x1 convolution sees one long line of pixels, as far as its strides allow.
+// Merges the pixels of a 1x1 convolution into one long line, as far as its strides allow.
 ConvWgrad flatten(ConvWgrad p) {
   if (p.kernel != Size3{1, 1, 1} || p.stride != p.kernel || p.padding != Size3{0, 0, 0}) return p;
   int64_t* const sizes[] = {&p.input[H], &p.input[D], &p.samples};
@@ -40,13 +40,13 @@ ConvWgrad flatten(ConvWgrad p) {
 
 }  // namespace
 
-Plan::Plan(const ConvWgrad& problem, const Tiles& tiles, int split_for)
+Plan::Plan(const ConvWgrad& problem, const TileShapes& tiles, int split_for)
     : p(flatten(problem)), lanes(tiles.lanes) {
   choose_layout(tiles);
   choose_split(tiles, split_for);
 }
 
-void Plan::choose_layout(const Tiles& tiles) {
+void Plan::choose_layout(const TileShapes& tiles) {
   const auto vectors_of = [this](int64_t channels) { return ceil_div(channels, lanes); };
   const int64_t width = p.kernel[W];
   window = width > 1 && p.dilation[W] == 1 &&
@@ -54,39 +54,38 @@ void Plan::choose_layout(const Tiles& tiles) {
   taps = {p.kernel[D], p.kernel[H], window ? 1 : width};
   tap_channels = window ? width * p.channels : p.channels;
   vectors = vectors_of(tap_channels);
-  blocks = ceil_div(vectors, tiles.most_vectors);
-  most_rows = tiles.most_rows[ceil_div(vectors, blocks)];
+  blocks = ceil_div(vectors, tiles.max_vectors);
+  max_rows = tiles.max_rows[ceil_div(vectors, blocks)];
 
   const int64_t tap = vectors * lanes, line = taps[W] * tap;
   sums_row = taps[D] * taps[H] * line;
   sums_strides = {sums_row, 1, taps[H] * line, line, window ? p.channels : tap};
 
   const bool converts = bytes_of(p.dtype) != tiles.sum_bytes;
-  // One tap has all of a chunk's pixels, so that its panel is read in order, and only there.
+  // With one tap the panel of a chunk is read in order.
   const bool in_order = p.kernel == Size3{1, 1, 1} && p.k >= kPackedRows;
   packs_x = window || converts || p.channels % lanes || p.x_strides[1] != 1 || in_order;
-  // Packed, the rows of a tile share cache lines and an address, whatever the stride of a pixel.
+  // Packed, the rows of a tile lie in the same cache lines at one address, whatever dY's strides.
   packs_dy = converts || sums_row >= kPackedUses * lanes;
 }
 
-void Plan::choose_split(const Tiles& tiles, int split_for) {
+void Plan::choose_split(const TileShapes& tiles, int split_for) {
   const int64_t planes = p.samples * p.output[D], lines = p.output[H], pixels = p.output[W];
   const int64_t block_channels = std::min(p.channels, ceil_div(vectors, blocks) * lanes);
   const bool is_long = lanes * tiles.sum_bytes >= kLongVectorBytes;
   int64_t chain = is_long ? kChunkPixels : kChunkPixelsOfShortVectors;
-  if (sums_row <= lanes) chain /= 2;  // few sums add up soon
-  int64_t target =
-      std::min(chain, kChunkBytes / (block_channels * tiles.sum_bytes + kLineBytes));
-  // Input lines that two chunks share are packed twice.
+  if (sums_row <= lanes) chain /= 2;  // then adding up chunks costs little
+  int64_t target = std::min(chain, kChunkBytes / (block_channels * tiles.sum_bytes + kLineBytes));
+  // Input lines that two chunks both read are packed twice.
   const int64_t shared_lines = shift(p.kernel[H] - 1, H) - shift(0, H) + 1 - p.stride[H];
   if (packs_x) target = std::max(target, 4 * shared_lines / p.stride[H] * pixels);
   pixel_cuts = lines * pixels > target ? ceil_div(pixels, target) : 1;
   line_cuts = lines * pixels > target ? ceil_div(lines, std::max<int64_t>(1, target / pixels)) : 1;
   const int64_t cuts = pixel_cuts * line_cuts;
-  const int64_t most_chunks = planes * cuts;
+  const int64_t max_chunks = planes * cuts;
 
-  // Threads share the pixels, each with sums of its own to be added up in the end, or the blocks,
-  // each reading all of dY. Compare a thread's cycles, at 2 products or 8 bytes a cycle.
+  // Threads split the pixels, each with its own sums, which are added up in the end; or the blocks,
+  // each thread reading all of dY. Compares a thread's cycles, at 2 products or 8 bytes a cycle.
   const int64_t all_blocks = p.groups * blocks;
   const double all_pixels = double(planes) * lines * pixels;
   const double block_cycles = all_pixels * p.k * sums_row / lanes / all_blocks / 2;
@@ -94,7 +93,7 @@ void Plan::choose_split(const Tiles& tiles, int split_for) {
       int64_t(std::min<double>(split_for, 1 + block_cycles * all_blocks / kThreadCycles));
   double least = 0;
   for (int64_t by_block = 1; by_block <= std::min(team, all_blocks); ++by_block) {
-    const int64_t by_pixel = std::min(team / by_block, most_chunks);
+    const int64_t by_pixel = std::min(team / by_block, max_chunks);
     const double adding = by_pixel > 1 ? double(by_pixel + 1) * p.k * sums_row / team : 0;
     const double cycles = block_cycles * ceil_div(all_blocks, by_block) / by_pixel +
                           (all_pixels * p.k / by_pixel + adding) * tiles.sum_bytes / 8;
@@ -104,13 +103,13 @@ void Plan::choose_split(const Tiles& tiles, int split_for) {
     block_parts = by_block;
   }
   const int64_t per_part = ceil_div(planes * lines * pixels, target * pixel_parts);
-  chunks = cuts > 1 ? most_chunks : std::min(planes, per_part * pixel_parts);
+  chunks = cuts > 1 ? max_chunks : std::min(planes, per_part * pixel_parts);
 
-  // Sums that the cache does not hold are made for some rows at a time, each reading all of X.
+  // Sums that exceed the cache are computed for some rows at a time, each time reading all of X.
   const int64_t held = p.k * sums_row * tiles.sum_bytes / kSumsBytes;
   row_parts = p.groups > 1 ? 1 : std::clamp<int64_t>(held, 1, 1 + p.k / kRowsPerPart);
 
-  // A gradient that lies in memory as the sums do takes them directly.
+  // If dw has the layout of the sums, they are computed in dw.
   in_place = pixel_parts == 1 && tap_channels % lanes == 0 && p.dw_strides[1] == 1;
   for (const int dim : {D, H, W})
     in_place &= p.kernel[dim] == 1 || p.dw_strides[dim + 2] == sums_strides[dim + 2];
@@ -139,7 +138,7 @@ Range Plan::rows_of(int64_t group, int64_t row_part) const {
   return {first + mine.begin, first + mine.end};
 }
 
-Range Plan::meeting(Range outputs, int64_t tap, int dim) const {
+Range Plan::outputs_inside(Range outputs, int64_t tap, int dim) const {
   const int64_t stride = p.stride[dim], size = p.input[dim], shift = this->shift(tap, dim);
   const int64_t begin = shift < 0 ? ceil_div(-shift, stride) : 0;
   const int64_t end = shift < size ? (size - 1 - shift) / stride + 1 : 0;
@@ -149,14 +148,14 @@ Range Plan::meeting(Range outputs, int64_t tap, int dim) const {
 }
 
 Panel Plan::panel(const Chunk& c, int64_t step) const {
-  const auto met = [this](Range outputs, int dim) -> Range {
+  const auto window_of = [this](Range outputs, int dim) -> Range {
     return {outputs.begin * p.stride[dim] + shift(0, dim),
             (outputs.end - 1) * p.stride[dim] + shift(p.kernel[dim] - 1, dim) + 1};
   };
-  Range lines = met(c.lines, H);
+  Range lines = window_of(c.lines, H);
   lines.begin = std::clamp<int64_t>(lines.begin, 0, p.input[H]);
   lines.end = std::clamp<int64_t>(lines.end, lines.begin, p.input[H]);
-  return {lines, met(c.pixels, W), step};
+  return {lines, window_of(c.pixels, W), step};
 }
 
 }  // namespace neq::cpu

@@ -14,7 +14,7 @@
 
 namespace neq::cpu {
 
-// Uninitialised memory, aligned to cache lines, that grows as needed.
+// Uninitialised scratch memory, aligned to cache lines. It grows as needed and loses its contents.
 template <class T>
 class Buffer {
  public:
@@ -39,7 +39,7 @@ class Buffer {
   int64_t size_ = 0;
 };
 
-// Memory to be brought into the second-level cache, some lines at a time.
+// A list of memory to prefetch into the second-level cache, some cache lines at a time.
 class Prefetch {
  public:
   void clear() {
@@ -55,7 +55,7 @@ class Prefetch {
     else
       pieces_.push_back({at, bytes});
   }
-  // The next `lines` lines, for others to fetch; null unless they lie side by side.
+  // The next `lines` cache lines, which the caller prefetches; null if they are not contiguous.
   const char* take(int64_t lines) {
     if (piece_ == pieces_.size()) return nullptr;
     const Piece piece = pieces_[piece_];
@@ -86,8 +86,8 @@ class Prefetch {
   int64_t offset_ = 0;
 };
 
-// Memory fresh from the system comes page by page as it is first written, each with a trap: in large
-// pages that is several times faster. A hint, which some systems ignore.
+// Asks for large pages. Fresh memory faults once for each page that is first written, which large
+// pages make several times faster. A hint, which some systems ignore.
 inline void prefer_large_pages(void* begin, size_t bytes) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t kPage = 2 << 20;

@@ -1,27 +1,27 @@
-#include "similarity.h"
+#include "row_similarity.h"
 
 #include <algorithm>
 #include <tuple>
 #include <vector>
 
-#include "processor.h"
+#include "../processor.h"
 
 namespace neq::cpu {
 namespace {
 
-// What is worth a thread: this many elements, in up to so many parts.
+// The elements of a part, and the most parts.
 constexpr int64_t kPart = 1 << 14;
-constexpr int64_t kMostParts = 64;
-// What a part has of the sums of each neuron at least: its sums are few, compared with what it reads.
+constexpr int64_t kMaxParts = 64;
+// The least positions of a part: its sums should be few, compared with what it reads.
 constexpr int64_t kPositions = 64;
-// Rows that are added up before their sum is added to what lies in memory.
+// The rows that are added up in registers before the sums in memory.
 constexpr int64_t kRows = 8;
 
-// Elements of two outputs, `rows` of them apart by `step` and `step_`, and where their sums go.
+// `rows` rows of two outputs, `step` and `step_` elements apart, and where their sums go.
 struct Rows {
   const void *y, *y_;
   int64_t rows, step, step_;
-  int64_t neurons, neuron, neuron_;  // how many, and from one to the next
+  int64_t neurons, neuron, neuron_;  // their number, and their strides
   int64_t after;                     // adjacent positions of a neuron
   double *dot, *square, *square_;    // [neurons]
 };
@@ -30,7 +30,9 @@ template <class A, class B, int64_t Count>
 NEQ_INLINE void add_columns(const Rows& r, int64_t row) {
   const auto* __restrict y = (const typename A::Bits*)r.y + row * r.step;
   const auto* __restrict y_ = (const typename B::Bits*)r.y_ + row * r.step_;
-  double *__restrict dot = r.dot, *__restrict square = r.square, *__restrict square_ = r.square_;
+  double* __restrict dot = r.dot;
+  double* __restrict square = r.square;
+  double* __restrict square_ = r.square_;
   const int64_t neurons = r.neurons, step = r.step, step_ = r.step_;
 #pragma omp simd
   for (int64_t i = 0; i < neurons; ++i) {
@@ -88,13 +90,14 @@ void add_portable(const Rows& r) {
 
 #ifdef NEQ_X86
 template <class A, class B>
-__attribute__((target("avx2,fma"))) void add_avx2(const Rows& r) {
+NEQ_TARGET(NEQ_AVX2)
+void add_avx2(const Rows& r) {
   add_rows<A, B>(r);
 }
 
 template <class A, class B>
-__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,prefer-vector-width=512"))) void
-add_avx512(const Rows& r) {
+NEQ_TARGET_WHOLE_VECTORS(NEQ_AVX512)
+void add_avx512(const Rows& r) {
   add_rows<A, B>(r);
 }
 #endif
@@ -132,15 +135,15 @@ void row_similarity(const Output& y, const Output& y_, const std::array<int64_t,
   std::fill(out, out + 3 * samples * neurons, 0.0);
   if (samples * before * neurons * after == 0) return;
 
-  // Each sample is cut into parts of its rows, and where these are few or short, of its neurons.
-  const int64_t wanted = std::clamp<int64_t>(before * neurons * after / kPart, 1,
-                                             ceil_div(kMostParts, samples));
+  // Splits each sample by its rows, and if these are few or short, by its neurons.
+  const int64_t wanted =
+      std::clamp<int64_t>(before * neurons * after / kPart, 1, ceil_div(kMaxParts, samples));
   const int64_t row_parts =
       std::clamp<int64_t>(before * after / kPositions, 1, std::min(wanted, before));
   const int64_t neuron_parts =
       std::min(ceil_div(wanted, row_parts), after > 1 ? neurons : ceil_div(neurons, kPositions));
   const int64_t sums = samples * neurons;
-  // Of all row parts but the first, whose sums are in `out`.
+  // The sums of all row parts but the first, which sums into `out`.
   std::vector<double> partial((row_parts - 1) * 3 * sums);
   const int64_t parts = samples * row_parts * neuron_parts;
   const int team = int(std::min<int64_t>(threads, parts));
@@ -153,8 +156,7 @@ void row_similarity(const Output& y, const Output& y_, const std::array<int64_t,
       const int64_t row = before * row_part / row_parts;
       const int64_t first = neurons * neuron_part / neuron_parts;
       const auto at = [&](const Output& o) {
-        const int64_t offset =
-            sample * o.strides[0] + row * o.strides[1] + first * o.strides[2];
+        const int64_t offset = sample * o.strides[0] + row * o.strides[1] + first * o.strides[2];
         return static_cast<const char*>(o.data) + offset * bytes_of(o.dtype);
       };
       double* to = (row_part ? partial.data() + (row_part - 1) * 3 * sums : out) +

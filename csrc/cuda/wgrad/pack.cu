@@ -1,5 +1,6 @@
-#include "gpu.h"
 #include "pack.h"
+
+#include "../gpu.h"
 #include "sum_over_y.h"
 
 namespace neq::cuda {
@@ -10,9 +11,9 @@ __device__ inline double value(double x) { return x; }
 __device__ inline float value(__half x) { return __half2float(x); }
 __device__ inline float value(__nv_bfloat16 x) { return __bfloat162float(x); }
 
-// A thread copies one column, of every blockDim.y-th sample of its block. Neighbouring threads
-// read neighbouring columns, so a warp's load falls in the few lines that it has to fetch anyway,
-// and `unroll` of them are in flight at a time.
+// A thread copies one column of every blockDim.y-th sample of its block. Adjacent threads copy
+// adjacent columns of `packed`, so a warp's loads fall into few cache lines, and each thread keeps
+// `unroll` loads in flight.
 template <class T, class Sum>
 __global__ void __launch_bounds__(PackGrid::threads)
     pack(const T* __restrict__ dy, int64_t samples, int64_t stride,
@@ -49,16 +50,16 @@ __global__ void __launch_bounds__(PackGrid::threads)
 }
 
 // sums[j] = sum over s of partial[s, j], partial being [splits, k].
-constexpr int kLanes = 32;
+constexpr int kWarp = 32;
 
 template <class Sum>
-__global__ void __launch_bounds__(kLanes* kLanes)
+__global__ void __launch_bounds__(kWarp* kWarp)
     add_splits(const Sum* __restrict__ partial, int64_t splits, int64_t k, Sum* __restrict__ sums) {
-  const int64_t j = int64_t(blockIdx.x) * kLanes + threadIdx.x;
+  const int64_t j = int64_t(blockIdx.x) * kWarp + threadIdx.x;
   double sum = 0;
   if (j < k)
-    for (int64_t s = threadIdx.y; s < splits; s += kLanes) sum += partial[s * k + j];
-  sum = sum_over_y<kLanes * kLanes>(sum);
+    for (int64_t s = threadIdx.y; s < splits; s += kWarp) sum += partial[s * k + j];
+  sum = sum_over_y<kWarp * kWarp>(sum);
   if (threadIdx.y == 0 && j < k) sums[j] = Sum(sum);
 }
 
@@ -71,11 +72,10 @@ cudaError_t pack_as(const void* dy, int64_t samples, int64_t stride, const int64
   Sum* partial = static_cast<Sum*>(sums && grid.splits > 1 ? scratch : sums);
   const Launch packing{dim3(grid.strips, grid.splits),
                        dim3(grid.columns, grid.threads / grid.columns), 0, stream};
-  const cudaError_t error =
-      launch(pack<T, Sum>, packing, static_cast<const T*>(dy), samples, stride, rows, k,
-             static_cast<T*>(packed), partial, grid.samples);
+  const cudaError_t error = launch(pack<T, Sum>, packing, static_cast<const T*>(dy), samples,
+                                   stride, rows, k, static_cast<T*>(packed), partial, grid.samples);
   if (error != cudaSuccess || partial == sums) return error;
-  const Launch adding{dim3(ceil_div(k, kLanes)), dim3(kLanes, kLanes), 0, stream};
+  const Launch adding{dim3(ceil_div(k, kWarp)), dim3(kWarp, kWarp), 0, stream};
   return launch(add_splits<Sum>, adding, partial, grid.splits, k, static_cast<Sum*>(sums));
 }
 
@@ -96,8 +96,8 @@ const char* pack_columns(DType dtype, const void* dy, int64_t samples, int64_t s
                    : dtype == DType::float64  ? pack_as<double, double>
                    : dtype == DType::bfloat16 ? pack_as<__nv_bfloat16, float>
                                               : pack_as<__half, float>;
-  const cudaError_t error = run(dy, samples, stride, rows, k, packed, sums, scratch,
-                                static_cast<cudaStream_t>(stream));
+  const cudaError_t error =
+      run(dy, samples, stride, rows, k, packed, sums, scratch, static_cast<cudaStream_t>(stream));
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
