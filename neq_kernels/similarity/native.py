@@ -1,6 +1,6 @@
 """``row_similarity`` on the CPU: both outputs read once, in the order in which they lie there.
 
-csrc/cpu/similarity/similarity.cpp. It computes in float64.
+csrc/cpu/similarity/row_similarity.cpp. It computes in float64.
 """
 
 import torch
