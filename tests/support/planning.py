@@ -13,26 +13,25 @@ LINEAR = linear_case((64,), 8, 32, range(8))
 CONV = conv_case((4, 8, 10, 10), (3, 3), 32, range(8), padding=1)
 
 
-def op_of(case):
-    return "linear_wgrad" if case.conv is None else "conv_wgrad"
-
-
 def choose(case, dtypes=FLOAT32, device="cpu"):
+    """The planner's choice."""
     args = meta(case.args(dtypes)) if device == "meta" else case.args(dtypes)
     dy, x, weight, rows, count, bias, *_ = args
     return planner.choose(dy, x, weight, rows, int(count), bias, case.conv)
 
 
 def measure(case, backend):
+    """As if tuning had found this backend to be the fastest here."""
     table = planner._measured.setdefault(machine.name(torch.device("cpu")), {})
-    problem = problem_of(op_of(case), *case.args())
+    problem = problem_of(case.op, *case.args())
     table.setdefault(problem.key, {})[problem.samples] = backend
 
 
 def ship(case, backend, device=None):
+    """As if a table that says so were part of the package."""
     device = device or machine.name(torch.device("cpu"))
     tables.FOLDER.mkdir(exist_ok=True)
-    problem = problem_of(op_of(case), *case.args())
+    problem = problem_of(case.op, *case.args())
     table = {device: {problem.key: {problem.samples: backend}}}
     (tables.FOLDER / f"{machine.slug(device)}.json").write_text(json.dumps(table))
 
