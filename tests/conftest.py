@@ -79,7 +79,7 @@ def one_thread(threads):
 def step_backend(request, monkeypatch):
     """What steps active rows on a CPU."""
     if request.param == "packed":
-        monkeypatch.setattr(row_step, "backend", lambda *tensors: pack_step)
+        monkeypatch.setattr(row_step, "choose", lambda *tensors: pack_step)
     return request.param
 
 

@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import neq
-from neq_kernels import ops
+from neq_kernels.step import ops as step_ops
+from neq_kernels.wgrad import ops as wgrad_ops
 from neq_kernels.wgrad import planner
 from tests.support.tensors import on_devices
 
@@ -171,8 +172,9 @@ class Reads(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         namespace, name = func.name().split("::")
         if namespace == "neq":
+            family = step_ops if name.endswith("_rows_") else wgrad_ops
             with self:
-                return getattr(ops, f"_{name}")(*args, **(kwargs or {}))
+                return getattr(family, f"_{name}")(*args, **(kwargs or {}))
         if name.split(".")[0] in self.READERS:
             self.read.append(args[0])
         return func(*args, **(kwargs or {}))

@@ -91,10 +91,10 @@ class Case:
 
         dy, x = map(values, (self.dy, self.x), self.layouts[:2])
         weight = torch.full(self.weight, torch.nan, dtype=weight_dtype, device=device)
-        rows = torch.tensor(sorted(self.active) + self.frozen, dtype=torch.int64, device=device)
+        order = torch.tensor(sorted(self.active) + self.frozen, dtype=torch.int64, device=device)
         count = torch.tensor(len(self.active))
         weight = LAYOUTS[self.layouts[2]](weight)
-        return dy, x, weight, rows, count, self.bias, *(self.conv or ())
+        return dy, x, weight, order, count, self.bias, *(self.conv or ())
 
 
 def linear_case(leading, inputs, neurons, active, **options) -> Case:

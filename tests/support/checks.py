@@ -79,7 +79,7 @@ def assert_same(got, expected, name="") -> None:
 
 def no_worse_than_the_vendor(op: str, case: Case, dtypes, device) -> None:
     """The error against float64 is at most twice that of the plain layer's gradient."""
-    dy, x, weight, rows, *rest = case.args((torch.float64,) * 2, device)
+    dy, x, weight, order, *rest = case.args((torch.float64,) * 2, device)
     generator = torch.Generator().manual_seed(0)
     dy, x = (torch.randn(t.shape, generator=generator).to(device, dtypes[0]) for t in (dy, x))
     weight = weight.to(dtypes[1])
@@ -93,8 +93,8 @@ def no_worse_than_the_vendor(op: str, case: Case, dtypes, device) -> None:
     truth = dense(dy.double(), x.double())
     vendor = dense(dy, x)
     dim = int(case.conv is not None and case.conv.transposed)
-    active = rows[: len(case.active)]
-    for name, got in answers(op, (dy, x, weight, rows, *rest)):
+    active = order[: len(case.active)]
+    for name, got in answers(op, (dy, x, weight, order, *rest)):
         for what, axis, *values in zip(("dW", "db"), (dim, 0), got, vendor, truth, strict=True):
             mine, theirs, exact = (value.index_select(axis, active) for value in values)
             error, allowed = (mine - exact).norm(), 2 * (theirs - exact).norm()
@@ -172,19 +172,19 @@ def vendor_kernels(run) -> set[str]:
     return names & {"aten::mm", "aten::addmm", "aten::bmm", "aten::convolution_backward"}
 
 
-def _elsewhere(rows):
-    return torch.empty_like(rows, device="cpu" if rows.is_meta else "meta")
+def _elsewhere(order):
+    return torch.empty_like(order, device="cpu" if order.is_meta else "meta")
 
 
 def common_mistakes(neurons: int) -> dict[str, tuple[dict, str]]:
     """What can be wrong with a call of any operator: changes of arguments, and the message."""
-    int64 = rf"rows must be int64 of shape \[{neurons}\], one entry per neuron, got torch"
+    int64 = rf"order must be int64 of shape \[{neurons}\], one entry per neuron, got torch"
     count = "count must be a 0-dim int64 tensor on the CPU, got torch"
     return {
         "dtypes": ({"dy": torch.Tensor.half}, "dy and x must .* torch.float16 and torch.float32"),
-        "rows int32": ({"rows": torch.Tensor.int}, rf"{int64}.int32 \[{neurons}\]"),
-        "rows too few": ({"rows": lambda r: r[1:]}, rf"{int64}.int64 \[{neurons - 1}\]"),
-        "rows elsewhere": ({"rows": _elsewhere}, "rows must be on the device of dy, .*, got"),
+        "order int32": ({"order": torch.Tensor.int}, rf"{int64}.int32 \[{neurons}\]"),
+        "order too short": ({"order": lambda r: r[1:]}, rf"{int64}.int64 \[{neurons - 1}\]"),
+        "order elsewhere": ({"order": _elsewhere}, "order must be on the device of dy, .*, got"),
         "count int32": ({"count": torch.Tensor.int}, rf"{count}.int32 \[\] on cpu"),
         "count of one dimension": ({"count": lambda c: c[None]}, rf"{count}.int64 \[1\] on cpu"),
         "count elsewhere": ({"count": lambda c: c.to("meta")}, rf"{count}.int64 \[\] on meta"),

@@ -16,8 +16,11 @@ CONV = conv_case((4, 8, 10, 10), (3, 3), 32, range(8), padding=1)
 def choose(case, dtypes=FLOAT32, device="cpu"):
     """The planner's choice."""
     args = meta(case.args(dtypes)) if device == "meta" else case.args(dtypes)
-    dy, x, weight, rows, count, bias, *_ = args
-    return planner.choose(dy, x, weight, rows, int(count), bias, case.conv)
+    dy, x, weight, order, count, bias, *_ = args
+    sizes = x, weight, len(order), int(count), case.conv
+    return planner.choose(*sizes) or planner._measure(
+        dy, x, weight, order, int(count), bias, case.conv
+    )
 
 
 def measure(case, backend):

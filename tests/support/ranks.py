@@ -10,7 +10,6 @@ import traceback
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
-from math import inf
 from pathlib import Path
 from unittest import mock
 
@@ -21,8 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import neq
-from neq_kernels.wgrad import pack, planner
-from neq_kernels.wgrad.problem import Problem
+from neq_kernels.wgrad import planner
 from tests.support.layers import Tiny, active_elements, layers_of
 
 WORLD = 2
@@ -82,14 +80,9 @@ def train(rank: int, compiled: bool = False, **options: object) -> None:
 def train_by_rows(rank: int) -> None:
     """For layers as small as these the planner would take the joint backward throughout."""
 
-    def forced(problem: Problem) -> str:
-        return "pack" if pack.cost(problem) < inf else "dense"
-
-    planner._choices.clear()
-    with mock.patch.object(planner, "predict", forced):
+    with planner.only("pack"):
         train(rank)
-    assert "pack" in planner._choices.values()
-    planner._choices.clear()
+        assert "pack" in planner._choices.values()
 
 
 def accumulate(rank: int) -> None:

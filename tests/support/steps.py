@@ -29,7 +29,7 @@ def problem(
     shift: so many elements lie between where memory begins and the tensors.
     """
     lists = [[] for _ in range(2 + states)]
-    rows, counts = [], []
+    orders, counts = [], []
     for shape in shapes:
         order = torch.randperm(shape[0], device=device)
         k = round(share * shape[0])
@@ -39,9 +39,9 @@ def problem(
             memory = t.new_empty(t.numel() + shift)[shift:]
             t = memory.as_strided(t.shape, t.stride(), shift).copy_(t)
             tensors.append(t.index_fill_(0, order[k:], torch.nan))
-        rows.append(order)
+        orders.append(order)
         counts.append(torch.tensor(k))
-    return lists, rows, counts
+    return lists, orders, counts
 
 
 def assert_lists_equal(mine, truth, close=None):
@@ -81,7 +81,7 @@ def sgd_arguments(**changed):
         "params": [torch.ones(4, 2)],
         "grads": [torch.ones(4, 2)],
         "momentum_buffers": [torch.ones(4, 2)],
-        "rows": [torch.arange(4)],
+        "orders": [torch.arange(4)],
         "counts": [torch.tensor(2)],
         "lr": lr(0.5),
         "momentum": 0.5,

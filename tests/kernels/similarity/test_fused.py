@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory", "by_the_kernel")
 def by_the_kernel():
     """Also in the interpreter, whose tensors are on the CPU."""
     with (
-        mock.patch.object(similarity, "backend", return_value=triton_similarity),
+        mock.patch.object(similarity, "choose", return_value=triton_similarity),
         mock.patch.object(triton_similarity, "gpu", return_value=Gpu(90, 4)),
     ):
         yield

@@ -24,7 +24,7 @@ LAYOUTS = [
 @pytest.mark.parametrize("piece", [1, 7, 50, 1 << 16])
 def test_chunked_is_exact_on_integers(shape, channel_dim, dtype, piece, monkeypatch):
     monkeypatch.setitem(chunked.PIECE, "cpu", piece)
-    monkeypatch.setattr(similarity, "backend", lambda device: chunked)
+    monkeypatch.setattr(similarity, "choose", lambda device: chunked)
     current, previous = integers(shape, dtype), integers(shape, dtype)
     if len(shape) == 4:
         strides = [current, current.to(memory_format=torch.channels_last), current.transpose(2, 3)]

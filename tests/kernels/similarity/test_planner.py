@@ -23,7 +23,7 @@ def test_torch_does_it_where_there_is_no_kernel(device, compiled, backend):
     with (
         mock.patch.object(similarity, "triton_is_there", return_value=False),
         mock.patch.object(
-            similarity.compiled, "why_not", return_value=None if compiled else "no compiler"
+            similarity.extension, "why_not", return_value=None if compiled else "no compiler"
         ),
     ):
         assert similarity.choose(device) is backend

@@ -29,7 +29,7 @@ def by_the_kernel():
     """Also in the interpreter, whose tensors are on the CPU; in many launches of many programs."""
     chosen = mock.Mock(return_value=triton_step)
     with (
-        mock.patch.object(row_step, "backend", chosen),
+        mock.patch.object(row_step, "choose", chosen),
         mock.patch.multiple(triton_step, MANY=3, BLOCK=64),
     ):
         yield

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from neq_kernels.step import fused as triton_step
-from neq_kernels.step.options import SGD, AdamW
+from neq_kernels.step.options import SGD, AdamW, AdamWLists, SGDLists
 from tests.support.aot import every_target, kernels, launches
 
 
@@ -22,15 +22,19 @@ def steps(kind, dtype, shape, active, shift=0, **options):
         [torch.empty(size + shift, dtype=dtype)[shift:].view(shape) for _ in active]
         for _ in range(5)
     )
-    rows = [torch.arange(shape[0]) for _ in active], [torch.tensor(k) for k in active]
+    orders_and_counts = [torch.arange(shape[0]) for _ in active], [torch.tensor(k) for k in active]
     lr = torch.tensor(0.1)
     if kind == "sgd":
         sgd = SGD(lr, 0.9, 0, 0.1, *[False] * 3)._replace(**options)
-        return lambda: triton_step.sgd_rows_(p, g, m if sgd.momentum else [], *rows, sgd)
+        return lambda: triton_step.sgd_rows_(
+            SGDLists(p, g, m if sgd.momentum else [], *orders_and_counts), sgd
+        )
     adamw = AdamW(lr, 0.9, 0.99, 1e-8, 0.1, True, False)._replace(**options)
     taken = [torch.tensor(1.0) for _ in active]
     v_max = v_max if adamw.amsgrad else []
-    return lambda: triton_step.adamw_rows_(p, g, m, v, v_max, taken, *rows, adamw)
+    return lambda: triton_step.adamw_rows_(
+        AdamWLists(p, g, m, v, v_max, taken, *orders_and_counts), adamw
+    )
 
 
 def three_run_at_a_time(kernel):

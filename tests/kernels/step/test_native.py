@@ -29,7 +29,7 @@ def test_any_number_of_threads_gives_the_same_bits(threads):
 
 def test_the_kernel_refuses_rows_beyond_the_parameter():
     with pytest.raises(ValueError, match=r"rows must lie in \[0, 4\), got 4"):
-        ops.sgd_rows_(*sgd_arguments(rows=[torch.tensor([0, 4, 1, 2])]))
+        ops.sgd_rows_(*sgd_arguments(orders=[torch.tensor([0, 4, 1, 2])]))
 
 
 @pytest.mark.parametrize(

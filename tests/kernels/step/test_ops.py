@@ -144,7 +144,7 @@ def one_adamw(**changed):
     args = like | {
         "max_exp_avg_sqs": [],
         "steps": [torch.tensor(0.0)],
-        "rows": [torch.arange(4)],
+        "orders": [torch.arange(4)],
         "counts": [torch.tensor(2)],
         "lr": lr(0.5),
     }
@@ -165,7 +165,10 @@ def test_opcheck():
         ({"grads": [torch.ones(4, 2).half()]}, r"grads\[0\] must be like .* got .* torch.float16"),
         ({"momentum_buffers": []}, r"momentum_buffers must have one entry for each of the 1"),
         ({"momentum": 0.0}, r"momentum_buffers must be empty without momentum"),
-        ({"rows": [torch.arange(3)]}, r"rows must be int64 of shape \[4\].* got torch.int64 \[3\]"),
+        (
+            {"orders": [torch.arange(3)]},
+            r"order must be int64 of shape \[4\].* got torch.int64 \[3\]",
+        ),
         ({"counts": [torch.ones(1)]}, r"count must be a 0-dim int64 tensor on the CPU"),
         ({"lr": torch.ones(2)}, r"lr must have no dimensions, got \[2\]"),
         (

@@ -56,22 +56,23 @@ def test_pack_is_predicted_for_few_rows_of_a_large_layer_only(native):
     assert choose(LINEAR) == "dense"
 
 
-def transposed(samples, active):
+def column_major(samples, active):
     sizes = (samples, 2304), (samples, 768), (2304, 768)
     bucket = -(-active * planner.BUCKETS // 2304)
     return Problem("linear_wgrad", "cpu", torch.float32, *sizes, False, None, bucket, True)
 
 
 @pytest.mark.parametrize("active", [230, 1152, 1728, 2303])
-def test_transposed_weights_are_dense_for_few_samples_only(active):
+@mock.patch("torch.backends.cpu.get_cpu_capability", return_value="AVX2")
+def test_column_major_weights_are_dense_for_few_samples_only(capability, active):
     """To write dW, and the sums elsewhere first, takes longer than the vendor takes for all."""
     for_many = {"AVX2": "native", "AVX512": "native" if active < 1152 else "pack"}
     for capability, choice in for_many.items():
         with mock.patch("torch.backends.cpu.get_cpu_capability", return_value=capability):
             for samples in (1, 2, 8) if active < 1152 else (1, 2, 8, 32):
-                assert planner.predict(transposed(samples, active)) == "dense"
+                assert planner.predict(column_major(samples, active)) == "dense"
             if active < 2303 and compiled.why_not("cpu") is None:
-                assert planner.predict(transposed(512, active)) == choice
+                assert planner.predict(column_major(512, active)) == choice
 
 
 @pytest.mark.parametrize(("device", "groups"), [("cpu", 2), ("cuda", 2), ("cuda", 32)])
@@ -98,7 +99,7 @@ def test_depthwise_prediction(kernel, active, layout, choice):
 
 
 @mock.patch("torch.backends.cpu.get_cpu_capability", return_value="AVX512")
-def test_transposed_weight_prediction(capability):
+def test_column_major_weight_prediction(capability):
     case = linear_case((2048,), 2048, 1024, range(512))
     assert choose(case) == "native"
     assert choose(replace(case, layouts=("contiguous", "contiguous", "reversed"))) == "pack"
