@@ -157,7 +157,7 @@ def test_runs_on_the_current_stream(layout):
     assert_follows_the_current_stream(lambda *args: dict(answers(OP, args)), args)
 
 
-ARGUMENTS = ["dy", "x", "weight", "rows", "count", "bias", "stride", "padding", "dilation"]
+ARGUMENTS = ["dy", "x", "weight", "order", "count", "bias", "stride", "padding", "dilation"]
 ARGUMENTS += ["transposed", "output_padding", "groups"]
 MISTAKES = {
     "dy has no batch": ({"dy": lambda t: t[0]}, "must all have 3, 4 or 5 dimensions"),

@@ -130,7 +130,7 @@ def test_more_elements_than_an_int32_counts():
         assert_same(got, (db[:, None], db), name)
 
 
-ARGUMENTS = ["dy", "x", "weight", "rows", "count", "bias"]
+ARGUMENTS = ["dy", "x", "weight", "order", "count", "bias"]
 MISTAKES = {
     "weight is not a matrix": ({"weight": lambda w: w[None]}, r"must be .*, got \[1, 40, 33\]"),
     "dy has no dimension": ({"dy": lambda t: t[0, 0, 0]}, r"dimensions and 40 neurons, got \[\]"),
