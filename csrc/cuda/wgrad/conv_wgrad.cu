@@ -13,9 +13,13 @@
 
 #include "conv_wgrad.h"
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include <algorithm>
 
 #include "../gpu.h"
+#include "../ptx.h"
 #include "sum_over_y.h"
 
 namespace neq::cuda {
