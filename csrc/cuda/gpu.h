@@ -6,20 +6,26 @@
 
 namespace neq::cuda {
 
-// The calling thread's device, for as long as this lives.
+// Makes `device` the calling thread's, and gives it back the one it had.
 class OnDevice {
  public:
-  explicit OnDevice(int device) : error(cudaGetDevice(&previous_)), device_(device) {
-    if (error == cudaSuccess && device_ != previous_) error = cudaSetDevice(device_);
+  explicit OnDevice(int device) {
+    error = cudaGetDevice(&previous_);
+    if (error != cudaSuccess || device == previous_) return;
+    error = cudaSetDevice(device);
+    changed_ = error == cudaSuccess;
   }
   ~OnDevice() {
-    if (device_ != previous_) cudaSetDevice(previous_);
+    if (changed_) cudaSetDevice(previous_);
   }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
   cudaError_t error;
 
  private:
   int previous_ = 0;
-  int device_;
+  bool changed_ = false;
 };
 
 struct Launch {
@@ -37,7 +43,7 @@ cudaError_t launch(void (*kernel)(Parameters...), const Launch& how,
   config.dynamicSmemBytes = how.shared;
   config.stream = how.stream;
   cudaError_t error = cudaSuccess;
-  if (how.shared > 48 << 10)  // which has to be asked for
+  if (how.shared > 48 << 10)  // beyond which it has to be asked for
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  static_cast<int>(how.shared));
   return error == cudaSuccess ? cudaLaunchKernelEx(&config, kernel, arguments...) : error;
