@@ -31,7 +31,7 @@ sanitize: $(VENV)/.deps build/sanitize/races
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize/lib PYTHONSAFEPATH=1 \
 		$(BIN)/python -m pytest --capture=sys tests/test_pack_columns.py tests/test_native.py \
 		tests/test_native_similarity.py tests/test_row_optimizers.py tests/test_zero_rows.py \
-		tests/test_narrow.py::test_exact_however_cut $(ARGS)
+		tests/test_cuda_bindings.py tests/test_narrow.py::test_exact_however_cut $(ARGS)
 	build/sanitize/races
 
 # Linked without libgomp: the file brings what of it the kernels need.
