@@ -32,7 +32,8 @@ sanitize: $(VENV)/.deps build/sanitize/races
 		$(BIN)/python -m pytest --capture=sys tests/kernels/step/test_native.py \
 		tests/kernels/step/test_ops.py tests/kernels/similarity/test_native.py tests/optim/test_by_rows*.py \
 		tests/kernels/wgrad/test_native.py tests/kernels/wgrad/test_pack_columns.py \
-		tests/kernels/wgrad/test_zero_rows.py tests/kernels/wgrad/test_narrow.py::test_exact_however_cut \
+		tests/kernels/wgrad/test_zero_rows.py tests/kernels/wgrad/test_cuda_bindings.py \
+		tests/kernels/wgrad/test_narrow.py::test_exact_however_cut \
 		$(ARGS)
 	build/sanitize/races
 

@@ -34,6 +34,13 @@ void require_cpu(const Tensors&... tensors) {
   require((tensors.on_cpu() && ...), "every tensor", "on the CPU");
 }
 
+template <class... Tensors>
+void require_cuda(int device, const Tensors&... tensors) {
+  require(device >= 0, "device", device, "at least 0");
+  if (!(tensors.on_cuda(device) && ...))
+    throw std::invalid_argument("every tensor must be on cuda:" + std::to_string(device));
+}
+
 inline void require_threads(int threads) {
   require(threads >= 1, "threads", threads, "at least 1");
 }

@@ -1,3 +1,5 @@
+#include <algorithm>
+#include <initializer_list>
 #include <limits>
 
 #include "bindings_wgrad.h"
@@ -13,18 +15,29 @@ void check(const char* what, const char* error) {
   if (error) throw std::runtime_error(std::string(what) + " on CUDA: " + error);
 }
 
+bool aligned(const Tensor& t, uintptr_t bytes) {
+  return reinterpret_cast<uintptr_t>(t.data()) % bytes == 0;
+}
+
 int64_t cuda_pack_scratch_bytes(const Tensor& dy, int64_t k) {
   require(dy.dims() == 2, "dimensions of dy", dy.dims(), "2");
   require(k >= 0, "k", k, "at least 0");
   return cuda::pack_scratch_bytes(dy.dtype(), dy.size(0), k);
 }
 
-// scratch: as many bytes as cuda_pack_scratch_bytes says, if there are sums.
+// scratch: at least as many bytes as cuda_pack_scratch_bytes says, if there are sums.
 void cuda_pack_columns(const Tensor& dy, const Tensor& rows, const Tensor& packed,
                        const std::optional<Tensor>& sums, const Tensor& scratch, int device,
                        uintptr_t stream) {
+  require_cuda(device, dy, rows, packed, sums.value_or(packed), scratch);
   check_pack(dy, rows, packed, sums);
-  require(device >= 0, "device", device, "at least 0");
+  if (sums) {
+    const int64_t bytes = cuda_pack_scratch_bytes(dy, rows.size(0));
+    require(scratch.is_contiguous() && aligned(scratch, 8), "scratch",
+            "contiguous, at a multiple of 8 bytes");
+    if (scratch.bytes() < bytes)
+      refuse("bytes of scratch", scratch.bytes(), "at least " + std::to_string(bytes));
+  }
   check("pack_columns", cuda::pack_columns(dy.dtype(), dy.data(), dy.size(0), dy.stride(0),
                                            rows.data<const int64_t>(), rows.size(0), packed.data(),
                                            sums ? sums->data() : nullptr, scratch.data(), device,
@@ -33,20 +46,50 @@ void cuda_pack_columns(const Tensor& dy, const Tensor& rows, const Tensor& packe
 
 cuda::Size2 size2(const Ints& given) { return {int(given[0]), int(given[1])}; }
 
+constexpr int64_t kMaxInt = std::numeric_limits<int>::max();
+
+void require_int(const char* argument, int64_t given) {
+  if (given > kMaxInt) refuse(argument, given, "at most " + std::to_string(kMaxInt));
+}
+
 // t [images, channels, lines, columns]. The stride of a dimension of size 1 is never used.
 cuda::Images images(const Tensor& t) {
   int64_t stride[4];
   for (int i = 0; i < 4; ++i) stride[i] = t.size(i) > 1 ? t.stride(i) : 0;
-  constexpr int64_t max = std::numeric_limits<int>::max();
+  for (const int64_t size : t.sizes()) require_int("a size", size);
   require(t.stride(1) == 1, "stride of channels", t.stride(1), "1");
   require(t.size(1) % 8 == 0, "neurons or channels", t.size(1), "a multiple of 8");
-  const auto address = reinterpret_cast<uintptr_t>(t.data());
-  require(address % 16 == 0, "address", int64_t(address), "a multiple of 16");
+  require(aligned(t, 16), "address", reinterpret_cast<intptr_t>(t.data()), "a multiple of 16");
   for (const int i : {0, 2, 3})
     require(stride[i] >= 0 && stride[i] % 8 == 0, "a stride", stride[i], "a multiple of 8");
-  const int64_t extent = (t.size(2) * stride[2] + t.size(3) * stride[3]) / 8;
-  require(extent <= max, "16-byte pieces in an image", extent, "at most " + std::to_string(max));
+  require_int("16-byte pieces in an image", (t.size(2) * stride[2] + t.size(3) * stride[3]) / 8);
   return {t.data(), stride[0] / 8, int(stride[2] / 8), int(stride[3] / 8)};
+}
+
+// More than any GPU has of shared memory, and few enough for the ints in which the kernel counts.
+constexpr int64_t kMaxTilePixels = 1 << 20, kMaxTileBytes = 1 << 28;
+
+void check_tile(const cuda::ConvWgrad& p) {
+  const auto [tile, octets, slices, parts] = p.plan;
+  const auto window = [](int64_t tile, int64_t stride, int64_t kernel, int64_t dilation) {
+    return (tile - 1) * stride + (kernel - 1) * dilation + 1;
+  };
+  const int64_t lines = window(tile.y, p.stride.y, p.kernel.y, p.dilation.y);
+  const int64_t columns = window(tile.x, p.stride.x, p.kernel.x, p.dilation.x);
+  const int64_t pixels = lines * columns;
+  require(pixels <= kMaxTilePixels, "pixels of x in a tile", pixels, "at most 2^20");
+  const int64_t bytes = pixels * cuda::x_pixel_bytes(slices) +
+                        ceil_div(tile.y * tile.x, 16) * 16 * cuda::dy_pixel_bytes(p.neurons);
+  require(bytes <= kMaxTileBytes, "bytes of a tile", bytes, "at most 2^28");
+}
+
+// t: contiguous float32 of these sizes.
+void require_partial(const char* argument, const Tensor& t, std::initializer_list<int64_t> sizes) {
+  if (std::ranges::equal(t.sizes(), sizes) && t.is_contiguous() && t.dtype() == DType::float32)
+    return;
+  std::string text;
+  for (const int64_t size : sizes) text += (text.empty() ? "" : ", ") + std::to_string(size);
+  throw std::invalid_argument(std::string(argument) + " must be contiguous float32 [" + text + "]");
 }
 
 void cuda_conv_wgrad(const Tensor& dy, const Tensor& x, const Tensor& dw, const Tensor& db,
@@ -54,9 +97,11 @@ void cuda_conv_wgrad(const Tensor& dy, const Tensor& x, const Tensor& dw, const 
                      const Ints& dilation, const Ints& tile, int octets, int slices, int64_t parts,
                      const Tensor& partial_dw, const Tensor& partial_db, int device,
                      uintptr_t stream) {
+  require_cuda(device, dy, x, dw, db, order, partial_dw, partial_db);
   check_conv(dy, x, dw, stride, padding, dilation, 1);
   require(stride.size() == 2, "spatial dimensions", int64_t(stride.size()), "2");
   const DType dtype = dy.dtype();
+  require(dw.fills_its_memory(), "dw", "without gaps and overlaps in memory");
   require(dtype == DType::float16 || dtype == DType::bfloat16, "bytes of an element of dy",
           bytes_of(dtype), "2");
   const int64_t neurons = dy.size(1), taps = dw.size(2) * dw.size(3);
@@ -68,13 +113,13 @@ void cuda_conv_wgrad(const Tensor& dy, const Tensor& x, const Tensor& dw, const 
     require(tile[i] >= 1 && tile[i] <= dy.size(i + 2), "a tile's size", tile[i],
             "between 1 and the output's, " + std::to_string(dy.size(i + 2)));
     tiles *= ceil_div(dy.size(i + 2), tile[i]);
+    require_int("tiles", tiles);
   }
   require(octets >= 1 && octets <= 4, "octets", octets, "between 1 and 4");
   require(slices >= 1 && slices * taps <= 36, "slices", slices,
           "at least 1, and at most 36 / " + std::to_string(taps) + " taps");
   require(parts >= 1 && parts <= tiles && parts < 1 << 16, "parts", parts,
           "between 1 and tiles = " + std::to_string(tiles) + ", and below 65536");
-  require(device >= 0, "device", device, "at least 0");
 
   cuda::ConvWgrad problem{};
   problem.dtype = dtype;
@@ -98,6 +143,10 @@ void cuda_conv_wgrad(const Tensor& dy, const Tensor& x, const Tensor& dw, const 
   problem.partial_dw = partial_dw.data<float>();
   problem.partial_db = partial_db.data<float>();
   problem.plan = {size2(tile), octets, slices, int(parts)};
+  check_tile(problem);
+  const int64_t rows = ceil_div(k, 8 * octets) * 8 * octets;
+  require_partial("partial_dw", partial_dw, {parts, rows, taps * x.size(1)});
+  if (problem.db) require_partial("partial_db", partial_db, {parts, rows});
   check("conv_wgrad", cuda::conv_wgrad(problem, device, reinterpret_cast<void*>(stream)));
 }
 

@@ -28,6 +28,7 @@ struct DataType {
   uint16_t lanes;
 };
 enum Code : uint8_t { kInt = 0, kFloat = 2, kBfloat = 4 };
+enum DeviceType : int32_t { kCpu = 1, kCuda = 2 };
 
 struct Tensor {
   void* data;
@@ -56,20 +57,26 @@ class Tensor {
     namespace py = pybind11;
     py::object type = py::module_::import("torch").attr("Tensor");
     const py::object table = type.attr("__dlpack_c_exchange_api__");
-    api_ = static_cast<const dlpack::ExchangeApi*>(
+    const auto* api = static_cast<const dlpack::ExchangeApi*>(
         PyCapsule_GetPointer(table.ptr(), "dlpack_exchange_api"));
-    if (!api_) throw py::error_already_set();
-    if (api_->version.major != 1 || !api_->describe)
+    if (!api) throw py::error_already_set();
+    if (api->version.major != 1 || !api->describe)
       throw std::runtime_error("torch's DLPack exchange API must be of version 1");
+    describe = api->describe;
     type_ = type.release().ptr();  // for as long as the process lasts
   }
+  // torch's function; public, so that a test can stand in for torch.
+  inline static int (*describe)(void* object, dlpack::Tensor* out) = nullptr;
 
   template <class T = void>
   T* data() const {
     char* const begin = static_cast<char*>(described_.data);
     return reinterpret_cast<T*>(begin + described_.byte_offset);
   }
-  bool on_cpu() const { return described_.device_type == 1; }
+  bool on_cpu() const { return described_.device_type == dlpack::kCpu; }
+  bool on_cuda(int device) const {
+    return described_.device_type == dlpack::kCuda && described_.device == device;
+  }
   int dims() const { return described_.dims; }
   std::span<const int64_t> sizes() const { return {described_.sizes, size_t(dims())}; }
   std::span<const int64_t> strides() const { return {described_.strides, size_t(dims())}; }
@@ -80,6 +87,7 @@ class Tensor {
     for (const int64_t size : sizes()) product *= size;
     return product;
   }
+  int64_t bytes() const { return numel() * described_.dtype.bits / 8; }
   bool is_contiguous() const {
     int64_t adjacent = 1;
     for (int d = dims(); d-- > 0; adjacent *= size(d))
@@ -124,7 +132,6 @@ class Tensor {
     return described_.dtype.code == code && described_.dtype.bits == bits;
   }
   inline static PyObject* type_ = nullptr;
-  inline static const dlpack::ExchangeApi* api_ = nullptr;
   dlpack::Tensor described_{};
 };
 
@@ -139,8 +146,7 @@ struct type_caster<neq::Tensor> {
   bool load(handle source, bool) {
     auto* type = reinterpret_cast<PyTypeObject*>(neq::Tensor::type_);
     if (!PyObject_TypeCheck(source.ptr(), type)) return false;
-    if (neq::Tensor::api_->describe(source.ptr(), &value.described_) != 0)
-      throw error_already_set();
+    if (neq::Tensor::describe(source.ptr(), &value.described_) != 0) throw error_already_set();
     if (!value.data() && value.numel() > 0)  // a fake one, or its storage was freed
       throw std::invalid_argument("a tensor must have memory");
     return true;

@@ -1,11 +1,13 @@
 // The CUDA kernels, compiled for a CPU: a module with the functions of csrc/bindings_cuda.cpp.
 //
-// What csrc/cuda/gpu.h has of CUDA is written here in plain C++. The threads of a block are
-// contexts that run in turn until they wait for each other: one warp as far as it can, in random
-// order, then another, so that what lacks a barrier reads what is not there yet. Shared memory
-// begins as NaN, and asynchronous copies arrive when they are waited for, or in every other block
-// at once.
-#define NEQ_CUDA_GPU_H
+// What CUDA declares and what csrc/cuda/ptx.h has of a GPU's instructions is written here in plain
+// C++; all else is the code that runs on a GPU. CUDA's headers are empty files (cuda_on_host.py).
+//
+// The threads of a block are contexts that run one at a time until they wait for each other: one
+// warp as far as it can, in random order, then another, so that what lacks a barrier reads what is
+// not there yet. Shared memory begins as NaN, and asynchronous copies arrive when they are waited
+// for, or in every other block at once.
+#define NEQ_CUDA_PTX_H
 
 #include <pybind11/pybind11.h>
 #include <ucontext.h>
@@ -16,10 +18,12 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #define __host__
@@ -61,26 +65,26 @@ inline float __bfloat162float(__nv_bfloat16 x) {
 using cudaStream_t = void*;
 using cudaError_t = const char*;  // of what went wrong
 constexpr cudaError_t cudaSuccess = nullptr;
-inline const char* cudaGetErrorString(cudaError_t error) { return error; }
-inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
-  std::memset(to, value, bytes);
-  return cudaSuccess;
-}
 
 namespace emulated {
 
-constexpr size_t kSharedBytes = 99 << 10;  // of a block, where a GPU has least
+constexpr size_t kSharedBytes = 99 << 10;  // of a block, on the GPU that has least
+constexpr int kDevices = 3;
+
+inline int device = 0;                                        // the current one
+inline std::vector<std::pair<int, cudaStream_t>> used;        // by launches
+inline std::map<std::pair<void*, int>, size_t> shared_bytes;  // that a kernel may take on a device
 
 // Threads that wait for each other.
 struct Barrier {
   int threads = 0, arrived = 0;
-  unsigned turn = 0;
+  unsigned phase = 0;
 };
 
 struct Copy {
   char* to;
   const void* from;
-  bool there;
+  bool valid;
 };
 
 struct Warp;
@@ -93,13 +97,13 @@ struct Thread {
   Warp* warp;
   bool running;
   Barrier* waits_for;
-  unsigned turn;                         // of that barrier
+  unsigned phase;                        // of that barrier
   std::deque<std::vector<Copy>> copies;  // in groups, the last of which has not ended
 };
 
 struct Warp {
   Barrier barrier;
-  // what its threads hand each other, for this and the next exchange
+  // what its threads exchange, for this and the next exchange
   const char* rows[2][32];
   uint32_t a[2][32][4], b[2][32][2];
 };
@@ -122,10 +126,10 @@ inline std::minstd_rand random;  // goes on from one launch to the next, so that
 inline void fail(const char* why) { failure = failure ? failure : why; }
 
 inline void wait(Barrier& barrier) {
-  me->turn = barrier.turn;
+  me->phase = barrier.phase;
   if (++barrier.arrived == barrier.threads) {
     barrier.arrived = 0;
-    ++barrier.turn;
+    ++barrier.phase;
     return;
   }
   me->waits_for = &barrier;
@@ -135,7 +139,7 @@ inline void wait(Barrier& barrier) {
 inline void leave(Barrier& barrier) {
   if (--barrier.threads > 0 && barrier.arrived == barrier.threads) {
     barrier.arrived = 0;
-    ++barrier.turn;
+    ++barrier.phase;
   }
 }
 
@@ -151,7 +155,8 @@ inline void run_thread() {
 
 // Whether it got any further.
 inline bool resume(Thread& thread) {
-  if (!thread.running || (thread.waits_for && thread.waits_for->turn == thread.turn)) return false;
+  if (!thread.running || (thread.waits_for && thread.waits_for->phase == thread.phase))
+    return false;
   thread.waits_for = nullptr;
   me = &thread;
   threadIdx = thread.index;
@@ -198,7 +203,7 @@ inline void run_block(const dim3& size, size_t shared) {
 }
 
 inline void arrive(const Copy& copy) {
-  if (copy.there)
+  if (copy.valid)
     std::memcpy(copy.to, copy.from, 16);
   else
     std::memset(copy.to, 0, 16);
@@ -207,9 +212,9 @@ inline void arrive(const Copy& copy) {
 // 16 bytes of shared memory, or if there are none, of nothing.
 inline char* shared(unsigned place) {
   static uint4 nothing;
-  const bool there = place % 16 == 0 && place / 16 < block.shared.size();
-  if (!there) fail("16 bytes of shared memory that are not there");
-  return reinterpret_cast<char*>(there ? &block.shared[place / 16] : &nothing);
+  const bool exists = place % 16 == 0 && place / 16 < block.shared.size();
+  if (!exists) fail("16 bytes of shared memory that are not there");
+  return reinterpret_cast<char*>(exists ? &block.shared[place / 16] : &nothing);
 }
 
 template <class T>
@@ -225,42 +230,76 @@ float value(uint32_t pair, int half) {
 
 inline void __syncthreads() { emulated::wait(emulated::block.barrier); }
 
-namespace neq::cuda {
+// CUDA's runtime. All devices have the same memory.
 
-struct OnDevice {
-  explicit OnDevice(int) {}
-  cudaError_t error = cudaSuccess;
-};
+inline const char* cudaGetErrorString(cudaError_t error) { return error; }
 
-struct Launch {
-  dim3 grid, block;
-  size_t shared;
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = emulated::device;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaSetDevice(int device) {
+  if (device < 0 || device >= emulated::kDevices) return "invalid device ordinal";
+  emulated::device = device;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
+  emulated::used.emplace_back(emulated::device, stream);
+  std::memset(to, value, bytes);
+  return cudaSuccess;
+}
+
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
+  if (bytes < 0 || size_t(bytes) > emulated::kSharedBytes) return "invalid argument";
+  emulated::shared_bytes[{reinterpret_cast<void*>(kernel), emulated::device}] = bytes;
+  return cudaSuccess;
+}
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
   cudaStream_t stream;
 };
 
-template <class... Parameters>
-cudaError_t launch(void (*kernel)(Parameters...), const Launch& how,
-                   const std::type_identity_t<Parameters>&... parameters) {
-  if (how.shared > emulated::kSharedBytes) return "too much shared memory";
-  emulated::body = [&] { kernel(parameters...); };
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+  const auto asked =
+      emulated::shared_bytes.find({reinterpret_cast<void*>(kernel), emulated::device});
+  const size_t shared = config->dynamicSmemBytes;
+  if (shared > (asked == emulated::shared_bytes.end() ? 48 << 10 : asked->second))
+    return "invalid argument: too much shared memory";
+  for (const dim3& size : {config->gridDim, config->blockDim})
+    if (size.x * uint64_t(size.y) * size.z == 0) return "invalid configuration argument";
+  if (config->gridDim.y >= 1 << 16 || config->gridDim.z >= 1 << 16)
+    return "invalid configuration argument";
+  emulated::used.emplace_back(emulated::device, config->stream);
+  emulated::body = [&] { kernel(arguments...); };
   emulated::failure = nullptr;
-  gridDim = how.grid;
-  blockDim = how.block;
+  gridDim = config->gridDim;
+  blockDim = config->blockDim;
   for (unsigned z = 0; z < gridDim.z; ++z)
     for (unsigned y = 0; y < gridDim.y; ++y)
       for (unsigned x = 0; x < gridDim.x; ++x) {
         blockIdx = {x, y, z};
         emulated::block.copies_at_once ^= true;
-        emulated::run_block(how.block, how.shared);
+        emulated::run_block(blockDim, shared);
       }
   return emulated::failure;
 }
 
+namespace neq::cuda {
+
 inline char* shared_memory() { return reinterpret_cast<char*>(emulated::block.shared.data()); }
 
-inline void copy_async(unsigned to, const void* from, bool there) {
+inline void copy_async(unsigned to, const void* from, bool valid) {
   if (reinterpret_cast<uintptr_t>(from) % 16) emulated::fail("a copy of 16 bytes out of line");
-  const emulated::Copy copy{emulated::shared(to), from, there};
+  const emulated::Copy copy{emulated::shared(to), from, valid};
   if (emulated::block.copies_at_once)
     emulated::arrive(copy);
   else
@@ -282,13 +321,13 @@ void await_copies() {
 // threads gets two elements.
 inline void load_transposed(uint32_t (&matrices)[4], unsigned row) {
   emulated::Warp& warp = *emulated::me->warp;
-  const int turn = warp.barrier.turn % 2, lane = emulated::me->lane;
-  warp.rows[turn][lane] = emulated::shared(row);
+  const int phase = warp.barrier.phase % 2, lane = emulated::me->lane;
+  warp.rows[phase][lane] = emulated::shared(row);
   emulated::wait(warp.barrier);
   for (int m = 0; m < 4; ++m) {
     uint16_t pair[2];
     for (int i = 0; i < 2; ++i) {
-      const char* from = warp.rows[turn][m * 8 + lane % 4 * 2 + i];
+      const char* from = warp.rows[phase][m * 8 + lane % 4 * 2 + i];
       std::memcpy(&pair[i], from + lane / 4 * 2, 2);
     }
     matrices[m] = pair[0] | uint32_t(pair[1]) << 16;
@@ -303,15 +342,15 @@ inline void load_transposed(uint32_t (&matrices)[4], unsigned row) {
 template <class T>
 void multiply_add(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   emulated::Warp& warp = *emulated::me->warp;
-  const int turn = warp.barrier.turn % 2, lane = emulated::me->lane;
-  std::copy(a, a + 4, warp.a[turn][lane]);
-  std::copy(b, b + 2, warp.b[turn][lane]);
+  const int phase = warp.barrier.phase % 2, lane = emulated::me->lane;
+  std::copy(a, a + 4, warp.a[phase][lane]);
+  std::copy(b, b + 2, warp.b[phase][lane]);
   emulated::wait(warp.barrier);
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
     for (int k = 0; k < 16; ++k) {
-      const uint32_t left = warp.a[turn][row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
-      const uint32_t right = warp.b[turn][column * 4 + k % 8 / 2][k / 8];
+      const uint32_t left = warp.a[phase][row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
+      const uint32_t right = warp.b[phase][column * 4 + k % 8 / 2][k / 8];
       sum[i] += emulated::value<T>(left, k % 2) * emulated::value<T>(right, k % 2);
     }
   }
@@ -323,7 +362,40 @@ void multiply_add(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
 #include "../../csrc/cuda/wgrad/conv_wgrad.cu"
 #include "../../csrc/cuda/wgrad/pack.cu"
 
+// In torch's place: tensors on the CPU are described as on a device.
+namespace emulated {
+
+int (*describe_by_torch)(void* object, neq::dlpack::Tensor* out);
+int tensors_on = 0;
+std::map<uintptr_t, int> elsewhere;  // by address; -1: on the CPU
+
+int describe(void* object, neq::dlpack::Tensor* out) {
+  if (const int failed = describe_by_torch(object, out)) return failed;
+  const auto found = elsewhere.find(reinterpret_cast<uintptr_t>(out->data) + out->byte_offset);
+  const int device = found == elsewhere.end() ? tensors_on : found->second;
+  if (out->device_type == neq::dlpack::kCpu && device >= 0)
+    out->device_type = neq::dlpack::kCuda, out->device = device;
+  return 0;
+}
+
+}  // namespace emulated
+
 PYBIND11_MODULE(cuda_on_host, m) {
   neq::Tensor::find_torch();
+  emulated::describe_by_torch = std::exchange(neq::Tensor::describe, emulated::describe);
   neq::bind_cuda(m);
+  m.def("current_device", [] { return emulated::device; });
+  m.def("set_device", [](int device) {
+    if (const auto error = cudaSetDevice(device)) throw std::invalid_argument(error);
+  });
+  m.def("place_tensors", [](int device, std::map<uintptr_t, int> elsewhere) {
+    emulated::tensors_on = device;
+    emulated::elsewhere = std::move(elsewhere);
+  });
+  m.def("used", [] {  // (device, stream) of all launches since the last call
+    std::vector<std::pair<int, uintptr_t>> all;
+    for (const auto& [device, stream] : std::exchange(emulated::used, {}))
+      all.emplace_back(device, reinterpret_cast<uintptr_t>(stream));
+    return all;
+  });
 }

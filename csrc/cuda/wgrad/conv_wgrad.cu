@@ -13,9 +13,13 @@
 
 #include "conv_wgrad.h"
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include <algorithm>
 
 #include "../gpu.h"
+#include "../ptx.h"
 #include "sum_over_y.h"
 
 namespace neq::cuda {
@@ -39,14 +43,13 @@ __host__ __device__ constexpr Size2 input_window(const ConvWgrad& p, Size2 tile)
           (tile.x - 1) * p.stride.x + (p.kernel.x - 1) * p.dilation.x + 1};
 }
 
-// The layout of a tile in shared memory, in bytes: first X, then dY. A pixel is padded to an odd
-// number of 16-byte pieces, so that eight adjacent pixels lie in different banks.
+// The layout of a tile in shared memory, in bytes: first X, then dY.
 struct Layout {
   explicit Layout(const ConvWgrad& p)
-      : x_pixel((2 * p.plan.slices | 1) * 16),
+      : x_pixel(int(x_pixel_bytes(p.plan.slices))),
         x_line(input_window(p, p.plan.tile).x * x_pixel),
         dy(input_window(p, p.plan.tile).y * x_line),
-        dy_pixel((p.neurons / 8 | 1) * 16),
+        dy_pixel(int(dy_pixel_bytes(p.neurons))),
         bytes(dy + ceil_div(p.plan.tile.y * p.plan.tile.x, 16) * 16 * dy_pixel) {}
   int x_pixel, x_line;  // from one pixel, and from one line, to the next
   int dy;               // offset of dY

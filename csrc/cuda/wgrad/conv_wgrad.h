@@ -26,6 +26,11 @@ struct ConvPlan {
   int parts;   // at most the number of tiles
 };
 
+// Of a tile in shared memory. Pixels are padded to an odd number of 16-byte pieces, so that eight
+// adjacent ones lie in different banks.
+constexpr int64_t x_pixel_bytes(int slices) { return (2 * slices | 1) * 16; }
+constexpr int64_t dy_pixel_bytes(int neurons) { return int64_t(neurons / 8 | 1) * 16; }
+
 // The gradient of the weight and bias of a 2-d convolution, for the active rows.
 struct ConvWgrad {
   DType dtype;                       // of dy and x: float16 or bfloat16

@@ -1,5 +1,8 @@
 #include "pack.h"
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include "../gpu.h"
 #include "sum_over_y.h"
 
