@@ -28,7 +28,7 @@ from neq_kernels.wgrad import planner
 CPU = torch.device("cpu")
 TINY = [
     Problem("tiny/linear", 6, 8, (5,), batch=2),
-    Problem("tiny/transposed", 6, 8, (5,), transposed=True, bias=False),
+    Problem("tiny/transposed", 6, 8, (5,), column_major=True, bias=False),
     Problem("tiny/conv", 3, 8, (7, 6), 3, stride=2, padding=1, batch=2, count=3),
     Problem("tiny/depthwise", 8, 8, (5, 5), 3, padding=1, groups=8, bias=False, batch=2),
 ]
@@ -103,7 +103,7 @@ def test_layout(results):
     rows = results("--layout", "channels_last")
     assert images(rows) == {"channels_last"}
     matrices = {row["layout"] for row in rows if row["op"] == "linear_wgrad"}
-    assert matrices == {"contiguous", "transposed"}
+    assert matrices == {"contiguous", "column_major"}
 
 
 def test_active(results):
@@ -229,7 +229,7 @@ def wrong_bias(dw, db):
     [
         (off_by_a_little, "dW by neq is wrong for tiny/linear"),
         (unwritten, "it is off by nan"),
-        (thawed, "its frozen rows are not zero"),
+        (thawed, "it is not zero for frozen neurons"),
         (wrong_bias, "db by neq is wrong for tiny/linear"),
     ],
 )
@@ -277,7 +277,7 @@ def test_piped_output_is_whole_and_plain():
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert len(cells) == 15
     assert cells[1:3] == ["resnet32/layer3", "100x64x8x8 -> 64 3x3"]
-    assert "of 4 rows" in lines[-1]
+    assert "of 4 results" in lines[-1]
     assert done.stderr == ""
 
 
@@ -312,7 +312,7 @@ def rows_for_verdict():
 def test_verdict():
     assert wgrad_report.verdict(rows_for_verdict(), "toaster") == (
         "toaster, float32: realised 0.35 median, -1.00 worst (m/0.5, channels_last, f = 0.5) over "
-        "4 rows with 0 < f <= 0.5; slower than dense in 2 (1 by more than 3%) of 7 rows, "
+        "4 results with 0 < f <= 0.5; slower than dense in 2 (1 by more than 3%) of 7 results, "
         "than dense in its fastest layout in 3 (2 by more than 3%)"
     )
 
@@ -423,7 +423,7 @@ def shapes_of(model, inputs):
 
 
 def shape_of(problem):
-    geometry = (problem.transposed,)
+    geometry = (problem.column_major,)
     if problem.kernel:
         geometry = ((problem.stride,) * 2, (problem.padding,) * 2, problem.groups)
     return problem.x, problem.dy, problem.weight, problem.bias, geometry
@@ -501,7 +501,7 @@ def test_choices(tiny, tmp_path, monkeypatch, capsys):
         assert row["predicted"].keys() == row["measured"].keys() == {"dense", "pack"}
         assert (row["predicted"]["pack"], row["chosen"]) == (0.1, "pack")
         assert row["predicted"]["dense"] > 1  # the frozen rows are zeroed besides
-    kinds = ["linear", "linear, transposed", "k x k", "k x k", "depthwise", "depthwise"]
+    kinds = ["linear", "linear, column_major", "k x k", "k x k", "depthwise", "depthwise"]
     assert [row["kind"] for row in rows] == kinds
     assert "of the plain layer's time in the mean of 6 cases" in capsys.readouterr().out
 
