@@ -37,6 +37,7 @@ from bench.lib.results import TOLERATED, Result
 from bench.lib.timing import interleave
 from bench.lib.wgrad_contenders import Active, Case, active_count
 from neq_kernels.wgrad import planner
+from neq_kernels.wgrad.problem import Problem as Posed
 
 Call = Callable[..., object]
 
@@ -62,8 +63,8 @@ def measure(problem: Problem, layout: str, given: argparse.Namespace) -> list[Re
     costs = {f: predicted(of) for f, of in posed.items()}
     calls: dict[tuple[str, float], Call] = {("plain", 1.0): case.dense}
     for f, active in masks.items():
-        others = (case.weight, active.order, active.k, problem.bias)
-        others += (case.conv,) if case.conv else ()
+        geometry = [case.conv] if case.conv else []
+        others = (case.weight, active.order, active.k, problem.bias, *geometry)
         for name in costs[f]:
             wgrad = getattr(planner.BACKENDS[name], problem.op)
             calls[name, f] = partial(run, wgrad, case, others)
@@ -91,13 +92,13 @@ def run(wgrad: Call, case: Case, others: tuple[object, ...], turn: int) -> objec
     return wgrad(*case.inputs[turn % len(case.inputs)], *others)
 
 
-def problem_of(case: Case, active: Active) -> planner.Problem:
+def problem_of(case: Case, active: Active) -> Posed:
     """The case as the planner sees it."""
     x = case.inputs[0][1]
     return planner.problem_of(x, case.weight, case.problem.neurons, active.k, case.conv)
 
 
-def predicted(problem: planner.Problem) -> dict[str, float]:
+def predicted(problem: Posed) -> dict[str, float]:
     """The time that each able backend predicts, in units of the plain layer's."""
     costs = {name: backend.cost(problem) for name, backend in planner.BACKENDS.items()}
     return {name: cost for name, cost in costs.items() if cost < inf}

@@ -255,10 +255,10 @@ def time_parts(
     steps: Steps, device: torch.device, seconds: float, fewest: int = FEWEST
 ) -> Iterator[dict[Entry, dict[str, Times]]]:
     """Times of each step's gradients, of its update and of both, after each round but the first."""
-    parts = ("lead", "gradients", "update")
-    calls = {(entry, part): getattr(step, part) for entry, step in steps.items() for part in parts}
-    turns = each_round(calls, device, seconds, fewest=fewest, together=len(parts))
-    for taken in islice(turns, 1, None):
+    names = ("lead", "gradients", "update")
+    calls = {(entry, name): getattr(step, name) for entry, step in steps.items() for name in names}
+    rounds = each_round(calls, device, seconds, fewest=fewest, together=len(names))
+    for taken in islice(rounds, 1, None):
         times = {}
         for entry in steps:
             gradients, update = taken[entry, "gradients"], taken[entry, "update"]

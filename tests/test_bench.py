@@ -19,11 +19,12 @@ from transformers.pytorch_utils import Conv1D
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench import backward_speed, choices, optimizer_speed, overhead
-from bench.lib import networks, wgrad_report
+from bench.lib import naive_gather, networks, wgrad_report
 from bench.lib.problems import MODELS, QUICK, Problem, problems
 from bench.lib.timing import FEWEST, Times, each_round, interleave
 from neq_kernels import ops
 from neq_kernels.wgrad import planner
+from neq_kernels.wgrad.geometry import Conv
 
 CPU = torch.device("cpu")
 TINY = [
@@ -255,6 +256,18 @@ def test_a_wrong_kernel_is_not_timed(results, tmp_path, monkeypatch, capsys, fau
         assert row["gather_ms"] is not None or row["active"] == 0
     table = [line for line in capsys.readouterr().out.splitlines() if " wrong " in line]
     assert len(table) == len(rejected) > 0
+
+
+@pytest.mark.parametrize(
+    ("groups", "transposed", "supported"),
+    [(1, False, True), (8, False, True), (2, False, False), (1, True, False)],
+)
+def test_convolutions_that_the_naive_gather_supports(groups, transposed, supported):
+    x, weight = torch.empty(2, 8, 5, 5), torch.empty(8, 8 // groups, 3, 3)
+    conv = Conv((1, 1), (1, 1), (1, 1), transposed, (0, 0), groups)
+    problem = planner.problem_of(x, weight, 8, 4, conv)
+    assert naive_gather.supports(problem) == supported
+    assert naive_gather.cost(problem) == (0.5 if supported else math.inf)
 
 
 # What is printed

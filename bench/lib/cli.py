@@ -5,7 +5,7 @@ argparse prints an ArgumentTypeError after the option's name, and ends the run.
 
 import argparse
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TypeVar
@@ -16,6 +16,7 @@ from neq_kernels.wgrad import planner
 
 DTYPES = ("float32", "bfloat16", "float16")
 Named = TypeVar("Named")
+Value = TypeVar("Value")
 
 
 def new_parser(description: str | None) -> argparse.ArgumentParser:
@@ -118,44 +119,36 @@ def usable_device(text: str) -> torch.device:
 
 
 def fractions(text: str) -> list[float]:
-    try:
-        values = [float(part) for part in text.split(",")]
-    except ValueError:
-        values = [-1.0]
-    if not all(0 <= value <= 1 for value in values):
-        raise argparse.ArgumentTypeError(
-            f"must be fractions from 0 to 1, separated by commas, got {text!r}"
-        )
-    return values
+    """Such as ".5,.25"."""
+    return _value(
+        text,
+        lambda text: [float(part) for part in text.split(",")],
+        lambda values: all(0 <= value <= 1 for value in values),
+        "fractions from 0 to 1, separated by commas",
+    )
 
 
 def share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be a share from 0 to 1, got {text!r}")
-    return value
+    return _value(text, float, lambda value: 0 <= value <= 1, "a share from 0 to 1")
 
 
 def positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
-    return value
+    return _value(text, float, lambda value: value > 0, "a number above 0")
 
 
 def whole(text: str) -> int:
+    return _value(text, int, lambda value: value > 0, "a whole number above 0")
+
+
+def _value(
+    text: str, read: Callable[[str], Value], fits: Callable[[Value], bool], what: str
+) -> Value:
     try:
-        value = int(text)
+        value = read(text)
     except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
+        value = None
+    if value is None or not fits(value):
+        raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}")
     return value
 
 

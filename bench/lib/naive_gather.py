@@ -18,7 +18,7 @@ from neq_kernels.wgrad.problem import Problem, as_matrix
 
 
 def supports(problem: Problem) -> bool:
-    """Linear layers, and convolutions: plain ones or depthwise, but no transposed ones."""
+    """Linear layers, and plain or depthwise convolutions that are not transposed."""
     if problem.conv is None:
         return True
     depthwise = problem.groups == problem.neurons == problem.x[1]
