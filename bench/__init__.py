@@ -1,1 +1,1 @@
-"""Benchmarks. The scripts to run: backward_speed.py and overhead.py."""
+"""Benchmarks. The commands are the modules in this folder, what they share is in lib/."""

@@ -1,18 +1,18 @@
-"""How much of the theory is wall-clock: single weight gradients, dense against neq.
+"""How much of the theoretical saving is wall-clock time: single weight gradients.
 
     python bench/backward_speed.py
     python bench/backward_speed.py --suite full --only resnet --json out.json --plot out.png
 
-For every problem, layout and active fraction f, timed in turns on the same inputs:
+For every problem, layout and active fraction f, these are timed in turns on the same inputs:
 
     dense      the vendor's weight gradient, in the layout in which it is fastest
-    neq        what the layer runs: the plain path at f = 1, nothing at all at f = 0
+    neq        what the layer runs: the plain path at f = 1, nothing at f = 0
     masked     dense, then zeros for the frozen neurons: the published way, the same at any f
     gather     index the active channels, call the vendor, index into zeros
     realised   (dense - neq) / ((1 - f) dense): the share of the saving that is wall-clock
 
-Before anything is timed it is compared with neq_kernels.reference in float64. With an error of more
-than twice the vendor's own it is named in place of being timed, and the run fails in the end.
+Each is first compared with neq_kernels.reference in float64. If its error is more than twice the
+vendor's, it is named instead of timed, and the run fails in the end.
 """
 
 import argparse
@@ -27,13 +27,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.lib import cli, wgrad_report
+from bench.lib import cli, results, wgrad_report
+from bench.lib.environment import environment
 from bench.lib.problems import Problem, problems
-from bench.lib.timing import Times, environment, interleave
+from bench.lib.results import Result
+from bench.lib.timing import Times, interleave
 from bench.lib.wgrad_contenders import Active, Case, Gate, WrongResultError, active_count
-from bench.lib.wgrad_report import Row
 
-DTYPES = ("float32", "bfloat16", "float16")
 LAYOUTS = ("contiguous", "channels_last")
 Key = tuple[Any, ...]  # of a contender: its name, its layout, its number of active neurons
 
@@ -42,18 +42,18 @@ def main(arguments: list[str] | None = None) -> None:
     given = parse(arguments)
     device, dtype = given.device, getattr(torch, given.dtype)
     if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # dense is to be as fast as it can
+        torch.backends.cudnn.benchmark = True  # for the fastest dense gradient
     facts = environment(device)
-    wgrad_report.show_environment(facts)
-    rows: list[Row] = []
+    results.show_environment(facts)
+    found: list[Result] = []
     with cli.tuned(given):
         for problem in tqdm(given.problems, unit="problem", disable=None, leave=False):
-            rows += measure(problem, given.layouts, given.active, device, dtype, given.seconds)
-            wgrad_report.save(rows, facts, given.json)  # should the next one be the last
-    wgrad_report.show(rows, facts)
+            found += measure(problem, given.layouts, given.active, device, dtype, given.seconds)
+            results.save(found, facts, given.json)  # the next problem may be cut off
+    wgrad_report.show(found, facts)
     if given.plot:
-        wgrad_report.plot(rows, facts, given.plot)
-    wgrad_report.refuse_wrong(rows)
+        wgrad_report.plot(found, facts, given.plot)
+    results.refuse_wrong(found)
 
 
 def measure(
@@ -63,13 +63,13 @@ def measure(
     device: torch.device,
     dtype: torch.dtype,
     seconds: float,
-) -> list[Row]:
-    """The rows of one problem: check every contender, then time all of them in turns."""
-    # the baseline is the fastest layout, whichever are asked for
+) -> list[Result]:
+    """Check every contender for one problem, then time all of them in turns."""
+    # dense runs in every layout, asked for or not: the fastest is the baseline
     cases = {layout: Case.make(problem, layout, device, dtype) for layout in problem.layouts}
     asked = [case for case in cases.values() if case.layout in layouts] or [*cases.values()]
     weight, truth = asked[0].weight, asked[0].truth()
-    # of few neurons, several fractions may be the same number
+    # several fractions of few neurons may be the same number
     counts = dict.fromkeys(active_count(f, problem.neurons) for f in fractions)
     masks = [Active.random(k, weight) for k in counts]
     half = Active.random(problem.neurons // 2, weight)
@@ -92,11 +92,11 @@ def measure(
                 faults[key] = str(error)
 
     times = interleave(calls, device, seconds)
-    return [row(case, active, times, faults) for case in asked for active in masks]
+    return [result(case, active, times, faults) for case in asked for active in masks]
 
 
-def row(case: Case, active: Active, times: dict[Key, Times], faults: dict[Key, str]) -> Row:
-    """What is known of one case with some neurons active."""
+def result(case: Case, active: Active, times: dict[Key, Times], faults: dict[Key, str]) -> Result:
+    """One case with some neurons active."""
     problem, layout = case.problem, case.layout
     contenders = {
         "neq": ("neq", layout, active.k),
@@ -104,7 +104,7 @@ def row(case: Case, active: Active, times: dict[Key, Times], faults: dict[Key, s
         "gather": ("gather", layout, active.k),
     }
     fastest = min(problem.layouts, key=lambda layout: times["dense", layout].p50)
-    out: Row = {
+    out: Result = {
         "op": problem.op,
         "name": problem.name,
         "shape": problem.shape,
@@ -117,7 +117,7 @@ def row(case: Case, active: Active, times: dict[Key, Times], faults: dict[Key, s
     }
     measured = {
         "dense": times["dense", fastest],
-        "plain": times["dense", layout],  # what the layer was before it was converted
+        "plain": times["dense", layout],  # the layer before it was converted
         **{name: times.get(key) for name, key in contenders.items()},
     }
     for name, t in measured.items():
@@ -131,26 +131,23 @@ def row(case: Case, active: Active, times: dict[Key, Times], faults: dict[Key, s
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--suite", choices=("quick", "full"), default="quick")
+    parser = cli.new_parser(__doc__)
+    cli.add_suite(parser, "quick")
     cli.add_device(parser)
-    add("--dtype", choices=DTYPES, default="float32")
-    add("--layout", choices=(*LAYOUTS, "both"), default="both", help="of images")
-    add("--active", type=cli.fractions, default="1,.75,.5,.25,.1,0", metavar="F,F,...")
+    parser.add_argument("--dtype", choices=cli.DTYPES, default="float32")
+    parser.add_argument("--layout", choices=(*LAYOUTS, "both"), default="both", help="of images")
+    cli.add_active(parser, "1,.75,.5,.25,.1,0")
     cli.add_only(parser, "resnet50 or swin.*mlp")
-    add("--seconds", type=cli.positive, default=3.0, metavar="S", help="of timing per problem")
+    cli.add_seconds(parser, 3, "problem")
     cli.add_table(parser)
-    add("--json", type=cli.output, metavar="FILE")
-    add("--plot", type=cli.image, metavar="FILE")
+    cli.add_json(parser)
+    cli.add_plot(parser)
     given = parser.parse_args(arguments)
 
     given.layouts = LAYOUTS if given.layout == "both" else (given.layout,)
-    given.problems = problems(given.suite, given.device.type)
-    names = cli.chosen(parser, given, "problem", [p.name for p in given.problems])
-    given.problems = [p for p in given.problems if p.name in names]
+    suite = {p.name: p for p in problems(given.suite, given.device.type)}
+    asked = cli.chosen(parser, given, f"problem of the {given.suite} suite", suite)
+    given.problems = [*asked.values()]
     cli.load_table(parser, given)
     return given
 

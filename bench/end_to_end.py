@@ -1,35 +1,35 @@
-"""How much of the theory is wall-clock in whole training steps: forward, backward, optimizer.
+"""How much of the theoretical saving is wall-clock time: whole training steps.
 
     python bench/end_to_end.py
     python bench/end_to_end.py --only resnet --active .5,.1 --json out.json --plot out.png
 
-For every network, with a share f of the neurons active, timed in turns (the steps are in
-bench/lib/step_contenders.py):
+For every network, with a share f of the neurons active, these steps are timed in turns:
 
-    dense      as anyone would, in the layout in which that is fastest
+    dense      the plain model, in the layout in which it is fastest
     none       no weight gradient in any converted layer, and every input gradient
     neq        a random share f of each layer's neurons is active; at 0, autograd also prunes
     realised   (dense - neq) / ((1 - f) (dense - none)): the share of the saving that is wall-clock
 
-and for comparison, at the f nearest to a half,
+and for comparison, at the f nearest to a half:
 
-    masked     dense, then zeros in the frozen rows: the published way, the same at any f
-    gather     as neq, but by a naive index-gather around the vendor's calls
-    layers     requires_grad=False on layers drawn at random
+    masked     dense, then zeros for the frozen neurons: the published way, the same at any f
+    gather     as neq, but by a naive gather around the vendor's calls
+    layers     requires_grad=False on random layers
 
-Each contender has the layout that suits it best. Forward with backward and the optimizer's update
-are timed apart too. Peak memory is that of the tensors which a step takes beyond parameters, batch
-and the optimizer's state. Two ceilings say how many times faster a step could be: by the FLOPs of
-the network's layers, and if weight gradients were a third of it, 3 / (2 + f).
+bench/lib/step_contenders.py defines them. Each contender runs in its fastest layout. A step is
+forward, backward and the optimizer's update; the update is also timed apart. Peak memory is that of
+the tensors which a step takes beyond parameters, batch and the optimizer's state. Two ceilings say
+how many times faster a step could be: one by the FLOPs of the network's layers, the other,
+3 / (2 + f), as if weight gradients were a third of the step.
 
-Before anything is timed, its loss and its gradients are compared with those of the dense step: one
-that is not the same is named in place of being timed, and the run fails in the end.
+The loss and the gradients of each step are first compared with the dense step's. If they differ,
+the step is named instead of timed, and the run fails in the end.
 """
 
 import argparse
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -40,13 +40,14 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.lib import cli, step_report, wgrad_report
+from bench.lib import cli, results, step_report
+from bench.lib.environment import environment
 from bench.lib.networks import Network, networks
 from bench.lib.peak_memory import peak_bytes
+from bench.lib.results import Result
 from bench.lib.step_contenders import Backends, Bench, Gate, Step
-from bench.lib.timing import FEWEST, Times, each_round, environment
+from bench.lib.timing import FEWEST, Times, each_round
 from bench.lib.wgrad_contenders import WrongResultError
-from bench.lib.wgrad_report import Row
 
 DTYPES = ("float32", "bfloat16")
 PERCENTILES = ("p20", "ms", "p80")
@@ -59,29 +60,29 @@ MEASURED = (
 def main(arguments: list[str] | None = None) -> None:
     given = parse(arguments)
     if given.device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # dense is to be as fast as it can
+        torch.backends.cudnn.benchmark = True  # for the fastest dense step
     facts = environment(given.device)
-    wgrad_report.show_environment(facts)
-    rows: list[Row] = []
+    results.show_environment(facts)
+    found: list[Result] = []
     bar = tqdm(given.networks.items(), unit="network", disable=None, leave=False)
     with cli.tuned(given):
         for name, network in bar:
-            its_rows: list[Row] = []
-            for its_rows in fitted(name, network, given, bar):
-                wgrad_report.save(rows + its_rows, facts, given.json)  # should the next be the last
-            rows += its_rows
-    if not rows:
+            so_far: list[Result] = []
+            for so_far in fitted(name, network, given, bar):
+                results.save(found + so_far, facts, given.json)  # the next round may be cut off
+            found += so_far
+    if not found:
         sys.exit("error: no network fits into the memory of this device")
-    step_report.show(rows, facts)
+    step_report.show(found, facts)
     if given.plot:
-        step_report.plot(rows, facts, given.plot)
-    wgrad_report.refuse_wrong(rows)
+        step_report.plot(found, facts, given.plot)
+    results.refuse_wrong(found)
 
 
 def fitted(
     name: str, network: Network, given: argparse.Namespace, bar: tqdm
-) -> Iterator[list[Row]]:
-    """The rows of one network, on as many samples as fit; none if not one does."""
+) -> Iterator[list[Result]]:
+    """``measure`` on as many samples as fit; nothing if a single sample does not fit."""
     samples = network.gpu if given.device.type == "cuda" else network.cpu
     while samples:
         try:
@@ -96,10 +97,10 @@ def fitted(
 
 def measure(
     name: str, network: Network, samples: int, given: argparse.Namespace, bar: tqdm
-) -> Iterator[list[Row]]:
-    """Check every contender, find the layout that suits it, then time all of them in turns.
+) -> Iterator[list[Result]]:
+    """Check every contender, find its fastest layout, then time all of them in turns.
 
-    The rows come after each round of turns, by all the rounds so far.
+    Yields the results of all rounds so far, after each round.
     """
 
     def stage(text: str) -> None:
@@ -117,35 +118,13 @@ def measure(
     shares = Shares.of(benches[0])
 
     steps: Steps = {}
-    facts: dict[Entry, Row] = {}
+    facts: dict[Entry, Result] = {}
     for bench in benches:
-        if given.compile:
-            bench.compile()
-        gate = Gate(name, bench, Step(bench, "dense", 1, shares.wgrads))
-        for contender in contenders(given):
-            entry = Entry(*contender, bench.layout)
-            stage(f"checking {entry.name}")
-            step = Step(bench, *contender, shares.wgrads)
-            with nullcontext("") if given.compile else Backends(step) as asked:
-                wrong = fault(gate, step)
-            if not wrong:
+        for entry, step, known in checked(name, bench, shares, given, stage):
+            facts[entry] = {"network": name, "samples": samples} | known
+            if not known["wrong"]:
                 steps[entry] = step
-            facts[entry] = {
-                "network": name,
-                "samples": samples,
-                "parameters": sum(p.numel() for p in bench.parameters.values()),
-                "contender": entry.name,
-                "active": entry.active,
-                "dtype": given.dtype,
-                "layout": entry.layout,
-                "mode": given.mode,
-                "optimizer": step.optimizer,
-                "backends": str(asked),
-                "ceiling": 1 / (1 - (1 - entry.active) * shares.of_step),
-                "ceiling_of_thirds": 3 / (2 + entry.active),
-                "wrong": wrong,
-            }
-    rejected = [row | dict.fromkeys(MEASURED) for row in facts.values() if row["wrong"]]
+    rejected = [r | dict.fromkeys(MEASURED) for r in facts.values() if r["wrong"]]
 
     stage("finding layouts")
     steps = in_best_layout(steps, device)
@@ -157,12 +136,45 @@ def measure(
             step.capture(pool)
     stage("timing")
     for times in time_parts(steps, device, given.seconds):
-        rows = [facts[e] | measured(e, times) | {"peak_mib": peaks[e]} for e in steps]
-        yield rows + rejected
+        timed = [facts[e] | measured(e, times) | {"peak_mib": peaks[e]} for e in steps]
+        yield timed + rejected
+
+
+def checked(
+    name: str,
+    bench: Bench,
+    shares: "Shares",
+    given: argparse.Namespace,
+    stage: Callable[[str], None],
+) -> Iterator[tuple["Entry", Step, Result]]:
+    """Each contender's step on one network, and what is known of it before it is timed."""
+    if given.compile:
+        bench.compile()
+    gate = Gate(name, bench, Step(bench, "dense", 1, shares.wgrads))
+    for contender in contenders(given):
+        entry = Entry(*contender, bench.layout)
+        stage(f"checking {entry.name}")
+        step = Step(bench, *contender, shares.wgrads)
+        with nullcontext("") if given.compile else Backends(step) as asked:
+            wrong = fault(gate, step)
+        known = {
+            "parameters": sum(p.numel() for p in bench.parameters.values()),
+            "contender": entry.name,
+            "active": entry.active,
+            "dtype": given.dtype,
+            "layout": entry.layout,
+            "mode": given.mode,
+            "optimizer": step.optimizer,
+            "backends": str(asked),
+            "ceiling": 1 / (1 - (1 - entry.active) * shares.of_step),
+            "ceiling_of_thirds": 3 / (2 + entry.active),
+            "wrong": wrong,
+        }
+        yield entry, step, known
 
 
 def fault(gate: Gate, step: Step) -> dict[str, str]:
-    """What is wrong with the step, if anything is, by its name."""
+    """The step's fault by the step's name; empty if the step is right."""
     try:
         gate.admit(step)
     except WrongResultError as error:
@@ -181,7 +193,7 @@ Steps = dict[Entry, Step]
 
 class Shares(NamedTuple):
     wgrads: dict[str, int]  # FLOPs of the weight gradient of each converted layer
-    of_step: float  # theirs, of all FLOPs of all layers
+    of_step: float  # the share that these make up of all FLOPs of all layers
 
     @classmethod
     def of(cls, bench: Bench) -> "Shares":
@@ -204,8 +216,8 @@ def contenders(given: argparse.Namespace) -> Iterator[tuple[str, float]]:
 
 
 def in_best_layout(steps: Steps, device: torch.device) -> Steps:
-    """Each contender's step in the layout in which its like are fastest; dense in every layout."""
-    typical: dict[tuple[str, str], Entry] = {}  # half of the neurons, or nearly
+    """Each contender's steps in its fastest layout; dense in every layout."""
+    typical: dict[tuple[str, str], Entry] = {}  # the one with nearly half of the neurons active
     for entry in sorted(steps, key=lambda e: abs(e.active - 0.5)):
         typical.setdefault((entry.name, entry.layout), entry)
     if len({layout for _, layout in typical}) == 1:
@@ -215,10 +227,10 @@ def in_best_layout(steps: Steps, device: torch.device) -> Steps:
     best: dict[str, Entry] = {}
     for entry in sorted(trial, key=lambda e: trial[e]["step"].p50):
         best.setdefault(entry.name, entry)
-    order = [*dict.fromkeys(entry[:2] for entry in steps)]
+    rank = [*dict.fromkeys(entry[:2] for entry in steps)]
     return {
         entry: steps[entry]
-        for entry in sorted(steps, key=lambda e: order.index(e[:2]))
+        for entry in sorted(steps, key=lambda e: rank.index(e[:2]))
         if entry.name == "dense" or entry.layout == best[entry.name].layout
     }
 
@@ -229,7 +241,7 @@ def measure_memory(steps: Steps) -> dict[Entry, float]:
     for entry, step in steps.items():
         if entry.active:
             first.setdefault((entry.layout, step.optimizer), step)
-    for step in first.values():  # makes the optimizer's state, which stays
+    for step in first.values():  # makes the optimizer's state, which remains
         step.prepare()
         step.whole()
     peaks = {}
@@ -242,11 +254,11 @@ def measure_memory(steps: Steps) -> dict[Entry, float]:
 def time_parts(
     steps: Steps, device: torch.device, seconds: float, fewest: int = FEWEST
 ) -> Iterator[dict[Entry, dict[str, Times]]]:
-    """Of each step's gradients, its update, and both together: after each round but the first."""
-    parts = ("lead", "gradients", "update")
-    calls = {(entry, part): getattr(step, part) for entry, step in steps.items() for part in parts}
-    turns = each_round(calls, device, seconds, fewest=fewest, together=len(parts))
-    for taken in islice(turns, 1, None):
+    """Times of each step's gradients, of its update and of both, after each round but the first."""
+    names = ("lead", "gradients", "update")
+    calls = {(entry, name): getattr(step, name) for entry, step in steps.items() for name in names}
+    rounds = each_round(calls, device, seconds, fewest=fewest, together=len(names))
+    for taken in islice(rounds, 1, None):
         times = {}
         for entry in steps:
             gradients, update = taken[entry, "gradients"], taken[entry, "update"]
@@ -256,8 +268,8 @@ def time_parts(
         yield times
 
 
-def measured(entry: Entry, times: dict[Entry, dict[str, Times]]) -> Row:
-    """What follows from the times for one of them."""
+def measured(entry: Entry, times: dict[Entry, dict[str, Times]]) -> Result:
+    """One step's times, and what follows from them."""
     dense = min((t for e, t in times.items() if e.name == "dense"), key=lambda t: t["step"].p50)
     none = next((t for e, t in times.items() if e.name == "none"), None)
     spans = {
@@ -271,7 +283,7 @@ def measured(entry: Entry, times: dict[Entry, dict[str, Times]]) -> Row:
 def compare(
     entry: Entry, dense: dict[str, Times], none: dict[str, Times] | None, own: dict[str, Times]
 ) -> dict[str, float | None]:
-    """With dense, and with what could be saved: of the step, and of forward and backward alone."""
+    """Compare with dense and with what could be saved: the step, and forward and backward alone."""
     out: dict[str, float | None] = {"ratio": own["step"].p50 / dense["step"].p50}
     for name, part in (("realised", "step"), ("realised_gradients", "gradients")):
         saving = (1 - entry.active) * (dense[part].p50 - none[part].p50) if none else 0
@@ -281,21 +293,19 @@ def compare(
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.new_parser(__doc__)
     add = parser.add_argument
-    add("--suite", choices=("quick", "full"), default="full")
+    cli.add_suite(parser, "full")
     cli.add_device(parser)
-    add("--dtype", choices=DTYPES, help="of autocast; by default bfloat16 on a GPU, else float32")
-    add("--active", type=cli.fractions, default=".75,.5,.25,.1,0", metavar="F,F,...")
+    add("--dtype", choices=DTYPES, help="of autocast (default: bfloat16 on a GPU, else float32)")
+    cli.add_active(parser, ".75,.5,.25,.1,0")
     cli.add_only(parser, "resnet50 or swin")
-    add("--compile", action="store_true", help="every model, with torch.compile")
+    add("--compile", action="store_true", help="compile every model with torch.compile")
     add("--graphs", action="store_true", help="replay each step as CUDA graphs")
     cli.add_table(parser)
-    add("--seconds", type=cli.positive, default=30.0, metavar="S", help="of timing per network")
-    add("--json", type=cli.output, metavar="FILE")
-    add("--plot", type=cli.image, metavar="FILE")
+    cli.add_seconds(parser, 30, "network")
+    cli.add_json(parser)
+    cli.add_plot(parser)
     given = parser.parse_args(arguments)
 
     cli.load_table(parser, given)
@@ -305,9 +315,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     given.dtype = given.dtype or ("bfloat16" if given.device.type == "cuda" else "float32")
     if given.graphs and given.device.type != "cuda":
         parser.error(f"argument --graphs: CUDA graphs need a GPU, the device is {given.device}")
-    every = networks(given.suite, given.device.type)
-    names = cli.chosen(parser, given, "network", [*every])
-    given.networks = {name: every[name] for name in names}
+    suite = networks(given.suite, given.device.type)
+    given.networks = cli.chosen(parser, given, f"network of the {given.suite} suite", suite)
     return given
 
 

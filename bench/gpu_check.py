@@ -1,23 +1,24 @@
-"""Everything that only a GPU can tell, in one command, a few minutes, and without a network.
+"""All checks that need a GPU: one command, a few minutes, no network.
 
     python bench/gpu_check.py
     python bench/gpu_check.py --out /tmp/h200 --minutes 5
 
-The tests that need a GPU, those of the Triton kernels' machine code, compute-sanitizer on the
-project's own kernels where there is one, the weight gradients of real models while the planner
-times its backends, and whole training steps; first what the project has goals for. Every part is a
-process with a time limit and a log of its own: what one loses, the others keep, and a benchmark
-that is stopped keeps what it has measured. The exit status is 1 if a part failed or a result was
-wrong, and otherwise 0: what was cut off for time, or left out, the table names. In the folder of
-results, bench/results/<GPU> by default:
+It runs the tests that need a GPU and those of the Triton kernels' machine code; compute-sanitizer,
+if it is installed, on the project's own kernels; the weight gradients of real models, while the
+planner times its backends; and whole training steps. What the project has goals for comes first.
 
-    gpu_check.json      the machine, how each part ended, every row of the benchmarks
+Every part is a process with a time limit and a log of its own. If one part fails, the results of
+the others remain, and a benchmark that is stopped keeps what it has measured. The exit status is 1
+if a part failed or a result was wrong, otherwise 0. A table names the parts that were stopped or
+left out. The folder of results, bench/results/<GPU> by default, then holds
+
+    gpu_check.json      the machine, how each part ended, every result of the benchmarks
     backward_speed.png  the weight gradients as a figure
     end_to_end.png      the steps as a figure
-    planner.json        the choices that were measured: as
+    planner.json        the measured choices: copied to
                         neq_kernels/wgrad/tables/<GPU>.json they hold on every such GPU
-    optimizer_speed.json, probe.json    what those benchmarks measured
-    *.log               what each part printed
+    optimizer_speed.json, probe.json    the results of those benchmarks
+    *.log               the output of each part
 """
 
 import argparse
@@ -36,27 +37,23 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
-from rich import box
-from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.lib import cli, step_report, wgrad_report
-from bench.lib.timing import device_name, environment
-from neq_kernels.device import names as machine
-
-Row = dict[str, Any]
+from bench.lib import cli, results, step_report, wgrad_report
+from bench.lib.environment import device_name, environment
+from bench.lib.results import Result
+from neq_kernels.device import names
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTEST = [sys.executable, "-m", "pytest", "-q", "--hypothesis-profile", "few"]
-EXACT = "bfloat16 and (exact or bits or tile)"  # of the tests, those that tell the most
-# by when each is to be done, as a share of all the time
+EXACT = "bfloat16 and (exact or bits or tile)"  # the tests that say the most
+# each has to end by this share of all the time
 SPEED = {"llama-8b": 0.39, "swin-b|vit-l|gpt2|gpt2-medium": 0.48, "resnet50|resnet32": 0.58}
-REST = "resnet18|convnext-t|swin-t|vit-s|vit-b|llama-1b"
+OTHERS = "resnet18|convnext-t|swin-t|vit-s|vit-b|llama-1b"
 STEPS = {"resnet50": 0.64, "gpt2-medium": 0.69, "swin-b": 0.74, "llama-1b": 0.78}
 KERNELS = [  # a small problem of each
     "tests/test_fused.py::test_same_bits_however_often",
@@ -69,14 +66,14 @@ KERNELS = [  # a small problem of each
 ]
 FRACTIONS = (0.75, 0.5, 0.25, 0.1)
 UNSUPPORTED = "Device not supported"  # compute-sanitizer, in some virtual machines
-GRACE = 10  # seconds in which a part whose time is over may say what it knows
+GRACE = 10  # seconds for a part whose time is over to print what it knows
 
 
 @dataclass(frozen=True)
 class Part:
     name: str
     command: list[str]
-    until: float  # of all the time, the share that is over when it has to end
+    until: float  # it has to end when this share of all the time is over
 
 
 @dataclass(frozen=True)
@@ -94,36 +91,35 @@ class Outcome:
 def main(arguments: list[str] | None = None) -> int:
     given = parse(arguments)
     facts = environment(torch.device("cuda"))
-    wgrad_report.show_environment(facts)
-    name = machine.slug(device_name(facts))
+    results.show_environment(facts)
+    name = names.slug(device_name(facts))
     out = given.out or ROOT / "bench/results" / name
     out.mkdir(parents=True, exist_ok=True)
 
-    # the rest is for stopping the last part, and for the figures
+    # two more are left to stop the last part, and to draw the figures
     start, seconds = time.monotonic(), 60 * given.minutes - 2 * GRACE
     outcomes = [run(part, out, start + part.until * seconds) for part in parts(out, seconds)]
-    rows, steps = results(out, "speed"), results(out, "steps")
+    wgrads, steps = read(out, "speed"), read(out, "steps")
     summary = {"environment": facts, "parts": [asdict(o) for o in outcomes]}
-    summary |= {"results": rows, "steps": steps}
+    summary |= {"results": wgrads, "steps": steps}
     (out / "gpu_check.json").write_text(json.dumps(summary, indent=1) + "\n")
 
-    console = Console(width=wgrad_report.WIDTH, highlight=False)
-    console.print(ending(outcomes))
-    if wrong := wgrad_report.faults(rows + steps):
+    results.show_table(endings(outcomes))
+    if wrong := results.faults(wgrads + steps):
         print(*wrong, sep="\n")
-    if rows:
-        console.print(by_model(rows))
-        print(wgrad_report.verdict(rows, device_name(facts)))
-        wgrad_report.plot(rows, facts, out / "backward_speed.png")
+    if wgrads:
+        results.show_table(medians(wgrads))
+        print(wgrad_report.verdict(wgrads, device_name(facts)))
+        wgrad_report.plot(wgrads, facts, out / "backward_speed.png")
     if steps:
         step_report.show(steps, facts)
         step_report.plot(steps, facts, out / "end_to_end.png")
-    print(f"more in {out}; {out / 'planner.json'} is to be neq_kernels/wgrad/tables/{name}.json")
+    print(f"more in {out}; copy {out / 'planner.json'} to neq_kernels/wgrad/tables/{name}.json")
     return int(bool(wrong) or any(outcome.failed for outcome in outcomes))
 
 
 def parts(out: Path, seconds: float) -> Iterator[Part]:
-    # one at a time for each worker: the first tests come first
+    # each worker takes one test at a time, so that the first tests come first
     workers = ["-n", "8", "--maxschedchunk", "1"] if find_spec("xdist") else []
     on_gpu = [*PYTEST, *workers, "-m", "gpu", "-k"]
     of_kernels = [*dict.fromkeys(kernel.partition("::")[0] for kernel in KERNELS)]
@@ -167,18 +163,18 @@ def parts(out: Path, seconds: float) -> Iterator[Part]:
     yield steps("resnet50", 0.97, "--compile")
     flags = "--epochs", 3, "--steps", 5, "--seconds", seconds / 2000
     yield benchmark("probe", "probe", 0.98, *flags)
-    yield speed(REST, 1)
+    yield speed(OTHERS, 1)
 
 
 def find(tool: str) -> str:
-    """Where it is; only its name, if it is nowhere."""
+    """The path of a tool; its name alone if it is not installed."""
     homes = os.environ.get("CUDA_HOME"), "/usr/local/cuda"
     folders = [os.environ.get("PATH", ""), *(f"{home}/bin" for home in homes if home)]
     return shutil.which(tool, path=os.pathsep.join(folders)) or tool
 
 
 def run(part: Part, out: Path, end: float) -> Outcome:
-    """How the part ended, which is at ``end`` at the latest; its output goes to its log."""
+    """Run the part until ``end`` at the latest; its output goes to its log."""
     started = time.monotonic()
     log = out / f"{part.name}.log"
     log.unlink(missing_ok=True)
@@ -195,7 +191,7 @@ def run(part: Part, out: Path, end: float) -> Outcome:
 
 
 def _stopped(ended: str, last_line: str) -> str:
-    """What tests say in the end, of those that they still came to."""
+    """The ending of a stopped part, with the counts if it ran tests."""
     counts = re.findall(r"([1-9]\d*) (passed|failed|error)", last_line)
     failed = {"failed", "error"} & {what for _, what in counts}
     told = ", ".join(f"{n} {what}" for n, what in counts)
@@ -207,7 +203,7 @@ def _run(command: list[str], log: Path, seconds: float) -> str:
         return f"left out: no {command[0]} here"
     if seconds <= 0:
         return "left out: no time was left"
-    # the sanitizer sees what lies beyond a tensor only if its memory is its own
+    # the sanitizer sees the end of a tensor only if the tensor has an allocation of its own
     env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if "--tool" in command else None
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -228,12 +224,12 @@ def _run(command: list[str], log: Path, seconds: float) -> str:
 
 
 def _listen() -> None:
-    """What a shell runs in the background ignores interrupts, and so would all that it starts."""
+    """Heed interrupts: a shell's background process ignores them, and so do its children."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _stop(process: subprocess.Popen) -> None:
-    """Interrupted, tests still say which failed, and the planner's choices are saved."""
+    """Interrupt first: tests then print which failed, and benchmarks save the planner's choices."""
     os.killpg(process.pid, signal.SIGINT)
     with suppress(subprocess.TimeoutExpired):
         process.wait(GRACE)
@@ -242,49 +238,38 @@ def _stop(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def results(out: Path, kind: str) -> list[Row]:
-    """The rows of all parts of a kind, as far as those came."""
+def read(out: Path, kind: str) -> list[Result]:
+    """The results of all parts of a kind, as far as they were written."""
     files = sorted(out.glob(f"{kind} *.json"))
-    return [row for file in files for row in json.loads(file.read_text())["results"]]
+    return [result for file in files for result in json.loads(file.read_text())["results"]]
 
 
-def ending(outcomes: list[Outcome]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("part", "seconds", "ended", "last line"):
-        table.add_column(heading)
+def endings(outcomes: list[Outcome]) -> Table:
+    table = results.new_table(("part",), ("seconds",), ("ended", "last line"))
     for outcome in outcomes:
         cells = outcome.name, f"{outcome.seconds:.0f}", outcome.ended, outcome.last_line[:120]
         table.add_row(*cells)
     return table
 
 
-def by_model(rows: list[Row]) -> Table:
+def medians(wgrads: list[Result]) -> Table:
     """Medians over a model's layers, each in the layout in which its dense gradient is fastest."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("realised at f =")
-    for fraction in FRACTIONS:
-        table.add_column(str(fraction), justify="right")
-    table.add_column("backends")
-    models: dict[str, list[Row]] = {}
-    for row in wgrad_report.timed(rows):
-        if row["layout"] == row["dense_layout"] and 0 < row["active"] < 1:
-            models.setdefault(row["name"].partition("/")[0], []).append(row)
-    for model, its_rows in models.items():
-        medians = []
+    table = results.new_table(("realised at f =",), [*map(str, FRACTIONS)], ("backends",))
+    some = [r for r in wgrads if 0 < r["active"] < 1]
+    for model, its in wgrad_report.by_model(some).items():
+        cells = []
         for fraction in FRACTIONS:
-            near = [r["realised"] for r in its_rows if abs(r["active"] - fraction) < 0.04]
-            medians.append(f"{median(near):.2f}" if near else "-")
-        backends = Counter(r["backend"] for r in its_rows).most_common()
-        table.add_row(model, *medians, ", ".join(f"{name} {times}" for name, times in backends))
+            near = [r["realised"] for r in its if abs(r["active"] - fraction) < 0.04]
+            cells.append(results.cell(median(near) if near else None))
+        backends = Counter(r["backend"] for r in its).most_common()
+        table.add_row(model, *cells, ", ".join(f"{name} {times}" for name, times in backends))
     return table
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where results go")
-    parser.add_argument("--minutes", type=cli.positive, default=8.0, help="at most, altogether")
+    parser = cli.new_parser(__doc__)
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="of the results")
+    parser.add_argument("--minutes", type=cli.positive, default=8.0, help="for all parts together")
     given = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error(f"needs a GPU: torch {torch.__version__} sees no CUDA device")

@@ -1,16 +1,18 @@
-"""What an optimizer's step costs with part of the neurons active: torch's, guarded, and neq's.
+"""The time of an optimizer's step with part of the neurons active: torch's, guarded, and neq's.
 
     python bench/optimizer_speed.py
     python bench/optimizer_speed.py --only adamw --active .5,.1 --json out.json
 
-The parameters are those of ResNet-50 and ViT-B/16; their gradients are random and a fraction f of
-each layer's neurons, at random, is active. Timed in turns, on the same parameters:
+The parameters are those of ResNet-50 and ViT-B/16, their gradients are random. A random fraction f
+of each layer's neurons is active. These are timed in turns, on the same parameters:
 
-    default    torch's optimizer as one gets it; foreach and fused as one can ask for
-    guarded    the fused one under neq.optim.Guard, which keeps frozen rows and their state
+    default    torch's optimizer without flags
+    foreach    torch's with foreach=True
+    fused      torch's with fused=True
+    guarded    the fused one under neq.optim.Guard, which keeps frozen neurons and their state
     neq        neq.optim's, of the same name
     realised   (fused - neq) / ((1 - f) fused): the share of the saving that is wall-clock
-    of copy    the bytes per second that neq's step has to move, as a share of those of a plain copy
+    of copy    the bytes per second that neq's step moves, as a share of a plain copy's
 """
 
 import argparse
@@ -20,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
 from rich.table import Table
 from torch import nn
 from torch.optim import Optimizer
@@ -29,17 +30,15 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import neq
-from bench.lib import cli, wgrad_report
-from bench.lib.timing import environment, interleave
+from bench.lib import cli, optimizers, results
+from bench.lib.environment import environment
+from bench.lib.results import Result
+from bench.lib.timing import interleave
 
 FLAGS: dict[str, dict[str, Any]] = {
     "default": {},
     "foreach": {"foreach": True},
     "fused": {"fused": True},
-}
-OPTIMIZERS: dict[str, dict[str, Any]] = {  # small steps: the values stay what they are
-    "SGD": {"lr": 1e-6, "momentum": 0.9, "weight_decay": 1e-4},
-    "AdamW": {"lr": 1e-6, "weight_decay": 1e-2},
 }
 TIMES = (*FLAGS, "guarded", "neq")
 MOVED = {"SGD": 5, "AdamW": 7}  # values read or written per active one: parameter, gradient, state
@@ -84,17 +83,14 @@ MODELS: dict[str, Callable[[], Iterator[nn.Module]]] = {"resnet50": resnet50, "v
 def main(arguments: list[str] | None = None) -> None:
     given = parse(arguments)
     facts = environment(given.device)
-    wgrad_report.show_environment(facts)
-    pairs = [(m, o) for m in MODELS for o in OPTIMIZERS if given.only.search(f"{m} {o}".lower())]
-    if not pairs:
-        sys.exit(f"error: --only {given.only.pattern!r} matches nothing")
-    rows: list[dict[str, Any]] = []
-    for model, optimizer in tqdm(pairs, unit="optimizer", disable=None, leave=False):
-        for row in measure(model, optimizer, given.active, given.device, given.seconds):
-            rows.append(row)
-            wgrad_report.save(rows, facts, given.json)  # should the next one be the last
-    wgrad_report.show_table(table(rows))
-    for r in rows:
+    results.show_environment(facts)
+    found: list[Result] = []
+    for model, optimizer in tqdm(given.pairs, unit="optimizer", disable=None, leave=False):
+        for result in measure(model, optimizer, given.active, given.device, given.seconds):
+            found.append(result)
+            results.save(found, facts, given.json)  # the next fraction may be cut off
+    results.show_table(table(found))
+    for r in found:
         if r["active"] == 0.5:
             print(
                 f"{r['model']} {r['optimizer']}, half of the neurons active: neq takes "
@@ -106,15 +102,15 @@ def main(arguments: list[str] | None = None) -> None:
 
 def measure(
     name: str, optimizer: str, fractions: list[float], device: torch.device, seconds: float
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Result]:
     torch.manual_seed(0)
     model = neq.convert(nn.Sequential(*MODELS[name]()).to(device))
     for p in model.parameters():
         p.grad = 1e-3 * torch.randn_like(p)
-    theirs, ours = getattr(torch.optim, optimizer), getattr(neq.optim, optimizer)
+    theirs, ours = optimizers.both(optimizer)
 
     def make(kind: Callable[..., Optimizer], **flags: Any) -> Optimizer:
-        return kind(model.parameters(), **OPTIMIZERS[optimizer], **flags)
+        return kind(model.parameters(), **optimizers.OPTIONS[optimizer], **flags)
 
     contenders = {key: make(theirs, **flags) for key, flags in FLAGS.items()}
     contenders["guarded"] = make(theirs, fused=True)
@@ -148,42 +144,29 @@ def measure(
         }
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
-    out = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("model", "optimizer"):
-        out.add_column(name, no_wrap=True)
-    heads = (
-        "active",
-        *(f"{name} ms" for name in TIMES),
-        "p20",
-        "p80",
-        "neq/fused",
-        "realised",
-        "of copy",
-    )
-    for head in heads:
-        out.add_column(head, justify="right")
-    for r in rows:
+def table(found: list[Result]) -> Table:
+    ratios = "neq/fused", "realised", "of copy"
+    figures = "active", *(f"{name} ms" for name in TIMES), "p20", "p80", *ratios
+    out = results.new_table(("model", "optimizer"), figures)
+    for r in found:
         times = [r[f"{name}_p50"] for name in TIMES] + [r["neq_p20"], r["neq_p80"]]
-        realised = "-" if r["realised"] is None else f"{r['realised']:.2f}"
-        shares = f"{r['ratio']:.2f}", realised, f"{r['of_copy']:.0%}"
+        shares = f"{r['ratio']:.2f}", results.cell(r["realised"]), f"{r['of_copy']:.0%}"
         cells = f"{r['active']:.3g}", *(f"{t:.2f}" for t in times), *shares
         out.add_row(r["model"], r["optimizer"], *cells)
     return out
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", type=cli.usable_device, default=default, help="cpu, cuda, cuda:1")
-    add("--active", type=cli.fractions, default="1,.5,.25,.1", metavar="F,F,...")
-    add("--seconds", type=cli.positive, default=2.0, help="per model, optimizer and fraction")
-    add("--only", type=cli.pattern, default="", help="of model and optimizer, lower case")
-    add("--json", type=cli.output, metavar="FILE")
-    return parser.parse_args(arguments)
+    parser = cli.new_parser(__doc__)
+    cli.add_device(parser)
+    cli.add_active(parser, "1,.5,.25,.1")
+    cli.add_seconds(parser, 2, "model, optimizer and fraction")
+    cli.add_only(parser, "resnet50 or 'vit_b16 adamw'")
+    cli.add_json(parser)
+    given = parser.parse_args(arguments)
+    pairs = {f"{m} {o}".lower(): (m, o) for m in MODELS for o in optimizers.OPTIONS}
+    given.pairs = [*cli.chosen(parser, given, "optimizer of this benchmark", pairs).values()]
+    return given
 
 
 if __name__ == "__main__":

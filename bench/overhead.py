@@ -1,10 +1,10 @@
-"""What a layer of neq costs on the CPU beside its work: microseconds per call over the plain one.
+"""What a layer of neq costs on the CPU beside its work: microseconds per call over the plain layer.
 
     python bench/overhead.py
 
-Layers so small that nothing but overhead is left, on one thread; plain and neq in turns. The row
+The layers are so small that only overhead is left. Plain and neq are timed in turns, on one thread.
 "empty function" is a plain layer with an autograd function around its weight and bias that does
-nothing: what torch takes for one written in Python, and the least that a masked layer can cost.
+nothing. torch takes that time for a function in Python, so a masked layer can't cost less.
 """
 
 import argparse
@@ -19,15 +19,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich import box
 from rich.table import Table
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import neq
-from bench.lib import cli, wgrad_report
-from bench.lib.timing import environment, interleave
+from bench.lib import cli, results
+from bench.lib.environment import environment
+from bench.lib.results import Result
+from bench.lib.timing import Times, interleave
 
 CALLS = 20  # timed as one: a single one is too short for the clock
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -44,27 +45,21 @@ ACTIVE: dict[str, Callable[[int], range | None]] = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seconds", type=cli.positive, default=4.0, help="per layer and pass")
-    parser.add_argument("--json", type=cli.output, metavar="FILE")
-    given = parser.parse_args(arguments)
-
+    given = parse(arguments)
     torch.set_num_threads(1)
     facts = environment(torch.device("cpu"))
-    wgrad_report.show_environment(facts)
-    rows = list(measure(given.seconds))
-    wgrad_report.show_table(table(rows))
-    worst = max((r for r in rows if r["active"] == "half"), key=lambda r: r["extra_us"])
+    results.show_environment(facts)
+    found = list(measure(given.seconds))
+    results.show_table(table(found))
+    worst = max((r for r in found if r["active"] == "half"), key=lambda r: r["extra_us"])
     print(
-        f"part of the neurons active costs at most {worst['extra_us']:.1f} us more per call "
-        f"(NEq{worst['layer']}, {worst['pass']})"
+        f"with part of its neurons active, a layer costs at most {worst['extra_us']:.1f} us more "
+        f"per call (NEq{worst['layer']}, {worst['pass']})"
     )
-    wgrad_report.save(rows, facts, given.json)
+    results.save(found, facts, given.json)
 
 
-def measure(seconds: float) -> Iterator[dict[str, Any]]:
+def measure(seconds: float) -> Iterator[Result]:
     for layer, (make, shape) in LAYERS.items():
         plain = make()
         modules = {"plain": plain} | {name: masked(plain, name) for name in ACTIVE}
@@ -73,23 +68,23 @@ def measure(seconds: float) -> Iterator[dict[str, Any]]:
         x = torch.randn(shape, requires_grad=True)
         for name, one_pass in PASSES.items():
             calls = {key: many(one_pass, module, x) for key, module in modules.items()}
-            # this thread's own time: what else the machine does is not the layer's cost
+            # this thread's own time, without that of other processes
             times = interleave(calls, x.device, seconds, clock=time.thread_time)
-            base = times["plain"]
-            for active in list(times)[1:]:
-                t = times[active]
+            per_call = {key: Times(*map(_per_call, t)) for key, t in times.items()}
+            base = per_call.pop("plain")
+            for active, t in per_call.items():
                 yield {
                     "layer": layer,
                     "pass": name,
                     "active": active,
-                    **{f"plain_{at}": _per_call(v) for at, v in base._asdict().items()},
-                    **{f"neq_{at}": _per_call(v) for at, v in t._asdict().items()},
-                    "extra_us": _per_call(t.p50 - base.p50),
+                    **{f"plain_{at}": v for at, v in base._asdict().items()},
+                    **{f"neq_{at}": v for at, v in t._asdict().items()},
+                    "extra_us": t.p50 - base.p50,
                 }
 
 
 def masked(plain: nn.Module, active: str) -> nn.Module:
-    # of the same parameters: where a tensor lies in memory is worth microseconds to a convolution
+    # with the same parameters: a tensor's address is worth microseconds to a convolution
     shared = {id(p): p for p in plain.parameters()}
     layer = neq.convert(copy.deepcopy(plain, shared))
     layer.set_active(ACTIVE[active](layer.n_neurons))
@@ -97,6 +92,8 @@ def masked(plain: nn.Module, active: str) -> nn.Module:
 
 
 class Empty(torch.autograd.Function):
+    """Passes parameters and their gradients on."""
+
     @staticmethod
     def forward(ctx: Any, *parameters: Tensor) -> tuple[Tensor, ...]:
         return tuple(p.detach() for p in parameters)
@@ -107,6 +104,8 @@ class Empty(torch.autograd.Function):
 
 
 class Around(nn.Module):
+    """A plain linear layer with the empty function around its parameters."""
+
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
@@ -142,18 +141,22 @@ def _per_call(milliseconds: float) -> float:
     return 1e3 * milliseconds / CALLS
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
-    out = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("layer", "pass", "neurons active"):
-        out.add_column(name, no_wrap=True)
+def table(found: list[Result]) -> Table:
     figures = ("plain_p50", "neq_p50", "neq_p20", "neq_p80", "extra_us")
-    for name in figures:
-        out.add_column(f"{name.removesuffix('_us')} us".replace("_", " "), justify="right")
-    for facts, group in groupby(rows, key=lambda r: (r["layer"], r["pass"])):
+    units = [f"{name.removesuffix('_us')} us".replace("_", " ") for name in figures]
+    out = results.new_table(("layer", "pass", "neurons active"), units)
+    for heading, group in groupby(found, key=lambda r: (r["layer"], r["pass"])):
         for r in group:
-            out.add_row(*facts, r["active"], *(f"{r[name]:.1f}" for name in figures))
+            out.add_row(*heading, r["active"], *(f"{r[name]:.1f}" for name in figures))
         out.add_section()
     return out
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = cli.new_parser(__doc__)
+    cli.add_seconds(parser, 4, "layer and pass")
+    cli.add_json(parser)
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

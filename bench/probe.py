@@ -1,15 +1,17 @@
-"""What measuring costs beside training, and how often a sketch picks the same neurons.
+"""The cost of measuring the neurons beside training, and how often a sketch picks the same ones.
 
     python bench/probe.py                   # made-up images
     python bench/probe.py --data FOLDER     # images by class, FOLDER/<class>/*.jpg: CIFAR-10, say
 
-A ResNet-32 trains on 32x32 images, everything, while one Controller per memory watches and says
-whom it would freeze. Then outputs of larger layers are compared, and gradients of the same sizes
-packed, samples by neurons, as ``pack`` does before a product: what else only moves bytes. Each is
-timed in turns with a copy, which moves as many bytes as reading two outputs does:
+A ResNet-32 trains on 32x32 images with all neurons active. One Controller per memory watches and
+notes which neurons it would freeze.
 
-    of copy    the bytes per second of ``neq::row_similarity``, or of packing active columns with
-               their sums (all of dY read, the packed columns written), as a share of the copy's
+Then two operations that only move bytes are timed in turns with a copy: ``neq::row_similarity`` of
+two outputs of a larger layer, and ``pack_columns`` of gradients of the same sizes, samples by
+neurons, with their sums. The first reads two outputs, as many bytes as a copy moves. The second
+reads all of dY and writes the packed columns.
+
+    of copy    the bytes per second of either operation, as a share of the copy's
 """
 
 import argparse
@@ -31,8 +33,10 @@ from transformers import ResNetConfig, ResNetForImageClassification
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import neq
-from bench.lib import cli, wgrad_report
-from bench.lib.timing import cache_bytes, environment, interleave
+from bench.lib import cli, results
+from bench.lib.environment import environment
+from bench.lib.results import Result
+from bench.lib.timing import cache_bytes, interleave
 from neq_kernels import row_similarity
 from neq_kernels.wgrad.columns import pack_columns
 
@@ -48,7 +52,7 @@ ACTIVE = (0.5, 0.25)  # below, packing no longer has to read all of dY
 
 
 class Watching(neq.Equilibrium):
-    """Keeps what it would choose to itself."""
+    """Freezes no neuron; ``frozen`` are those that it would freeze."""
 
     def choose(self, layers: Sequence[neq.Motion], epoch: int) -> list[None]:
         self.frozen = ~torch.cat([self._active(layer) for layer in layers])
@@ -57,45 +61,37 @@ class Watching(neq.Equilibrium):
 
 def main(arguments: list[str] | None = None) -> None:
     given = parse(arguments)
-
     facts = environment(given.device)
-    wgrad_report.show_environment(facts)
-    rows = measure(given)
-    wgrad_report.save(rows, facts, given.json)  # should what follows be cut off
-    wgrad_report.show_table(table(rows))
+    results.show_environment(facts)
+    measured = measure(given)
+    results.save(measured, facts, given.json)  # the next part may be cut off
+    results.show_table(table(measured))
     compared = compare(given.device, given.seconds)
-    wgrad_report.show_table(beside_copy(compared, "compare"))
+    results.show_table(beside_copy(compared, "compare"))
     packed = pack(given.device, given.seconds)
-    wgrad_report.show_table(beside_copy(packed, "pack"))
-    compares, packs = (median(float(row["of_copy"]) for row in some) for some in (compared, packed))
-    worst = max(rows, key=lambda row: row["share_of_epoch"])
+    results.show_table(beside_copy(packed, "pack"))
+    compares, packs = (median(r["of_copy"] for r in some) for some in (compared, packed))
+    worst = max(measured, key=lambda r: r["share_of_epoch"])
     print(
         f"measuring on {SAMPLES} samples takes at most {worst['share_of_epoch']:.2%} of "
         f"an epoch of {IMAGES} images; a sketch and all outputs agree on "
-        f"{rows[-1]['agreement']:.2%} of those frozen; comparing outputs runs at "
+        f"{measured[-1]['agreement']:.2%} of those frozen; comparing outputs runs at "
         f"{compares:.0%} of a copy's bandwidth, packing at {packs:.0%}"
     )
-    wgrad_report.save([*rows, *compared, *packed], facts, given.json)
+    results.save([*measured, *compared, *packed], facts, given.json)
 
 
-def measure(given: argparse.Namespace) -> list[dict[str, float | str]]:
+def measure(given: argparse.Namespace) -> list[Result]:
     torch.manual_seed(0)
     images, labels = made_up() if given.data is None else from_folder(given.data)
     images, labels = images.to(given.device), labels.to(given.device)
-    config = ResNetConfig(
-        embedding_size=16, hidden_sizes=[16, 32, 64], depths=[5, 5, 5], layer_type="basic",
-        num_labels=CLASSES,
-    )  # fmt: skip
+    sizes = {"embedding_size": 16, "hidden_sizes": [16, 32, 64], "depths": [5, 5, 5]}
+    config = ResNetConfig(**sizes, layer_type="basic", num_labels=CLASSES)
     model = ResNetForImageClassification(config).to(given.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    probe = images[:SAMPLES]
     controllers = [
-        neq.Controller(
-            model,
-            probe=images[:SAMPLES],
-            policy=Watching(given.eps),
-            optimizer=(),
-            memory=memory,
-        )
+        neq.Controller(model, probe=probe, policy=Watching(given.eps), optimizer=(), memory=memory)
         for memory in MEMORIES
     ]
     training = images[SAMPLES:], labels[SAMPLES:]
@@ -118,31 +114,27 @@ def measure(given: argparse.Namespace) -> list[dict[str, float | str]]:
             probes[memory].append(control.step().probe_seconds)
             frozen[memory].append(control.policy.frozen)
     epoch_seconds = median(steps) * IMAGES / BATCH
-    rows: list[dict[str, float | str]] = []
-    for memory in MEMORIES:
-        masks, all_outputs = torch.stack(frozen[memory]), torch.stack(frozen["device"])
-        rows.append(
-            {
-                "memory": memory,
-                "probe_ms": 1e3 * median(probes[memory]),
-                "step_ms": 1e3 * median(steps),
-                "share_of_epoch": median(probes[memory]) / epoch_seconds,
-                "frozen": float(masks.double().mean()),
-                "agreement": agreement(masks, all_outputs),
-            }
-        )
-    return rows
+    masks = {memory: torch.stack(frozen[memory]) for memory in MEMORIES}
+    return [
+        {
+            "memory": memory,
+            "probe_ms": 1e3 * median(probes[memory]),
+            "step_ms": 1e3 * median(steps),
+            "share_of_epoch": median(probes[memory]) / epoch_seconds,
+            "frozen": float(masks[memory].double().mean()),
+            "agreement": agreement(masks[memory], masks["device"]),
+        }
+        for memory in MEMORIES
+    ]
 
 
-def compare(device: torch.device, seconds: float) -> list[dict[str, float | str]]:
+def compare(device: torch.device, seconds: float) -> list[Result]:
     return [
         compare_one(name, last, device, seconds) for name, last in product(OUTPUTS, (False, True))
     ]
 
 
-def compare_one(
-    name: str, neurons_last: bool, device: torch.device, seconds: float
-) -> dict[str, float | str]:
+def compare_one(name: str, neurons_last: bool, device: torch.device, seconds: float) -> Result:
     """``row_similarity`` of two outputs."""
     neurons, *positions = OUTPUTS[name]
     shape = (SAMPLES, *positions, neurons) if neurons_last else (SAMPLES, neurons, *positions)
@@ -154,13 +146,11 @@ def compare_one(
     return {"output": name, "neurons": "last" if neurons_last else "first", **times}
 
 
-def pack(device: torch.device, seconds: float) -> list[dict[str, float | str]]:
+def pack(device: torch.device, seconds: float) -> list[Result]:
     return [pack_one(name, share, device, seconds) for name, share in product(OUTPUTS, ACTIVE)]
 
 
-def pack_one(
-    name: str, share: float, device: torch.device, seconds: float
-) -> dict[str, float | str]:
+def pack_one(name: str, share: float, device: torch.device, seconds: float) -> Result:
     """``pack_columns``, with the sums for a bias, of a share of random neurons."""
     neurons, *positions = OUTPUTS[name]
     dy = beyond_caches((SAMPLES * prod(positions), neurons), device)
@@ -173,15 +163,15 @@ def pack_one(
 
 
 def beyond_caches(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """[others, *shape] in bfloat16, so many that one is out of all caches when its turn comes."""
-    others = 2 + cache_bytes(device) // (2 * prod(shape))
-    return torch.randn(others, *shape, device=device, dtype=torch.bfloat16)
+    """[sets, *shape] in bfloat16, so many sets that no cache holds one when its turn comes."""
+    sets = 2 + cache_bytes(device) // (2 * prod(shape))
+    return torch.randn(sets, *shape, device=device, dtype=torch.bfloat16)
 
 
 def in_turns_with_copy(
     name: str, call: Callable[[int], object], y: Tensor, moved: float, seconds: float
-) -> dict[str, float | str]:
-    """``call``, told which of ``y`` [others, ...] is next, moves one of them ``moved`` times."""
+) -> Result:
+    """``call`` gets an index into ``y`` [sets, ...] and moves ``moved`` times that set's bytes."""
     copy = torch.empty_like(y[0])
     calls = {"call": lambda i: call(i % len(y)), "copy": lambda i: copy.copy_(y[i % len(y)])}
     times = interleave(calls, y.device, seconds)
@@ -196,23 +186,18 @@ def in_turns_with_copy(
     }
 
 
-def beside_copy(rows: list[dict[str, float | str]], name: str) -> Table:
-    out = Table(*("output", "neurons", "MB", f"{name} ms", "copy ms", "GB/s", "of copy"))
-    for row in rows:
-        out.add_row(
-            str(row["output"]),
-            str(row["neurons"]),
-            f"{row['megabytes']:.0f}",
-            f"{row[f'{name}_ms']:.3f}",
-            f"{row['copy_ms']:.3f}",
-            f"{row['gigabytes_per_second']:.0f}",
-            f"{row['of_copy']:.0%}",
-        )
+def beside_copy(found: list[Result], name: str) -> Table:
+    figures = "MB", f"{name} ms", "copy ms", "GB/s", "of copy"
+    out = results.new_table(("output", "neurons"), figures)
+    for r in found:
+        times = (f"{r[key]:.3f}" for key in (f"{name}_ms", "copy_ms"))
+        speeds = f"{r['gigabytes_per_second']:.0f}", f"{r['of_copy']:.0%}"
+        out.add_row(r["output"], r["neurons"], f"{r['megabytes']:.0f}", *times, *speeds)
     return out
 
 
 def agreement(frozen: Tensor, others: Tensor) -> float:
-    """Of the neurons that either one freezes, the share that both do; 1 where there are none."""
+    """The share of the neurons frozen by either that both freeze; 1 if neither freezes any."""
     either = int((frozen | others).sum())
     return int((frozen & others).sum()) / either if either else 1.0
 
@@ -238,31 +223,25 @@ def from_folder(folder: Path, per_class: int = 500) -> tuple[Tensor, Tensor]:
     return images.contiguous(), torch.tensor([label for _, label in pairs])
 
 
-def table(rows: list[dict[str, float | str]]) -> Table:
-    out = Table(*("memory", "probe ms", "step ms", "of an epoch", "frozen", "same frozen"))
-    for row in rows:
-        out.add_row(
-            str(row["memory"]),
-            f"{row['probe_ms']:.1f}",
-            f"{row['step_ms']:.1f}",
-            f"{row['share_of_epoch']:.2%}",
-            f"{row['frozen']:.1%}",
-            f"{row['agreement']:.2%}",
-        )
+def table(measured: list[Result]) -> Table:
+    figures = "probe ms", "step ms", "of an epoch", "frozen", "same frozen"
+    out = results.new_table(("memory",), figures)
+    for r in measured:
+        times = f"{r['probe_ms']:.1f}", f"{r['step_ms']:.1f}"
+        shares = f"{r['share_of_epoch']:.2%}", f"{r['frozen']:.1%}", f"{r['agreement']:.2%}"
+        out.add_row(r["memory"], *times, *shares)
     return out
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, metavar="FOLDER")
-    parser.add_argument("--device", type=cli.usable_device, default="cpu")
+    parser = cli.new_parser(__doc__)
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="of images by class")
+    cli.add_device(parser, "cpu")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--steps", type=int, default=10, help="per epoch")
     parser.add_argument("--eps", type=float, default=1e-2)
-    parser.add_argument("--seconds", type=cli.positive, default=1.0, help="per kind of output")
-    parser.add_argument("--json", type=cli.output, metavar="FILE")
+    cli.add_seconds(parser, 1, "kind of output")
+    cli.add_json(parser)
     return parser.parse_args(arguments)
 
 

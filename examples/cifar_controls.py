@@ -1,4 +1,4 @@
-"""Who trains in the runs of examples/cifar10.py: neq's policies, and what a sceptic would try."""
+"""The policies of examples/cifar10.py: neq's own, and what a sceptic would try."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -12,13 +12,13 @@ from examples.resnet import resnet32
 from neq import history
 
 COMPARISON = ["dense", "equilibrium", "random-equal-flops", "short"]
-DENSE = "dense", "short"  # where nobody ever rests
+DENSE = "dense", "short"  # runs without a frozen neuron
 
 
 class Recorded(neq.Policy):
-    """Of each layer as many neurons as trained in a recorded run, epoch by epoch, but random ones.
+    """Keeps as many neurons active as a recorded run, by layer and epoch, but random ones.
 
-    So the weight gradients cost the same, and all that differs is who gets them.
+    The weight gradients then cost the same, and only the neurons that get them differ.
     """
 
     measures = False
@@ -41,7 +41,7 @@ class Recorded(neq.Policy):
 
 
 def _fixed(given: argparse.Namespace, seed: int) -> neq.Policy:
-    """The same share of each layer all along, drawn once."""
+    """The same random share of each layer in all epochs."""
     generator = torch.Generator().manual_seed(seed)
     return neq.Fixed(
         {
@@ -69,8 +69,8 @@ POLICIES: dict[str, Callable[[argparse.Namespace, int], neq.Policy]] = {
 
 
 def schedule(name: str, given: argparse.Namespace, seed: int) -> int:
-    """How many epochs the run has: "short" as many as compute, dense, the weight gradients that
-    the run at equilibrium did.
+    """The number of epochs. "short" has as many dense ones as cost what the weight gradients of the
+    run at equilibrium did.
     """
     if name != "short":
         return int(given.epochs)
@@ -83,7 +83,7 @@ def schedule(name: str, given: argparse.Namespace, seed: int) -> int:
 
 
 def _recorded(given: argparse.Namespace, seed: int) -> list[history.EpochRecord]:
-    """The run at equilibrium that has to be matched."""
+    """The run at equilibrium to match."""
     file = given.history or given.output / f"equilibrium-{seed}.jsonl"
     if not file.is_file():
         raise ValueError(f"{file} is not there: run --policy equilibrium first, or give --history")

@@ -26,7 +26,7 @@ class Data(NamedTuple):
 
 
 def load(path: Path | None, train: int | None = None, test: int | None = None) -> Data:
-    """What ``path`` holds: the original ``cifar-10-batches-py``, or a folder with the images
+    """The images in ``path``: the original ``cifar-10-batches-py``, or a folder with images
     ``train/<class>/*.jpg`` and ``test/<class>/*.jpg``. Without a path, made-up images.
 
     train, test: take at most so many of each, as many of one class as of another.
@@ -73,7 +73,7 @@ def _batches(path: Path, train: int | None, test: int | None) -> Data:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """A pickle can run any code: this one makes arrays, and fails at anything else."""
+    """A pickle can run any code: this one only makes arrays, and fails at anything else."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module.split(".")[0] != "numpy" or name not in ("_reconstruct", "ndarray", "dtype"):
@@ -149,19 +149,19 @@ def made_up(train: int | None = None, test: int | None = None, classes: int = 10
 
 
 def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """As published: padded with black by an eighth of a side, cropped anywhere, flipped or not.
+    """As published: pad with black by an eighth of a side, crop at random, flip at random.
 
-    All of a batch at once, wherever it is.
+    The whole batch at once, on its device.
     """
     n, _, height, width = pixels.shape
     pad = height // 8
     device = pixels.device
     top, left = torch.randint(2 * pad + 1, (2, n, 1), device=device, generator=generator)
     flip = torch.randint(2, (n, 1), device=device, generator=generator, dtype=torch.bool)
-    rows = top + torch.arange(height, device=device)  # [n, height]
-    columns = left + torch.arange(width, device=device)  # [n, width]
-    columns = torch.where(flip, columns.flip(1), columns)
+    ys = top + torch.arange(height, device=device)  # [n, height]
+    xs = left + torch.arange(width, device=device)  # [n, width]
+    xs = torch.where(flip, xs.flip(1), xs)
     padded = F.pad(pixels, (pad,) * 4).permute(0, 2, 3, 1)
     image = torch.arange(n, device=device)[:, None, None]
     # [n, height, width, 3] in memory, and so channels_last
-    return padded[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    return padded[image, ys[:, :, None], xs[:, None, :]].permute(0, 3, 1, 2)

@@ -1,28 +1,30 @@
-"""What the runs of examples/cifar10.py come to: a table, and a plot."""
+"""The summary of the runs of examples/cifar10.py: a table and a plot."""
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
 
-from rich import box
 from rich.table import Table
 
-Row = dict[str, Any]  # one epoch of one run
-Runs = Mapping[str, Mapping[int, Sequence[Row]]]  # by policy and seed
+from bench.lib.results import Result, cell, new_table
+
+Run = Sequence[Result]  # one result for each epoch
+Runs = Mapping[str, Mapping[int, Run]]  # by policy and seed
 
 STOPPED = "equilibrium, stopped"
 TIMES = ("forward", "backward", "optimizer", "probe")
 
 
 def with_stopped(runs: Runs, share: float) -> Runs:
-    """The runs, and the control that is none: those at equilibrium, up to the epoch after which
-    this share of the neurons would have rested. Up to there the two are the same run.
+    """The runs, and those at equilibrium cut off where this share of the neurons is first frozen.
+
+    Such a run needs no training of its own: until then it is the same run.
     """
     stopped = {
-        seed: rows[: 1 + next(i for i, row in enumerate(rows) if row["frozen"] >= share)]
-        for seed, rows in runs.get("equilibrium", {}).items()
-        if any(row["frozen"] >= share for row in rows)
+        seed: run[: 1 + next(i for i, result in enumerate(run) if result["frozen"] >= share)]
+        for seed, run in runs.get("equilibrium", {}).items()
+        if any(result["frozen"] >= share for result in run)
     }
     return {**runs, STOPPED: stopped} if stopped else runs
 
@@ -30,127 +32,132 @@ def with_stopped(runs: Runs, share: float) -> Runs:
 def target(runs: Runs) -> float | None:
     """The accuracy to reach: a point less than dense has in the end."""
     dense = runs.get("dense", {})
-    return mean(rows[-1]["accuracy"] for rows in dense.values()) - 0.01 if dense else None
+    return mean(run[-1]["accuracy"] for run in dense.values()) - 0.01 if dense else None
 
 
-def summary(runs: Runs, epochs: int) -> list[Row]:
-    """A line for each policy. Savings are those of the whole schedule of ``epochs``, dense."""
+def summary(runs: Runs, epochs: int) -> list[Result]:
+    """One result for each policy. Savings are shares of the whole schedule of ``epochs``, dense."""
     aim, dense = target(runs), runs.get("dense", {})
-    lines: list[Row] = []
-    for name, seeds in runs.items():
-        results = list(seeds.values())
-        accuracies = [rows[-1]["accuracy"] for rows in results]
-        line = {
-            "policy": name,
-            "seeds": list(seeds),
-            "epochs": mean(map(len, results)),
-            "accuracy": mean(accuracies),
-            "accuracy_sd": _deviation(accuracies),
-            "wgrad_saved": 1 - mean(_sum(rows, "wgrad") for rows in results) / epochs,
-            "flops_saved": 1 - mean(_sum(rows, "flops") for rows in results) / epochs,
-            "published_mflops": mean(_sum(rows, "published_mflops") for rows in results) / epochs,
-        }
-        for phase in results[0][0]["seconds"]:
-            line[f"{phase}_s"] = mean(
-                sum(row["seconds"][phase] for row in rows) for rows in results
-            )
-        line["total_s"] = mean(sum(map(_seconds, rows)) for rows in results)
-        # a seed is the same start and the same order of images for all: compare one by one
-        against = [
-            rows[-1]["accuracy"] - dense[seed][-1]["accuracy"]
-            for seed, rows in seeds.items()
-            if seed in dense
-        ]
-        line["against_dense"] = mean(against) if against else None
-        line["against_dense_sd"] = _deviation(against)
-        reached = [_time_to(rows, aim) for rows in results] if aim is not None else []
-        line["aim"] = aim
-        line["to_aim_s"] = mean(reached) if reached and None not in reached else None
-        lines.append(line)
-    return lines
+    return [
+        {"policy": name, "seeds": list(seeds)}
+        | _averages([*seeds.values()], epochs)
+        | _against_dense(seeds, dense)
+        | _time_to_aim([*seeds.values()], aim)
+        for name, seeds in runs.items()
+    ]
+
+
+def _averages(runs: Sequence[Run], epochs: int) -> Result:
+    accuracies = [run[-1]["accuracy"] for run in runs]
+    costs = {
+        key: mean(_sum(run, key) for run in runs) / epochs
+        for key in ("wgrad", "flops", "published_mflops")
+    }
+    seconds = {
+        f"{phase}_s": mean(sum(result["seconds"][phase] for result in run) for run in runs)
+        for phase in runs[0][0]["seconds"]
+    }
+    return {
+        "epochs": mean(map(len, runs)),
+        "accuracy": mean(accuracies),
+        "accuracy_sd": _deviation(accuracies),
+        "wgrad_saved": 1 - costs["wgrad"],
+        "flops_saved": 1 - costs["flops"],
+        "published_mflops": costs["published_mflops"],
+        **seconds,
+        "total_s": mean(sum(map(_seconds, run)) for run in runs),
+    }
+
+
+def _against_dense(seeds: Mapping[int, Run], dense: Mapping[int, Run]) -> Result:
+    # a seed gives all policies the same start and the same order of images: compare one by one
+    against = [
+        run[-1]["accuracy"] - dense[seed][-1]["accuracy"]
+        for seed, run in seeds.items()
+        if seed in dense
+    ]
+    return {
+        "against_dense": mean(against) if against else None,
+        "against_dense_sd": _deviation(against),
+    }
+
+
+def _time_to_aim(runs: Sequence[Run], aim: float | None) -> Result:
+    reached = [_time_to(run, aim) for run in runs] if aim is not None else []
+    return {"aim": aim, "to_aim_s": mean(reached) if reached and None not in reached else None}
 
 
 def _deviation(values: Sequence[float]) -> float | None:
     return stdev(values) if len(values) > 1 else None
 
 
-def _sum(rows: Sequence[Row], key: str) -> float:
-    return float(sum(row[key] for row in rows))
+def _sum(run: Run, key: str) -> float:
+    return float(sum(result[key] for result in run))
 
 
-def _seconds(row: Row) -> float:
-    return float(sum(row["seconds"].values()))
+def _seconds(result: Result) -> float:
+    return float(sum(result["seconds"].values()))
 
 
-def _time_to(rows: Sequence[Row], accuracy: float) -> float | None:
+def _time_to(run: Run, accuracy: float) -> float | None:
     spent = 0.0
-    for row in rows:
-        spent += _seconds(row)
-        if row["accuracy"] >= accuracy:
+    for result in run:
+        spent += _seconds(result)
+        if result["accuracy"] >= accuracy:
             return spent
     return None
 
 
-def table(lines: Sequence[Row]) -> Table:
-    out = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in _cells(lines[0]):
-        out.add_column(name, no_wrap=True, justify="left" if name == "policy" else "right")
-    for line in lines:
-        out.add_row(*_cells(line).values())
+def table(policies: Sequence[Result]) -> Table:
+    policy, *figures = _cells(policies[0])
+    out = new_table((policy,), figures)
+    for result in policies:
+        out.add_row(*_cells(result).values())
     return out
 
 
-def _cells(line: Row) -> dict[str, str]:
-    aim, reached = line["aim"], line["to_aim_s"]
+def _cells(result: Result) -> dict[str, str]:
     return {
-        "policy": line["policy"],
-        "runs": str(len(line["seeds"])),
-        "epochs": f"{line['epochs']:.3g}",
-        "test accuracy": _percent(line["accuracy"], line["accuracy_sd"]),
-        "against dense": _percent(line["against_dense"], line["against_dense_sd"], "+"),
-        "wgrad saved": f"{line['wgrad_saved']:.1%}",
-        "FLOPs saved": f"{line['flops_saved']:.1%}",
-        "published MFLOPs": f"{line['published_mflops']:.1f}",
-        **{f"{phase} s": f"{line[f'{phase}_s']:.1f}" for phase in TIMES},
-        "all s": f"{line['total_s']:.1f}",
-        f"s to {'-' if aim is None else f'{aim:.1%}'}": "-"
-        if reached is None
-        else f"{reached:.1f}",
+        "policy": result["policy"],
+        "runs": str(len(result["seeds"])),
+        "epochs": f"{result['epochs']:.3g}",
+        "test accuracy": _percent(result["accuracy"], result["accuracy_sd"]),
+        "against dense": _percent(result["against_dense"], result["against_dense_sd"], "+"),
+        "wgrad saved": f"{result['wgrad_saved']:.1%}",
+        "FLOPs saved": f"{result['flops_saved']:.1%}",
+        "published MFLOPs": f"{result['published_mflops']:.1f}",
+        **{f"{phase} s": f"{result[f'{phase}_s']:.1f}" for phase in TIMES},
+        "all s": f"{result['total_s']:.1f}",
+        f"s to {cell(result['aim'], '.1%')}": cell(result["to_aim_s"], ".1f"),
     }
 
 
 def _percent(value: float | None, deviation: float | None, sign: str = "") -> str:
-    if value is None:
-        return "-"
-    return f"{value:{sign}.2%}" + ("" if deviation is None else f" ± {deviation:.2%}")
+    return cell(value, f"{sign}.2%") + ("" if deviation is None else f" ± {deviation:.2%}")
 
 
 def plot(runs: Runs, title: str, file: Path) -> None:
-    """Accuracy by epoch and by what the weight gradients cost; bars: a deviation over seeds."""
-    from matplotlib.figure import Figure  # takes a second, and only this function wants it
+    """Accuracy by epoch and by the cost of weight gradients; bars: a deviation over seeds."""
+    from matplotlib.figure import Figure  # takes a second, and only this function needs it
 
     figure = Figure(figsize=(11, 4.5), dpi=120, layout="constrained")
     by_epoch, by_cost = figure.subplots(1, 2, sharey=True)
     for name, seeds in runs.items():
-        if name == STOPPED:  # the end of a curve that is there already, a cross on it
-            for rows in seeds.values():
-                label = name if rows is next(iter(seeds.values())) else None
-                cost = _sum(rows, "wgrad")
-                for axes, x in ((by_epoch, len(rows)), (by_cost, cost)):
-                    axes.plot(x, rows[-1]["accuracy"], "kx", label=label, zorder=3)
+        if name == STOPPED:  # a cross on the curve of the run that it cuts off
+            for run in seeds.values():
+                label = name if run is next(iter(seeds.values())) else None
+                cost = _sum(run, "wgrad")
+                for axes, x in ((by_epoch, len(run)), (by_cost, cost)):
+                    axes.plot(x, run[-1]["accuracy"], "kx", label=label, zorder=3)
             continue
-        shortest = min(map(len, seeds.values()))
-        columns = [[rows[i] for rows in seeds.values()] for i in range(shortest)]
-        accuracy = [mean(row["accuracy"] for row in column) for column in columns]
+        epochs = [*zip(*seeds.values(), strict=False)]  # as many as the shortest run has
+        accuracy = [mean(result["accuracy"] for result in epoch) for epoch in epochs]
         bars = None
         if len(seeds) > 1:
-            bars = [stdev(row["accuracy"] for row in column) for column in columns]
-        cost, spent = 0.0, []
-        for column in columns:
-            cost += mean(row["wgrad"] for row in column)
-            spent.append(cost)
+            bars = [stdev(result["accuracy"] for result in epoch) for epoch in epochs]
+        spent = [*accumulate(mean(result["wgrad"] for result in epoch) for epoch in epochs)]
         style = {"yerr": bars, "capsize": 2, "marker": ".", "label": name}
-        by_epoch.errorbar([column[0]["epoch"] for column in columns], accuracy, **style)
+        by_epoch.errorbar([epoch[0]["epoch"] for epoch in epochs], accuracy, **style)
         by_cost.errorbar(spent, accuracy, **style)
     by_epoch.set(xlabel="epoch", ylabel="test accuracy")
     by_cost.set(xlabel="weight gradients computed, in dense epochs")

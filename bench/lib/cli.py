@@ -1,26 +1,59 @@
-"""Command-line options: what text may be given and what it means.
+"""Command-line options: the text that each takes, and what it means.
 
 argparse prints an ArgumentTypeError after the option's name, and ends the run.
 """
 
 import argparse
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from neq_kernels.wgrad import planner
 
+DTYPES = ("float32", "bfloat16", "float16")
+Named = TypeVar("Named")
+Value = TypeVar("Value")
 
-def add_device(parser: argparse.ArgumentParser) -> None:
+
+def new_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser that prints the description as it is written."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def add_device(parser: argparse.ArgumentParser, default: str | None = None) -> None:
     parser.add_argument(
         "--device",
         type=usable_device,
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu, cuda, cuda:1; by default a GPU if there is one",
+        default=default or ("cuda" if torch.cuda.is_available() else "cpu"),
+        help=f"cpu, cuda, cuda:1 (default: {default or 'a GPU if there is one'})",
     )
+
+
+def add_suite(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument("--suite", choices=("quick", "full"), default=default)
+
+
+def add_active(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument("--active", type=fractions, default=default, metavar="F,F,...")
+
+
+def add_seconds(parser: argparse.ArgumentParser, default: float, per: str) -> None:
+    text = f"of timing per {per} (default: {default:g})"
+    parser.add_argument("--seconds", type=positive, default=default, metavar="S", help=text)
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", type=output, metavar="FILE")
+
+
+def add_plot(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--plot", type=image, metavar="FILE")
 
 
 def add_only(parser: argparse.ArgumentParser, examples: str) -> None:
@@ -30,14 +63,17 @@ def add_only(parser: argparse.ArgumentParser, examples: str) -> None:
 
 
 def chosen(
-    parser: argparse.ArgumentParser, given: argparse.Namespace, kind: str, names: list[str]
-) -> list[str]:
-    """Those of a suite's names that --only asks for."""
-    found = [name for name in names if given.only.search(name)]
+    parser: argparse.ArgumentParser,
+    given: argparse.Namespace,
+    kind: str,
+    named: Mapping[str, Named],
+) -> dict[str, Named]:
+    """Those whose names --only asks for."""
+    found = {name: value for name, value in named.items() if given.only.search(name)}
     if not found:
         parser.error(
-            f"argument --only: {given.only.pattern!r} matches no {kind} of the "
-            f"{given.suite} suite, which has {', '.join(names)}"
+            f"argument --only: {given.only.pattern!r} matches no {kind}, "
+            f"which has {', '.join(named)}"
         )
     return found
 
@@ -58,7 +94,7 @@ def load_table(parser: argparse.ArgumentParser, given: argparse.Namespace) -> No
 
 @contextmanager
 def tuned(given: argparse.Namespace) -> Iterator[None]:
-    """What --tune asks for; its choices are added to the table in the end, whatever that is."""
+    """Inside, --tune holds. In the end, even after an error, the choices go to the table."""
     try:
         with planner.tuning() if given.tune else nullcontext():
             yield
@@ -83,24 +119,36 @@ def usable_device(text: str) -> torch.device:
 
 
 def fractions(text: str) -> list[float]:
-    try:
-        values = [float(part) for part in text.split(",")]
-    except ValueError:
-        values = [-1.0]
-    if not all(0 <= value <= 1 for value in values):
-        raise argparse.ArgumentTypeError(
-            f"must be fractions from 0 to 1, separated by commas, got {text!r}"
-        )
-    return values
+    """Such as ".5,.25"."""
+    return _value(
+        text,
+        lambda text: [float(part) for part in text.split(",")],
+        lambda values: all(0 <= value <= 1 for value in values),
+        "fractions from 0 to 1, separated by commas",
+    )
+
+
+def share(text: str) -> float:
+    return _value(text, float, lambda value: 0 <= value <= 1, "a share from 0 to 1")
 
 
 def positive(text: str) -> float:
+    return _value(text, float, lambda value: value > 0, "a number above 0")
+
+
+def whole(text: str) -> int:
+    return _value(text, int, lambda value: value > 0, "a whole number above 0")
+
+
+def _value(
+    text: str, read: Callable[[str], Value], fits: Callable[[Value], bool], what: str
+) -> Value:
     try:
-        value = float(text)
+        value = read(text)
     except ValueError:
-        value = 0.0
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+        value = None
+    if value is None or not fits(value):
+        raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}")
     return value
 
 
@@ -112,7 +160,7 @@ def pattern(text: str) -> re.Pattern[str]:
 
 
 def output(text: str) -> Path:
-    """A file to be written at the end: better to know now that it can't be."""
+    """A file to be written at the end. If it can't be written, the run fails now."""
     path = Path(text)
     if path.is_dir() or not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} can't be written: no such folder, or it is one")

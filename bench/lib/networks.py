@@ -1,7 +1,7 @@
-"""Models to train whole steps of: the transformers library's, with random weights, and ResNet-32.
+"""Models for whole training steps: the transformers library's, with random weights; ResNet-32.
 
-Each takes its batch as keywords and returns something with a "loss". Nothing in them is random, so
-that two steps on one batch compute the same: no dropout, no dropped paths.
+Each takes its batch as keywords and returns something with a "loss". No model has dropout or drops
+paths: two steps on one batch compute the same.
 """
 
 from collections.abc import Callable
@@ -21,16 +21,15 @@ Batch = dict[str, Tensor]
 class Network(NamedTuple):
     build: Callable[[], nn.Module]
     batch: Callable[[int], Batch]  # of so many samples
-    cpu: (
-        int  # samples on a CPU: a step takes about half a second on two cores; 0: too large for one
-    )
-    gpu: int  # on a GPU of 141 GB
+    # samples on a CPU: a step takes about half a second on two cores; 0: the network is too large
+    cpu: int
+    gpu: int  # samples on a GPU of 141 GB
     optimizer: str  # in torch.optim, and in neq.optim
     layouts: tuple[str, ...] = ("contiguous",)  # of its images, worth trying
 
 
 class Classifier(nn.Module):
-    """Of a model that maps images to logits."""
+    """The loss of a model that maps images to logits."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -83,7 +82,7 @@ def classifier(name: str) -> nn.Module:
 
 def language_model(name: str) -> nn.Module:
     config = CONFIGS[name]()
-    config.use_cache = False  # of keys and values: for generating text
+    config.use_cache = False  # keys and values are kept to generate text
     return transformers.AutoModelForCausalLM.from_config(config)
 
 
@@ -99,8 +98,8 @@ def text(tokens: int, vocabulary: int, count: int) -> Batch:
     return {"input_ids": ids, "labels": ids}
 
 
-def _vision(name: str, cpu: int, gpu: int, *rest: Any) -> Network:
-    return Network(partial(classifier, name), partial(images, 224, 1000), cpu, gpu, *rest)
+def _vision(name: str, cpu: int, gpu: int, *others: Any) -> Network:
+    return Network(partial(classifier, name), partial(images, 224, 1000), cpu, gpu, *others)
 
 
 def _language(name: str, tokens: int, vocabulary: int, cpu: int, gpu: int) -> Network:
@@ -124,7 +123,7 @@ QUICK = ("resnet32", "resnet18", "vit-s")
 
 
 def networks(suite: str, device: str) -> dict[str, Network]:
-    """Those of "quick" or "full" that a "cpu" or "cuda" device can train."""
+    """The networks of the suite "quick" or "full" that a "cpu" or "cuda" device can train."""
     return {
         name: network
         for name, network in NETWORKS.items()

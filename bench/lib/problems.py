@@ -1,10 +1,10 @@
 """The weight gradients that real models compute, as data.
 
 Shapes are those of the transformers library's models (google/vit, microsoft/swin, openai gpt2,
-meta-llama, facebook/convnext and microsoft/resnet configurations); tests/test_bench.py builds these
-models on the meta device and compares. ResNet-32 is the CIFAR network of He et al. 2015, with the
-shortcuts that have no parameters. Layers of a model that pose the same problem are listed once,
-with their count.
+meta-llama, facebook/convnext and microsoft/resnet configurations); a test builds these models on
+the meta device and compares. ResNet-32 is the CIFAR network of He et al. 2015, with the shortcuts
+that have no parameters. Layers of a model that pose the same problem are listed once, with their
+count.
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ class Problem:
     padding: int = 0
     groups: int = 1
     bias: bool = True
-    transposed: bool = False  # a linear weight kept as [inputs, neurons], as GPT-2 does
+    column_major: bool = False  # a linear weight stored as [inputs, neurons], as in GPT-2
     count: int = 1
     batch: int = 1
 
@@ -53,15 +53,15 @@ class Problem:
 
     @property
     def weight(self) -> tuple[int, ...]:
-        """[neurons, inputs / groups, *kernel], also where it is kept transposed."""
+        """[neurons, inputs / groups, *kernel], also if it is column-major."""
         return (self.neurons, self.inputs // self.groups, *(self.kernel,) * (len(self.x) - 2))
 
     @property
     def layouts(self) -> tuple[str, ...]:
-        """In which its tensors can lie in memory: an image in two ways, a matrix as it is."""
+        """The ways to store its tensors: two for images, one for a matrix."""
         if self.kernel:
             return ("contiguous", "channels_last")
-        return ("transposed",) if self.transposed else ("contiguous",)
+        return ("column_major",) if self.column_major else ("contiguous",)
 
     @property
     def shape(self) -> str:
@@ -88,9 +88,11 @@ def linear(
     count: int = 1,
     *,
     bias: bool = True,
-    transposed: bool = False,
+    column_major: bool = False,
 ) -> Problem:
-    return Problem(name, inputs, neurons, (tokens,), bias=bias, transposed=transposed, count=count)
+    return Problem(
+        name, inputs, neurons, (tokens,), bias=bias, column_major=column_major, count=count
+    )
 
 
 def conv(
@@ -173,7 +175,7 @@ RESNET50 = [
 
 
 def convnext(width: int, depths: tuple[int, ...]) -> list[Problem]:
-    """Here for its depthwise convolutions."""
+    """For its depthwise convolutions."""
     layers = [patches(4, width)]
     for stage, depth in enumerate(depths):
         w, size = width << stage, 56 >> stage
@@ -215,10 +217,10 @@ def transformer(stage: str, tokens: int, width: int, mlp: int, depth: int) -> li
 def gpt2(width: int, depth: int) -> list[Problem]:
     tokens = 512
     return [
-        linear("c_attn", tokens, width, 3 * width, depth, transposed=True),
-        linear("attn.c_proj", tokens, width, width, depth, transposed=True),
-        linear("mlp.c_fc", tokens, width, 4 * width, depth, transposed=True),
-        linear("mlp.c_proj", tokens, 4 * width, width, depth, transposed=True),
+        linear("c_attn", tokens, width, 3 * width, depth, column_major=True),
+        linear("attn.c_proj", tokens, width, width, depth, column_major=True),
+        linear("mlp.c_fc", tokens, width, 4 * width, depth, column_major=True),
+        linear("mlp.c_proj", tokens, 4 * width, width, depth, column_major=True),
         linear("lm_head", tokens, width, 50257, bias=False),
     ]
 
@@ -269,7 +271,7 @@ QUICK = [
 
 
 def problems(suite: str, device: str) -> list[Problem]:
-    """Those of "quick" or "full", named model/layer, sized for a "cpu" or "cuda" device."""
+    """The suite "quick" or "full": problems named model/layer, sized for a "cpu" or "cuda"."""
     everything = list(_all(device))
     if suite == "full":
         return everything

@@ -1,16 +1,16 @@
-"""Who takes a training step: each way to do so with a share f of the neurons active.
+"""The contenders for one training step: each way to take it with a share f of the neurons active.
 
     dense     the plain model
     none      no weight gradient in any converted layer, and every input gradient
     neq       a random share f of each converted layer's neurons is active
-    masked    dense, then zeros in the gradient's frozen rows: the published way
+    masked    dense, then zeros for the frozen neurons: the published way
     gather    neq, but a naive gather around the vendor's call computes every weight gradient
-    layers    plain, with requires_grad=False on layers drawn at random that hold the share 1 - f of
-              the weight gradients' FLOPs
+    layers    plain, with requires_grad=False on random layers that hold the share 1 - f of the
+              weight gradients' FLOPs
 
-Every layer that neq knows is converted, but for the last Linear: a Controller leaves it alone too.
-The optimizer of dense, masked and layers is torch's fused one. That of none, neq and gather is
-neq.optim's of the same name, which does the same to every parameter without a frozen neuron.
+Every layer that neq knows is converted, except the last Linear: a Controller leaves it alone too.
+dense, masked and layers step with torch's fused optimizer. none, neq and gather step with
+neq.optim's of the same name, which treats every parameter without a frozen neuron in the same way.
 """
 
 from collections import Counter
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import neq
-from bench.lib import naive_gather
+from bench.lib import naive_gather, optimizers
 from bench.lib.networks import Network
 from bench.lib.wgrad_contenders import WrongResultError, active_count
 from neq import Account, NeuronLayer
@@ -35,10 +35,6 @@ from neq_kernels import ops
 from neq_kernels.wgrad import planner
 from neq_kernels.wgrad.geometry import Conv
 
-OPTIONS: dict[str, dict[str, float]] = {  # of optimizers; small steps: values stay what they are
-    "SGD": {"lr": 1e-6, "momentum": 0.9, "weight_decay": 1e-4},
-    "AdamW": {"lr": 1e-6, "weight_decay": 1e-2},
-}
 BY_ROWS = ("none", "neq", "gather")
 
 
@@ -56,9 +52,10 @@ class Bench:
         *,
         graphs: bool = False,
     ) -> None:
-        order = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+        contiguous = torch.contiguous_format
+        of_images = torch.channels_last if layout == "channels_last" else contiguous
         self.layout, self.device, self.dtype = layout, device, dtype
-        self.plain = deepcopy(model).to(device, memory_format=order)
+        self.plain = deepcopy(model).to(device, memory_format=of_images)
         last = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)][-1:]
         self.converted = neq.convert(
             deepcopy(self.plain, {id(p): p for p in self.plain.parameters()}),
@@ -69,20 +66,20 @@ class Bench:
         self.layers = {name: m for name, m in modules if isinstance(m, NeuronLayer)}
         torch.manual_seed(0)  # the same values in every layout
         self.batch = {
-            name: t.to(device, memory_format=order if t.dim() == 4 else torch.contiguous_format)
+            name: t.to(device, memory_format=of_images if t.dim() == 4 else contiguous)
             for name, t in network.batch(samples).items()
         }
-        options: dict[str, Any] = {**OPTIONS[network.optimizer], "fused": True}
+        options: dict[str, Any] = {**optimizers.OPTIONS[network.optimizer], "fused": True}
         if graphs and network.optimizer == "AdamW":
             options["capturable"] = True
-        theirs, ours = (getattr(m, network.optimizer) for m in (torch.optim, neq.optim))
+        theirs, ours = optimizers.both(network.optimizer)
         self.optimizer = theirs(self.plain.parameters(), **options)
         self.row_optimizer = ours(self.converted.parameters(), **options, layers=self.converted)
         self.keeps_dgrad = False
         self._hook = next(iter(self.layers.values())).register_forward_hook(self._keep_dgrad)
 
     def _keep_dgrad(self, layer: nn.Module, args: Any, y: Tensor) -> None:
-        """Where nothing trains, backward goes as far as the first layer's output all the same."""
+        """Makes backward reach the first layer's output even if no neuron is active."""
         if self.keeps_dgrad and not y.requires_grad:
             y.requires_grad_()
 
@@ -91,24 +88,26 @@ class Bench:
         self.plain, self.converted = torch.compile(self.plain), torch.compile(self.converted)
 
     def account(self) -> Account:
-        """Of one sample: all that is asked of it are shares."""
+        """The FLOPs of one sample: only their shares are needed."""
         return neq.account(self.converted, {name: t[:1] for name, t in self.batch.items()})
 
 
 class Step:
-    """One contender's step: ``gradients`` and ``update``, once it is the one that is prepared."""
+    """One contender's step: call ``prepare``, then ``gradients`` and ``update``."""
 
     def __init__(self, bench: Bench, name: str, active: float, wgrads: Mapping[str, int]) -> None:
         """wgrads: the FLOPs of each layer's weight gradient."""
         self.bench, self.name, self.active = bench, name, active
-        self.rows: dict[str, ActiveSet] = {}
+        self.active_sets: dict[str, ActiveSet] = {}
         frozen = _whole_layers(wgrads, 1 - active) if name == "layers" else ()
         for seed, (layer, module) in enumerate(bench.layers.items()):
             n = module.n_neurons
-            count = n * (layer not in frozen) if name == "layers" else active_count(active, n)
+            k = n * (layer not in frozen) if name == "layers" else active_count(active, n)
             order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-            self.rows[layer] = ActiveSet(n, bench.device)
-            self.rows[layer].set(torch.zeros(n, dtype=torch.bool).index_fill_(0, order[:count], 1))
+            self.active_sets[layer] = ActiveSet(n, bench.device)
+            self.active_sets[layer].set(
+                torch.zeros(n, dtype=torch.bool).index_fill_(0, order[:k], 1)
+            )
         self._optimizer = bench.row_optimizer if name in BY_ROWS else bench.optimizer
         self._graphs: list[torch.cuda.CUDAGraph] = []
 
@@ -118,14 +117,14 @@ class Step:
 
     def prepare(self) -> None:
         for name, layer in self.bench.layers.items():
-            layer.rows = self.rows[name]
-            trains = self.name != "layers" or self.rows[name].count > 0
+            layer.active = self.active_sets[name]
+            trains = self.name != "layers" or self.active_sets[name].count > 0
             for p in layer.parameters(recurse=False):
                 p.requires_grad_(trains)
         self.bench.keeps_dgrad = self.name == "none"
 
     def lead(self, turn: int) -> None:
-        """What comes before the two parts that are timed."""
+        """Comes before the two parts that are timed."""
         self.prepare()
         if self.bench.device.type == "cuda":  # in training, a step is launched during the last one
             self.whole()
@@ -174,15 +173,14 @@ class Step:
 
     def _mask(self) -> None:
         for name, layer in self.bench.layers.items():
-            rows = self.rows[name]
-            frozen = rows.order[rows.count :]
+            frozen = self.active_sets[name].frozen
             for p, dim in ((layer.weight, layer.neuron_dim), (layer.bias, 0)):
                 if p is not None:
                     p.grad.index_fill_(dim, frozen, 0)
 
 
 def _whole_layers(wgrads: Mapping[str, int], share: float) -> set[str]:
-    """Layers drawn at random, none of which exceeds what is left of the share of all FLOPs."""
+    """Random layers, together at most the share of all FLOPs."""
     left, drawn, names = share * sum(wgrads.values()), set(), list(wgrads)
     for i in torch.randperm(len(names), generator=torch.Generator().manual_seed(0)).tolist():
         if wgrads[names[i]] <= left:
@@ -192,15 +190,15 @@ def _whole_layers(wgrads: Mapping[str, int], share: float) -> set[str]:
 
 
 class Gate:
-    """Admits a step whose loss is the dense step's, and whose active rows' gradients are."""
+    """Admits a step if its loss and the gradients of its active neurons are the dense step's."""
 
     def __init__(self, network: str, bench: Bench, dense: Step) -> None:
         self.network, self.bench = network, bench
         tf32 = bench.dtype == torch.float32 and bench.device.type == "cuda"
-        # half of the digits: a sum over all pixels loses some, and whoever computes it, others
+        # half of the digits: a sum over all pixels loses some, and not the same in every kernel
         self.allowed = sqrt(2**-10 if tf32 else torch.finfo(bench.dtype).eps)
         self.loss, self.truth = self._run(dense)
-        # of a module's weight and bias together: the gradient of one of them can be but rounding
+        # of a module's weight and bias together: one of the two may have only rounding errors
         self.sizes: dict[str, float] = {}
         for name, t in self.truth.items():
             self.sizes[_owner(name)] = max(self.sizes.get(_owner(name), 0.0), float(t.abs().max()))
@@ -211,10 +209,13 @@ class Gate:
         for name, truth in self.truth.items():
             got, what = gradients.get(name, torch.zeros_like(truth)), f"the gradient of {name}"
             if layer := self.bench.layers.get(_owner(name)):
-                rows, dim = step.rows[_owner(name)], layer.neuron_dim if truth.dim() > 1 else 0
-                if got.index_select(dim, rows.order[rows.count :]).count_nonzero():
-                    self._reject(step, f"{what} is not zero in the frozen rows")
-                truth, got = (t.index_select(dim, rows.active) for t in (truth, got))
+                active, dim = (
+                    step.active_sets[_owner(name)],
+                    layer.neuron_dim if truth.dim() > 1 else 0,
+                )
+                if got.index_select(dim, active.frozen).count_nonzero():
+                    self._reject(step, f"{what} is not zero for frozen neurons")
+                truth, got = (t.index_select(dim, active.rows) for t in (truth, got))
             if truth.numel():
                 self._compare(step, what, got, truth, self.sizes[_owner(name)])
 
@@ -241,30 +242,31 @@ class Gate:
 
 
 def _owner(parameter: str) -> str:
-    """The module that it belongs to."""
+    """The name of the parameter's module."""
     return parameter.rpartition(".")[0]
 
 
 class Backends(TorchDispatchMode):
-    """Notes who is asked for the weight gradients of a step inside; prints as a summary."""
+    """Counts the backends that compute the weight gradients of a step; prints as a summary."""
 
     def __init__(self, step: Step) -> None:
         super().__init__()
         self.asked: Counter[str] = Counter()
         matrices = {n: m for n, m in step.bench.layers.items() if not isinstance(m, NEqNorm)}
-        some = (0 < step.rows[name].count < m.n_neurons for name, m in matrices.items())
+        some = (0 < step.active_sets[name].count < m.n_neurons for name, m in matrices.items())
         self.layers = sum(some) if step.name in BY_ROWS else 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (ops.linear_wgrad, ops.conv_wgrad):
-            dy, x, weight, rows, count, bias, *geometry = args
+            dy, x, weight, order, count, bias, *geometry = args
             conv = Conv.of(*geometry) if geometry else None
             if conv is None:
                 dy, x = dy.flatten(0, -2), x.flatten(0, -2)
-            self.asked[planner.choose(dy, x, weight, rows, int(count), bias, conv)] += 1
+            self.asked[planner.choose(dy, x, weight, order, int(count), bias, conv)] += 1
         return func(*args, **(kwargs or {}))
 
     def __str__(self) -> str:
         asked = self.asked.copy()
-        asked["dense"] += self.layers - asked.total()  # in a joint backward, which asks for nothing
+        # a layer that asked for no backend was dense, in a joint backward
+        asked["dense"] += self.layers - asked.total()
         return ", ".join(f"{name} {n}" for name, n in asked.most_common() if n)

@@ -1,27 +1,23 @@
-"""What the benchmarks share: timing in turns, and the description of the machine."""
+"""Times of several calls, measured in turns."""
 
-import os
-import platform
+import ctypes
 import random
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
-from datetime import datetime, timezone
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from statistics import median, quantiles
 from typing import NamedTuple, TypeVar
 
 import torch
 
-import neq
-from bench.lib.peak_memory import keep_freed
-from neq_kernels.device import names as machine
-
 Key = TypeVar("Key")
+Call = Callable[[int], object]  # takes the number of its turn
+Clock = Callable[[], float]
+
 FEWEST, MOST = 5, 200  # rounds
 BACKLOG = 400_000  # GPU cycles, some 0.2 ms: longer than it takes to launch one call
+MMAP_MAX, TRIM_THRESHOLD = -4, -1  # of glibc's mallopt
 
 
 class Times(NamedTuple):
@@ -38,34 +34,37 @@ class Times(NamedTuple):
 
 
 def interleave(
-    calls: Mapping[Key, Callable[[int], object]],
+    calls: Mapping[Key, Call],
     device: torch.device,
     seconds: float,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Clock = time.perf_counter,
     backlog: int = BACKLOG,
 ) -> dict[Key, Times]:
-    """What ``each_round`` measures, summed up."""
+    """The percentiles of what ``each_round`` measures."""
     *_, taken = each_round(calls, device, seconds, clock, backlog=backlog)
     return {key: Times.of(times) for key, times in taken.items()}
 
 
 def each_round(
-    calls: Mapping[Key, Callable[[int], object]],
+    calls: Mapping[Key, Call],
     device: torch.device,
     seconds: float,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Clock = time.perf_counter,
     fewest: int = FEWEST,
     backlog: int = BACKLOG,
     together: int = 1,
 ) -> Iterator[dict[Key, list[float]]]:
-    """Time the calls in turns, so that whatever drifts meets all alike.
+    """Time the calls in turns, so that a drift meets all of them alike.
 
-    Each round is shuffled: what a call leaves behind in caches and heap, up to 4 % of a training
-    step, must not always meet the same one. ``together``: so many calls, counted from the first,
-    stay in line, as one. Spends about ``seconds``; after each
-    round come the times so far, in milliseconds. A call is given the number of its turn, by which
-    it can take other inputs each time than the caches still hold. ``clock`` is a CPU's; a GPU has
-    its own, and first waits for ``backlog`` cycles per call, until all are queued.
+    Yields the times so far, in milliseconds, after each round. Rounds go on for about ``seconds``.
+    Each round is shuffled: the caches and the heap that one call leaves behind change the time of
+    the next by up to 4 % of a training step, so the next must not always be the same call. A call
+    gets the number of its turn, by which it can take inputs that the caches no longer hold.
+
+    clock: of a CPU; a GPU has its own.
+    fewest: do at least so many rounds.
+    backlog: a GPU waits for so many cycles per call before it starts, until all calls are queued.
+    together: so many calls, counted from the first, keep their order and move as one.
     """
     if device.type == "cuda":
         one_round = partial(_round_on_gpu, device, backlog)
@@ -80,16 +79,14 @@ def each_round(
     while done < fewest or (done < MOST and time.perf_counter() < end):
         done += 1
         shuffle(groups)
-        order = [*chain.from_iterable(groups)]
-        spans = one_round([calls[key] for key in order], done * len(order))
-        for key, span in zip(order, spans, strict=True):
+        queue = [*chain.from_iterable(groups)]
+        spans = one_round([calls[key] for key in queue], done * len(queue))
+        for key, span in zip(queue, spans, strict=True):
             taken[key].append(span)
         yield taken
 
 
-def _round_on_cpu(
-    clock: Callable[[], float], calls: list[Callable[[int], object]], turn: int
-) -> list[float]:
+def _round_on_cpu(clock: Clock, calls: list[Call], turn: int) -> list[float]:
     times = []
     for call in calls:
         start = clock()
@@ -99,9 +96,7 @@ def _round_on_cpu(
     return times
 
 
-def _round_on_gpu(
-    device: torch.device, backlog: int, calls: list[Callable[[int], object]], turn: int
-) -> list[float]:
+def _round_on_gpu(device: torch.device, backlog: int, calls: list[Call], turn: int) -> list[float]:
     def mark() -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
@@ -120,66 +115,21 @@ def _round_on_gpu(
     return [start.elapsed_time(end) for start, end in spans]
 
 
+def keep_freed() -> None:
+    """From here on, freed memory stays with the process, as with allocators made for training.
+
+    glibc gives gradients back to the system at each zero_grad. The next call then gets new pages,
+    one by one, each with a trap. That costs up to a third of a weight gradient, and which call
+    pays it depends on the call that was timed before.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(MMAP_MAX, 0)
+        libc.mallopt(TRIM_THRESHOLD, -1)  # never
+
+
 def cache_bytes(device: torch.device) -> int:
-    """What inputs must exceed to come from memory, as they do in training."""
+    """Inputs larger than this come from memory, as they do in training."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
-    return 32 << 20  # a CPU does not tell; of shared last-level caches a process gets about this
-
-
-def environment(device: torch.device) -> dict[str, object]:
-    """What one has to know to compare figures from two runs."""
-    facts: dict[str, object] = {
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "neq": neq.__version__,
-        "revision": _git_revision(),
-        "torch": torch.__version__,
-        "triton": _triton_version(),
-        "python": platform.python_version(),
-        "system": platform.platform(terse=True),
-        "cpu": machine.cpu(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-    }
-    if device.type == "cuda":
-        facts |= {
-            "gpu": torch.cuda.get_device_name(device),
-            "driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
-            "tf32": {
-                "matmul": torch.backends.cuda.matmul.allow_tf32,
-                "conv": torch.backends.cudnn.allow_tf32,
-            },
-        }
-    return facts
-
-
-def device_name(facts: Mapping[str, object]) -> str:
-    threads = "1 thread" if facts["threads"] == 1 else f"{facts['threads']} threads"
-    return str(facts.get("gpu") or f"{facts['cpu']}, {threads}")
-
-
-def _triton_version() -> str | None:
-    try:
-        import triton
-    except ImportError:
-        return None
-    return str(triton.__version__)
-
-
-def _git_revision() -> str | None:
-    here = ("git", "-C", str(Path(__file__).parent))
-    revision = _run(*here, "rev-parse", "--short=12", "HEAD")
-    if revision and _run(*here, "status", "--porcelain", "--untracked-files=no"):
-        return f"{revision}, changed"
-    return revision
-
-
-def _run(*command: str) -> str | None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip().partition("\n")[0] or None
+    return 32 << 20  # a CPU does not tell; a process gets about this of a shared last-level cache

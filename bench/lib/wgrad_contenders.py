@@ -1,4 +1,4 @@
-"""Who is timed: each way to get one weight gradient with some of the neurons active."""
+"""The contenders for one weight gradient: each way to compute it with some neurons active."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,34 +18,46 @@ from neq_kernels.wgrad.geometry import Conv
 Gradient = tuple[Tensor, Tensor | None]
 Call = Callable[[int], Gradient | None]  # takes the number of its turn
 
-MOST_SETS = 64  # of inputs: where caches hold so many, it is not their bytes that cost time
+MOST_SETS = 64  # of inputs: where caches hold so many, reading them costs no time
 
 
 class WrongResultError(Exception):
-    """A gradient that is not the gradient: there is no point in its speed."""
+    """A contender computes another gradient, so its speed says nothing."""
 
 
 def active_count(fraction: float, neurons: int) -> int:
-    """At least one neuron, unless none is asked for."""
+    """At least one neuron, unless the fraction is 0."""
     return max(round(fraction * neurons), 1) if fraction else 0
 
 
 @dataclass(frozen=True)
 class Active:
-    """Which neurons train, in every form that a contender may want it."""
+    """The active neurons, in every form that a contender needs."""
 
     k: int
-    rows: Tensor  # int64 [n]: the active neurons, then the others, each ascending
+    order: Tensor  # int64 [n]: the active neurons, then the frozen ones, each ascending
     mask: Tensor  # [n], of the gradient's dtype: 1 where active
 
     @classmethod
     def random(cls, k: int, weight: Tensor) -> "Active":
-        """Any ``k`` of the weight's neurons."""
+        """``k`` random neurons of the weight."""
         neurons = len(weight)
-        order = torch.randperm(neurons, generator=torch.Generator().manual_seed(k))
-        rows = torch.cat([order[:k].sort().values, order[k:].sort().values]).to(weight.device)
-        mask = weight.new_zeros(neurons).index_fill_(0, rows[:k], 1)
-        return cls(k, rows, mask)
+        random = torch.randperm(neurons, generator=torch.Generator().manual_seed(k))
+        order = torch.cat([random[:k].sort().values, random[k:].sort().values]).to(weight.device)
+        mask = weight.new_zeros(neurons).index_fill_(0, order[:k], 1)
+        return cls(k, order, mask)
+
+    @property
+    def rows(self) -> Tensor:
+        return self.order[: self.k]
+
+    @property
+    def frozen(self) -> Tensor:
+        return self.order[self.k :]
+
+    @property
+    def count(self) -> Tensor:
+        return torch.tensor(self.k)
 
 
 @dataclass(frozen=True)
@@ -62,7 +74,7 @@ class Case:
     def make(
         cls, problem: Problem, layout: str, device: torch.device, dtype: torch.dtype
     ) -> "Case":
-        # the same values in every layout, and never zeros: they are faster
+        # the same values in every layout, and never zeros: zeros are faster
         random = partial(
             torch.randn,
             generator=torch.Generator(device).manual_seed(0),
@@ -73,7 +85,7 @@ class Case:
         sets = min(1 + ceil(cache_bytes(device) / size), MOST_SETS)
         inputs = [(random(problem.dy), random(problem.x)) for _ in range(sets)]
         weight = random(problem.weight)
-        if layout == "transposed":
+        if layout == "column_major":
             weight = weight.t().contiguous().t()
         if not problem.kernel:
             return cls(problem, layout, inputs, weight, None)
@@ -89,49 +101,48 @@ class Case:
 
     def masked(self, active: Active, turn: int) -> Gradient:
         dw, db = self.dense(turn)
-        dw *= _over_rows(active.mask, dw)
+        dw *= _by_neuron(active.mask, dw)
         return dw, None if db is None else db * active.mask
 
     def gather(self, active: Active, turn: int) -> Gradient:
         operator = getattr(naive_gather, self.problem.op)
         geometry = [self.conv] if self.conv else []
-        rest = (self.weight, active.rows, active.k, self.problem.bias, *geometry)
-        dw, db = operator(*self._inputs(turn), *rest)
+        others = (self.weight, active.order, active.k, self.problem.bias, *geometry)
+        dw, db = operator(*self._inputs(turn), *others)
         return dw, db if self.problem.bias else None
 
     def neq(self, active: Active) -> Call:
-        """What a layer runs: the plain layer's path or nothing at all, where that is right."""
+        """What a layer runs: nothing if all neurons are frozen, the vendor if all are active."""
         if active.k == 0:
             return lambda turn: None
-        if active.k == len(active.rows):
+        if active.k == len(active.order):
             return self.dense
         operator, geometry = getattr(ops, self.problem.op), self.conv or ()
-        rest = (self.weight, active.rows, torch.tensor(active.k), self.problem.bias, *geometry)
-        return lambda turn: operator(*self._inputs(turn), *rest)
+        others = (self.weight, active.order, active.count, self.problem.bias, *geometry)
+        return lambda turn: operator(*self._inputs(turn), *others)
 
     def backend(self, active: Active) -> str:
-        """Who answers ``neq``."""
+        """The name of the backend behind ``neq``."""
         if active.k == 0:
             return "none"
-        if active.k == len(active.rows):
+        if active.k == len(active.order):
             return "plain"
-        problem, k = self.problem, active.k
-        args = (*self.inputs[0], self.weight, active.rows, k, problem.bias, self.conv)
-        return planner.choose(*args)
+        others = (active.order, active.k, self.problem.bias, self.conv)
+        return planner.choose(*self.inputs[0], self.weight, *others)
 
     def truth(self) -> Gradient:
-        """Of the first inputs, with all neurons active, in float64: the same in every layout."""
+        """The gradient of the first inputs in float64, all neurons active: equal in all layouts."""
         dy, x = (t.double().contiguous() for t in self.inputs[0])
-        rows = torch.arange(self.problem.neurons, device=dy.device)
+        weight, neurons = self.weight.double(), self.problem.neurons
         operator, geometry = getattr(reference, self.problem.op), self.conv or ()
-        count = torch.tensor(len(rows))
-        return operator(dy, x, self.weight.double(), rows, count, self.problem.bias, *geometry)
+        order, count = torch.arange(neurons, device=dy.device), torch.tensor(neurons)
+        return operator(dy, x, weight, order, count, self.problem.bias, *geometry)
 
     def _vendor(self, dy: Tensor, x: Tensor, weight: Tensor) -> Gradient:
         """The calls that autograd makes for a plain layer."""
         bias = self.problem.bias
         if self.conv is None:
-            dw = (x.t() @ dy).t() if self.layout == "transposed" else dy.t() @ x
+            dw = (x.t() @ dy).t() if self.layout == "column_major" else dy.t() @ x
             return dw, dy.sum(0) if bias else None
         biases, wanted = [len(weight)] if bias else None, [False, True, bias]
         _, dw, db = torch.ops.aten.convolution_backward(dy, x, weight, biases, *self.conv, wanted)
@@ -142,7 +153,7 @@ class Case:
 
 
 class Gate:
-    """Admits a call whose gradient is the reference's, to within twice the vendor's error."""
+    """Admits a call if its gradient is the reference's, to within twice the vendor's error."""
 
     def __init__(self, case: Case, truth: Gradient) -> None:
         self.case, self.truth = case, truth
@@ -178,12 +189,11 @@ def _allowed(vendor: Tensor | None, truth: Tensor) -> float | None:
 
 
 def _fault(got: Tensor, truth: Tensor, allowed: float, active: Active) -> str | None:
-    trained, frozen = active.rows[: active.k], active.rows[active.k :]
-    error = float((got[trained] - truth[trained]).abs().max())
+    error = float((got[active.rows] - truth[active.rows]).abs().max())
     if not error <= allowed:  # also when it is nan
         return f"it is off by {error:.3g}, and twice the vendor's own error is {allowed:.3g}"
-    if got[frozen].count_nonzero():
-        return "its frozen rows are not zero"
+    if got[active.frozen].count_nonzero():
+        return "it is not zero for frozen neurons"
     return None
 
 
@@ -191,5 +201,6 @@ def _channels_last(t: Tensor) -> Tensor:
     return t.contiguous(memory_format=torch.channels_last)
 
 
-def _over_rows(mask: Tensor, weight: Tensor) -> Tensor:
+def _by_neuron(mask: Tensor, weight: Tensor) -> Tensor:
+    """The mask in a shape that broadcasts against the weight."""
     return mask.view(-1, *(1,) * (weight.dim() - 1))

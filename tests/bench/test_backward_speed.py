@@ -11,7 +11,10 @@ import pytest
 import torch
 
 from bench import backward_speed
+from bench.lib import naive_gather
 from neq_kernels import ops
+from neq_kernels.wgrad import planner
+from neq_kernels.wgrad.geometry import Conv
 from tests.support.benches import PROBLEMS, assert_refused, results_of
 
 TIMED = {
@@ -74,7 +77,7 @@ def test_layout(results):
     rows = results("--layout", "channels_last")
     assert images(rows) == {"channels_last"}
     matrices = {row["layout"] for row in rows if row["op"] == "linear_wgrad"}
-    assert matrices == {"contiguous", "transposed"}
+    assert matrices == {"contiguous", "column_major"}
 
 
 def test_active(results):
@@ -194,7 +197,7 @@ def wrong_bias(dw, db):
     [
         (off_by_a_little, "dW by neq is wrong for tiny/linear"),
         (unwritten, "it is off by nan"),
-        (thawed, "its frozen rows are not zero"),
+        (thawed, "it is not zero for frozen neurons"),
         (wrong_bias, "db by neq is wrong for tiny/linear"),
     ],
 )
@@ -239,5 +242,18 @@ def test_piped_output_is_whole_and_plain():
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert len(cells) == 15
     assert cells[1:3] == ["resnet32/layer3", "100x64x8x8 -> 64 3x3"]
-    assert "of 4 rows" in lines[-1]
+    assert "of 4 results" in lines[-1]
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("groups", "transposed", "supported"),
+    [(1, False, True), (8, False, True), (2, False, False), (1, True, False)],
+)
+def test_convolutions_that_the_naive_gather_supports(groups, transposed, supported):
+    x, weight = torch.empty(2, 8, 5, 5), torch.empty(8, 8 // groups, 3, 3)
+    conv = Conv((1, 1), (1, 1), (1, 1), transposed, (0, 0), groups)
+    problem = planner.problem_of(x, weight, 8, 4, conv)
+    assert naive_gather.supports(problem) == supported
+    if supported:
+        assert naive_gather.cost(problem) == 0.5

@@ -26,7 +26,7 @@ def test_choices(tmp_path, monkeypatch, capsys):
         assert row["predicted"].keys() == row["measured"].keys() == {"dense", "pack"}
         assert (row["predicted"]["pack"], row["chosen"]) == (0.1, "pack")
         assert row["predicted"]["dense"] > 1  # the frozen rows are zeroed besides
-    kinds = ["linear", "linear, transposed", "k x k", "k x k", "depthwise", "depthwise"]
+    kinds = ["linear", "linear, column_major", "k x k", "k x k", "depthwise", "depthwise"]
     assert [row["kind"] for row in rows] == kinds
     assert "of the plain layer's time in the mean of 6 cases" in capsys.readouterr().out
 

@@ -10,9 +10,9 @@ import torch
 
 from bench import backward_speed, end_to_end, gpu_check
 from bench.gpu_check import Part
+from bench.lib.environment import environment
 from bench.lib.networks import NETWORKS
 from bench.lib.problems import problems
-from bench.lib.timing import environment
 from tests.support import ROOT
 
 ROW = {

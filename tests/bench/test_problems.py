@@ -68,7 +68,7 @@ def shapes_of(model, inputs):
 
 
 def shape_of(problem):
-    geometry = (problem.transposed,)
+    geometry = (problem.column_major,)
     if problem.kernel:
         geometry = ((problem.stride,) * 2, (problem.padding,) * 2, problem.groups)
     return problem.x, problem.dy, problem.weight, problem.bias, geometry

@@ -34,6 +34,6 @@ def rows_for_verdict():
 def test_verdict():
     assert report.verdict(rows_for_verdict(), "toaster") == (
         "toaster, float32: realised 0.35 median, -1.00 worst (m/0.5, channels_last, f = 0.5) over "
-        "4 rows with 0 < f <= 0.5; slower than dense in 2 (1 by more than 3%) of 7 rows, "
+        "4 results with 0 < f <= 0.5; slower than dense in 2 (1 by more than 3%) of 7 results, "
         "than dense in its fastest layout in 3 (2 by more than 3%)"
     )

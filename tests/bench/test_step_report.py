@@ -31,7 +31,7 @@ def test_verdict():
     assert step_report.verdict(rows, "toaster").splitlines() == [
         "toaster, float32, whole steps with 0 < f <= 0.5:",
         "neq: realised -0.10 median, -0.20 worst (toast, compiled, f = 0.25); "
-        "slower than dense in 2 (1 by more than 3%) of 3 rows",
+        "slower than dense in 2 (1 by more than 3%) of 3 results",
         "gather: realised 0.40 median, 0.40 worst (toast, f = 0.5); slower than dense in 0 "
-        "(0 by more than 3%) of 1 rows",
+        "(0 by more than 3%) of 1 results",
     ]

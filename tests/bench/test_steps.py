@@ -58,11 +58,11 @@ def test_what_a_step_computes(bench, name, active, wanted):
         one.gradients(0)
     assert seen.wanted == wanted
     for name, layer in bench.layers.items():
-        rows = one.rows[name]
-        assert rows.count == active * rows.neurons
+        chosen = one.active_sets[name]
+        assert chosen.k == active * chosen.neurons
         grad = layer.weight.grad
-        assert rows.count == 0 or not grad[rows.order[rows.count :]].any()
-        assert (grad is None) == (rows.count == 0)
+        assert chosen.k == 0 or not grad[chosen.frozen].any()
+        assert (grad is None) == (chosen.k == 0)
 
 
 def test_whole_layers(bench):
@@ -70,7 +70,7 @@ def test_whole_layers(bench):
     assert wgrads.keys() == {"conv1", "bn1", "conv2", "bn2", "hidden"}
     for share in (1, 0.5, 0.1, 0):
         one = Step(bench, "layers", 1 - share, wgrads)
-        frozen = [name for name, rows in one.rows.items() if rows.count == 0]
+        frozen = [name for name, chosen in one.active_sets.items() if chosen.k == 0]
         rest = [flops for name, flops in wgrads.items() if name not in frozen]
         left = share * sum(wgrads.values()) - sum(wgrads[name] for name in frozen)
         assert 0 <= left < min(rest, default=1)
@@ -91,7 +91,7 @@ def test_frozen_rows_stay_under_the_optimizer_by_rows(bench):
         half.update(0)
     for name, layer in bench.layers.items():
         moved = (layer.weight != before[name]).view(layer.n_neurons, -1).any(1)
-        assert torch.equal(moved, half.rows[name].mask)
+        assert torch.equal(moved, half.active_sets[name].mask)
     assert all(p.grad is None for p in bench.parameters.values())
 
 
@@ -122,7 +122,7 @@ def thawed(dw):
     [
         (off_by_a_little, r"the gradient of conv\d.weight is off by [\d.e-]+, allowed are"),
         (unwritten, r"the gradient of conv\d.weight is off by nan"),
-        (thawed, r"the gradient of conv\d.weight is not zero in the frozen rows"),
+        (thawed, r"the gradient of conv\d.weight is not zero for frozen neurons"),
     ],
 )
 def test_a_wrong_gradient_is_not_timed(bench, monkeypatch, fault, message):

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import neq
-from examples.resnet import resnet18, resnet32
+from bench.lib.networks import classifier
+from examples.resnet import resnet32
 from neq import account
 from neq.cost.account import Work
 
@@ -24,7 +25,7 @@ def test_the_papers_figure_for_resnet32():
 
 def test_the_papers_figure_for_resnet18():
     figure = account(
-        neq.convert(resnet18()), torch.randn(1, 3, 224, 224)
+        neq.convert(classifier("resnet18")), torch.randn(1, 3, 224, 224)
     ).dense.published_backprop_flops
     assert f"{figure / 1e9:.2f}" == "3.64"
 

@@ -43,7 +43,7 @@ TEXT = Network(tiny_gpt2, partial(text, 6, 20), 2, 2, "AdamW")
 
 PROBLEMS = [
     Problem("tiny/linear", 6, 8, (5,), batch=2),
-    Problem("tiny/transposed", 6, 8, (5,), transposed=True, bias=False),
+    Problem("tiny/transposed", 6, 8, (5,), column_major=True, bias=False),
     Problem("tiny/conv", 3, 8, (7, 6), 3, stride=2, padding=1, batch=2, count=3),
     Problem("tiny/depthwise", 8, 8, (5, 5), 3, padding=1, groups=8, bias=False, batch=2),
 ]

@@ -31,7 +31,7 @@ def asked(problem: Problem, share: float, dtype, weight_dtype):
         sides = ((n, n) for n in (problem.stride, problem.padding, 1))
         geometry = Conv(*sides, False, (0, 0), problem.groups)
     dy, x, weight = tensors
-    if problem.transposed:
+    if problem.column_major:
         weight = weight.t().contiguous().t()
     k = active_count(share, problem.neurons)
     planned = planner.problem_of(x, weight, problem.neurons, k, geometry)
@@ -107,8 +107,8 @@ ODD = [  # what no well-known network asks for: sizes that are no multiples of 1
     linear("inputs", 40_000, 1000, 1024),
     linear("inputs, whole", 4099, 1000, 1024, bias=False),
     linear("neurons", 4099, 1024, 1023),
-    linear("transposed", 4099, 1024, 2048, transposed=True),
-    linear("transposed, no bias", 4099, 2048, 4096, transposed=True, bias=False),
+    linear("transposed", 4099, 1024, 2048, column_major=True),
+    linear("transposed, no bias", 4099, 2048, 4096, column_major=True, bias=False),
     conv("inputs", 32, 24, 1024, 3, bias=True),
     conv("patches, no bias", 224, 3, 1024, 16, 16, padding=0),
 ]
