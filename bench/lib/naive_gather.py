@@ -4,6 +4,7 @@ It is the first thing to try, written as a backend of the planner to compare oth
 """
 
 import sys
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
