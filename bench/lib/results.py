@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -45,11 +45,12 @@ def show_environment(facts: Facts) -> None:
 def new_table(text: Sequence[str], figures: Sequence[str], more_text: Sequence[str] = ()) -> Table:
     """Columns of text to the left, of figures to the right, of text again."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    left: Literal["left"] = "left"
-    right: Literal["right"] = "right"
-    for names, justify in ((text, left), (figures, right), (more_text, left)):
-        for name in names:
-            table.add_column(name, justify=justify, no_wrap=True)
+    for name in text:
+        table.add_column(name, no_wrap=True)
+    for name in figures:
+        table.add_column(name, no_wrap=True, justify="right")
+    for name in more_text:
+        table.add_column(name, no_wrap=True)
     return table
 
 
