@@ -20,7 +20,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
-from math import inf
 from pathlib import Path
 from statistics import mean
 
@@ -100,8 +99,7 @@ def problem_of(case: Case, active: Active) -> Posed:
 
 def predicted(problem: Posed) -> dict[str, float]:
     """The time that each able backend predicts, in units of the plain layer's."""
-    costs = {name: backend.cost(problem) for name, backend in planner.BACKENDS.items()}
-    return {name: cost for name, cost in costs.items() if cost < inf}
+    return {name: b.cost(problem) for name, b in planner.supporting(problem).items()}
 
 
 def kind(problem: Problem) -> str:

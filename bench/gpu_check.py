@@ -56,13 +56,18 @@ SPEED = {"llama-8b": 0.39, "swin-b|vit-l|gpt2|gpt2-medium": 0.48, "resnet50|resn
 OTHERS = "resnet18|convnext-t|swin-t|vit-s|vit-b|llama-1b"
 STEPS = {"resnet50": 0.64, "gpt2-medium": 0.69, "swin-b": 0.74, "llama-1b": 0.78}
 KERNELS = [  # a small problem of each
-    "tests/test_fused.py::test_same_bits_however_often",
-    "tests/test_grouped.py::test_same_bits_however_often",
-    "tests/test_narrow.py::test_same_bits_however_often",
-    "tests/test_pack_columns.py::test_same_bits_twice",
-    "tests/test_triton_similarity.py::test_same_bits_however_often",
-    "tests/test_triton_step.py::test_sgd_of_any_share",
-    "tests/test_triton_step.py::test_what_is_not_finite_stays_in_its_element",
+    "tests/kernels/wgrad/test_fused.py::test_same_bits_however_often",
+    "tests/kernels/wgrad/test_grouped.py::test_same_bits_however_often",
+    "tests/kernels/wgrad/test_narrow.py::test_same_bits_however_often",
+    "tests/kernels/wgrad/test_pack_columns.py::test_same_bits_twice",
+    "tests/kernels/similarity/test_fused.py::test_same_bits_however_often",
+    "tests/kernels/step/test_fused.py::test_sgd_of_any_share",
+    "tests/kernels/step/test_fused.py::test_what_is_not_finite_stays_in_its_element",
+]
+COMPILED = [  # looked at as machine code
+    "tests/kernels/wgrad/test_grouped_compile.py",
+    "tests/kernels/similarity/test_fused_compile.py",
+    "tests/kernels/step/test_fused_compile.py",
 ]
 FRACTIONS = (0.75, 0.5, 0.25, 0.1)
 UNSUPPORTED = "Device not supported"  # compute-sanitizer, in some virtual machines
@@ -127,7 +132,7 @@ def parts(out: Path, seconds: float) -> Iterator[Part]:
     yield Part("exact tests", [*on_gpu, EXACT], until=0.11)
     yield Part("kernel tests", [*on_gpu, f"not ({EXACT})", *of_kernels], until=0.17)
     yield Part("other gpu tests", [*on_gpu, f"not ({EXACT})", *others], until=0.22)
-    yield Part("machine code", [*PYTEST, *workers, "tests/test_triton_compile.py"], until=0.26)
+    yield Part("machine code", [*PYTEST, *workers, *COMPILED], until=0.26)
     for tool, until in (("memcheck", 0.3), ("racecheck", 0.34)):
         sanitizer = [find("compute-sanitizer"), "--tool", tool, "--error-exitcode", "1"]
         yield Part(tool, [*sanitizer, *PYTEST, "-m", "gpu", *KERNELS], until)

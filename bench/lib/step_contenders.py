@@ -118,7 +118,7 @@ class Step:
     def prepare(self) -> None:
         for name, layer in self.bench.layers.items():
             layer.active = self.active_sets[name]
-            trains = self.name != "layers" or self.active_sets[name].count > 0
+            trains = self.name != "layers" or self.active_sets[name].k > 0
             for p in layer.parameters(recurse=False):
                 p.requires_grad_(trains)
         self.bench.keeps_dgrad = self.name == "none"
@@ -253,17 +253,16 @@ class Backends(TorchDispatchMode):
         super().__init__()
         self.asked: Counter[str] = Counter()
         matrices = {n: m for n, m in step.bench.layers.items() if not isinstance(m, NEqNorm)}
-        some = (0 < step.active_sets[name].count < m.n_neurons for name, m in matrices.items())
+        some = (0 < step.active_sets[name].k < m.n_neurons for name, m in matrices.items())
         self.layers = sum(some) if step.name in BY_ROWS else 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
         if func in (ops.linear_wgrad, ops.conv_wgrad):
-            dy, x, weight, order, count, bias, *geometry = args
+            _, x, weight, order, count, _, *geometry = args
             conv = Conv.of(*geometry) if geometry else None
-            if conv is None:
-                dy, x = dy.flatten(0, -2), x.flatten(0, -2)
-            self.asked[planner.choose(dy, x, weight, order, int(count), bias, conv)] += 1
-        return func(*args, **(kwargs or {}))
+            self.asked[str(planner.choose(x, weight, len(order), int(count), conv))] += 1
+        return result
 
     def __str__(self) -> str:
         asked = self.asked.copy()

@@ -86,7 +86,7 @@ def test_which_optimizer_steps_and_which_backends_compute(results):
         by_rows = row["contender"] in ("none", "neq", "gather")
         assert row["optimizer"] == f"{'neq' if by_rows else 'torch'} {kind}"
         if row["contender"] == "gather":
-            assert row["backends"] == f"gather {matrices}"
+            assert row["backends"] == f"naive_gather {matrices}"
         elif row["contender"] == "neq":
             counts = (part.split()[1] for part in row["backends"].split(", "))
             assert sum(map(int, counts)) == matrices
