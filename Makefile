@@ -27,9 +27,11 @@ sanitize: $(VENV)/.deps build/sanitize/races
 	NEQ_CUDA=0 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize/lib PYTHONSAFEPATH=1 \
-		$(BIN)/python -m pytest --capture=sys tests/kernels/wgrad/test_pack_columns.py \
-		tests/kernels/wgrad/test_native.py tests/kernels/wgrad/test_zero_rows.py \
-		tests/kernels/wgrad/test_narrow.py::test_exact_however_cut $(ARGS)
+		$(BIN)/python -m pytest --capture=sys tests/kernels/step/test_native.py \
+		tests/kernels/step/test_ops.py tests/kernels/similarity/test_native.py tests/optim/test_by_rows*.py \
+		tests/kernels/wgrad/test_native.py tests/kernels/wgrad/test_pack_columns.py \
+		tests/kernels/wgrad/test_zero_rows.py tests/kernels/wgrad/test_narrow.py::test_exact_however_cut \
+		$(ARGS)
 	build/sanitize/races
 
 # Linked without libgomp: the file brings what of it the kernels need.

@@ -5,6 +5,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from neq_kernels.step import pack as pack_step
+from neq_kernels.step import planner as row_step
 from neq_kernels.wgrad import planner
 
 settings.register_profile("few", max_examples=10)  # where each may compile a kernel
@@ -43,7 +45,7 @@ def seed():
 
 @pytest.fixture
 def poisoned_memory():
-    """What torch allocates and nobody writes is NaN."""
+    """What torch allocates and nothing writes is NaN."""
     before = torch.are_deterministic_algorithms_enabled()
     # only warn: cuBLAS wants an environment variable first, to be deterministic
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -71,6 +73,14 @@ def threads():
 def one_thread(threads):
     """For tiny problems, where a second thread only waits, and does so busily."""
     threads(1)
+
+
+@pytest.fixture(params=["compiled", "packed"])
+def step_backend(request, monkeypatch):
+    """What steps active rows on a CPU."""
+    if request.param == "packed":
+        monkeypatch.setattr(row_step, "backend", lambda *tensors: pack_step)
+    return request.param
 
 
 @pytest.fixture

@@ -91,7 +91,7 @@ def test_row_optimizers_need_no_guard_beside_their_own(layers):
     train(model, optimizer)
     frozen = ~model.conv.active_mask
     assert torch.equal(before[frozen], model.conv.weight[frozen])
-    # what becomes of their momentum is said by whoever said which layers
+    # the one that was told the layers decides what becomes of their momentum
     after = optimizer.state[model.conv.weight]["momentum_buffer"][frozen]
     assert momentum[frozen].abs().sum() > 0
     assert torch.equal(after, momentum[frozen] if layers == "their own" else 0 * after)

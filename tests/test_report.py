@@ -42,7 +42,7 @@ def records(epochs=6, layers=3, flops=1000.0, name="layer"):
 
 def test_saving_by_hand():
     predicted, measured = step_saving(records())
-    # layers of 4 keep 0, 1 and 2: 9 of 12 rest, of a third of the step
+    # layers of 4 keep 0, 1 and 2: 9 of 12 are frozen, of a third of the step
     assert predicted == pytest.approx([0, 0, *4 * [0.25]])
     assert measured == pytest.approx([0, 0, *4 * [0.2]])
     assert step_saving(records()[2:])[1] is None  # nothing dense to compare with

@@ -5,17 +5,18 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 
 from bench import backward_speed
 from neq_kernels import ops
-from tests.support.benches import PROBLEMS
+from tests.support.benches import PROBLEMS, assert_refused, results_of
 
 TIMED = {
-    f"{who}_{p}"
-    for who in ("dense", "plain", "neq", "masked", "gather")
+    f"{contender}_{p}"
+    for contender in ("dense", "plain", "neq", "masked", "gather")
     for p in ("p20", "ms", "p80")
 }
 FACTS = {"op", "name", "shape", "count", "dtype", "layout", "active", "backend", "dense_layout"}
@@ -29,16 +30,7 @@ def tiny(monkeypatch, fresh_planner):
 
 @pytest.fixture
 def results(tiny, tmp_path):
-    """Runs the benchmark with some arguments and returns its rows."""
-
-    def run(*arguments):
-        file = tmp_path / "results.json"
-        backward_speed.main(
-            ["--device", "cpu", "--seconds", "0.001", "--json", str(file), *arguments]
-        )
-        return json.loads(file.read_text())["results"]
-
-    return run
+    return partial(results_of, backward_speed, tmp_path)
 
 
 def test_json(results, tmp_path):
@@ -170,10 +162,7 @@ def test_plot(results, tmp_path):
     ],
 )
 def test_bad_options(capsys, arguments, message):
-    with pytest.raises(SystemExit) as ended:
-        backward_speed.parse(arguments)
-    assert ended.value.code == 2
-    assert message in capsys.readouterr().err
+    assert_refused(backward_speed.parse, arguments, message, capsys)
 
 
 def test_a_plot_needs_matplotlib(capsys, monkeypatch):

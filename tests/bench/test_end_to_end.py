@@ -13,7 +13,7 @@ from bench.end_to_end import Entry, compare, in_best_layout, time_parts
 from bench.networks import LAYOUTS
 from bench.steps import Step
 from bench.timing import Times
-from tests.support.benches import CPU, IMAGES, TEXT, tiny_gpt2
+from tests.support.benches import CPU, IMAGES, TEXT, assert_refused, results_of, tiny_gpt2
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -33,14 +33,7 @@ def tiny(monkeypatch):
 
 @pytest.fixture
 def results(tiny, tmp_path):
-    """Runs the benchmark with some arguments and returns its rows."""
-
-    def run(*arguments):
-        file = tmp_path / "results.json"
-        end_to_end.main(["--device", "cpu", "--seconds", "0.001", "--json", str(file), *arguments])
-        return json.loads(file.read_text())["results"]
-
-    return run
+    return partial(results_of, end_to_end, tmp_path)
 
 
 def test_json(results, tmp_path, capsys):
@@ -85,7 +78,7 @@ def test_what_follows_from_the_times(results):
             assert row[realised] == pytest.approx(saved / ((1 - f) * at_most))
 
 
-def test_who_steps_and_who_computes(results):
+def test_which_optimizer_steps_and_which_backends_compute(results):
     kinds = {"images": ("SGD", 3), "text": ("AdamW", 4)}  # converted layers that have a matrix
     for row in results("--active", ".5"):
         kind, matrices = kinds[row["network"]]
@@ -149,14 +142,13 @@ def test_compile(results, monkeypatch):
     ],
 )
 def test_bad_options(tiny, capsys, arguments, message):
-    with pytest.raises(SystemExit) as ended:
-        end_to_end.parse(["--device", "cpu", *arguments])
-    assert ended.value.code == 2
-    assert message in capsys.readouterr().err
+    assert_refused(end_to_end.parse, ["--device", "cpu", *arguments], message, capsys)
 
 
 @pytest.mark.parametrize("wrong", ["neq", "none"])
-def test_who_is_wrong_is_not_timed_and_the_run_fails(results, wrong, tmp_path, monkeypatch, capsys):
+def test_a_wrong_contender_is_not_timed_and_the_run_fails(
+    results, wrong, tmp_path, monkeypatch, capsys
+):
     gradients = Step.gradients
 
     def spoilt(self, turn):

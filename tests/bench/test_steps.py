@@ -81,7 +81,7 @@ def test_whole_layers(bench):
     assert all(p.requires_grad for p in bench.parameters.values())
 
 
-def test_frozen_rows_rest_under_the_optimizer_by_rows(bench):
+def test_frozen_rows_stay_under_the_optimizer_by_rows(bench):
     bench.row_optimizer.param_groups[0]["lr"] = 1.0
     half = step(bench, "neq", 0.5)
     before = {name: layer.weight.detach().clone() for name, layer in bench.layers.items()}

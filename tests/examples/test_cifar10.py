@@ -69,7 +69,7 @@ def test_the_comparison(run, tmp_path):
         history.read(tmp_path / f"out/{name}-0.jsonl")
         for name in ("equilibrium", "random-equal-flops")
     )
-    # someone rests, and as many as where chance decides, epoch by epoch and layer by layer
+    # some are frozen, and as many where chance decides, epoch by epoch and layer by layer
     assert 0.05 < min(row["wgrad"] for row in rows["equilibrium"]) < 0.95
     assert [[x.trained for x in r.layers] for r in records] == [
         [x.trained for x in r.layers] for r in random
@@ -235,7 +235,7 @@ def test_the_summary_by_hand():
     assert equilibrium["flops_saved"] == pytest.approx((1 - 5.5 / 8) / 3)
     assert equilibrium["published_mflops"] == pytest.approx(100 * 5.5 / 8)
     assert equilibrium["to_aim_s"] is None  # not in every run
-    # so many never rest with seed 1; with seed 0 after the third epoch, which is its last then
+    # so many are never frozen with seed 1; with seed 0 after the third epoch, its last then
     assert stopped["seeds"] == [0]
     assert (stopped["epochs"], stopped["accuracy"]) == (3, 0.8)
     assert stopped["wgrad_saved"] == pytest.approx(1 - 2.5 / 4)

@@ -9,16 +9,8 @@ from transformers.pytorch_utils import Conv1D
 
 import neq
 from neq.layers.conversion import convertible
-from tests.support.layers import (
-    ALL,
-    MATRIX,
-    NORM,
-    active_elements,
-    first_of_each,
-    integers,
-    random_mask,
-    run,
-)
+from tests.support.layers import ALL, MATRIX, NORM, active_elements, first_of_each, random_mask, run
+from tests.support.tensors import integers
 
 each = pytest.mark.parametrize
 pytestmark = [

@@ -15,10 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import neq
 from neq_kernels import ops
 from neq_kernels.wgrad import planner
-from tests.support.cases import DEVICES
+from tests.support.tensors import on_devices
 
 pytestmark = pytest.mark.usefixtures("one_thread", "without_tf32")
-on_devices = pytest.mark.parametrize("device", DEVICES)
 OPTIMIZERS = {
     "SGD": {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01},
     "AdamW": {"lr": 0.01, "amsgrad": True},
@@ -211,6 +210,25 @@ def test_the_model_gives_each_backend_something_to_do(device, backend, precision
     assert (backend in planner._plans.values()) == (backend in ABLE[device, precision])
 
 
+def two_of(name, device):
+    """Alike, with the same rows frozen and the same batch to take."""
+    pair = Training(name, device), Training(name, device)
+    for training in pair:
+        training.freeze(0)
+        training.take(0)
+    return pair
+
+
+def replay_beside_steps(replay, mine, eager):
+    """Batches by a graph's replay, and the same by ordinary steps."""
+    for batch in range(10, 13):
+        mine.take(batch)
+        replay()
+        eager.take(batch)
+        eager.step()
+    alike(mine.state(), eager.state())
+
+
 @on_devices
 @by_both
 def test_replays_are_steps_and_so_are_those_of_a_new_graph_after_other_masks(device, name):
@@ -223,12 +241,7 @@ def test_replays_are_steps_and_so_are_those_of_a_new_graph_after_other_masks(dev
         replay = captured(mine)
         eager.step()
         before = mine.state()
-        for batch in range(10, 13):
-            mine.take(batch)
-            replay()
-            eager.take(batch)
-            eager.step()
-        alike(mine.state(), eager.state())
+        replay_beside_steps(replay, mine, eager)
         assert not torch.equal(mine.model.conv.weight, before["conv.weight"])
         for t, kept in zip(mine.frozen(), frozen, strict=True):
             assert torch.equal(t, kept)
@@ -238,21 +251,13 @@ def test_replays_are_steps_and_so_are_those_of_a_new_graph_after_other_masks(dev
 @by_both
 def test_a_graph_that_outlived_its_mask_is_stale_but_safe(name):
     """What it reads is still there, however much is allocated since."""
-    mine, eager = Training(name, "cuda"), Training(name, "cuda")
-    for training in (mine, eager):
-        training.freeze(0)
-        training.take(0)
+    mine, eager = two_of(name, "cuda")
     replay = captured(mine)
     eager.step()
     for seed in 1, 2:
         mine.freeze(seed)
     kept = [torch.full((n,), 2**40, device="cuda") for n in range(1, 100) for _ in range(20)]
-    for batch in range(10, 13):
-        mine.take(batch)
-        replay()
-        eager.take(batch)
-        eager.step()
-    alike(mine.state(), eager.state())
+    replay_beside_steps(replay, mine, eager)
     assert all(bool((t == 2**40).all()) for t in kept)
 
 
@@ -291,10 +296,8 @@ def test_what_a_step_reads_is_on_the_host_for_a_gpu_too(name):
 @pytest.mark.gpu
 @by_both
 def test_a_step_follows_the_current_stream(name):
-    mine, eager = Training(name, "cuda"), Training(name, "cuda")
+    mine, eager = two_of(name, "cuda")
     for training in (mine, eager):
-        training.freeze(0)
-        training.take(0)
         training.step()
         training.take(1)
     batch = mine.x.clone()

@@ -71,7 +71,7 @@ def test_all_rows_active_is_the_plain_path(case, rows):
 
 
 @each("case", first_of_each(MATRIX), ids=repr)
-def test_the_operator_is_called_where_somebody_looks(case, monkeypatch):
+def test_the_operator_is_called_where_something_observes(case, monkeypatch):
     monkeypatch.setattr(planner, "planned", lambda *sizes: "pack")
     _, layer = case.twins()
     layer.set_active([0])
@@ -84,7 +84,7 @@ def test_the_operator_is_called_where_somebody_looks(case, monkeypatch):
     layer.zero_grad()
 
     def dispatched(*args):
-        raise AssertionError("nobody looks")
+        raise AssertionError("nothing observes")
 
     monkeypatch.setattr(ops, "linear_wgrad", dispatched)
     monkeypatch.setattr(ops, "conv_wgrad", dispatched)

@@ -1,4 +1,4 @@
-"""Models that nobody here wrote: tiny ones of the transformers library, with random weights."""
+"""Models written elsewhere: tiny ones of the transformers library, with random weights."""
 
 import copy
 

@@ -17,7 +17,7 @@ import neq
 from neq.measure.probes import by_neuron, parameter_rows
 
 
-def layers_of(model):
+def groups_of(model):
     neq.convert(model)
     return [[m] for m in model.modules() if isinstance(m, neq.NeuronLayer)]
 
@@ -26,7 +26,7 @@ def observe(model, probe, groups=None):
     """(group, values, channel_dim) of each output that the probe shows."""
     seen = []
     probe = probe if isinstance(probe, neq.Probe) else neq.Probe(probe)
-    probe.run(model, groups or layers_of(model), lambda *args: seen.append(args))
+    probe.run(model, groups or groups_of(model), lambda *args: seen.append(args))
     return seen
 
 
@@ -252,7 +252,7 @@ def test_autocast_goes_on_but_its_cache_is_not_touched():
 
 def test_compiled_models_are_seen():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
-    groups, x = layers_of(model), torch.randn(2, 4)
+    groups, x = groups_of(model), torch.randn(2, 4)
     model.compile(backend="eager")
     model(x)
     assert len(observe(model, x, groups)) == 2
@@ -260,7 +260,7 @@ def test_compiled_models_are_seen():
 
 def test_the_probe_tells_its_samples_from_others():
     model, x = nn.Linear(4, 2), torch.randn(6, 4)
-    groups = layers_of(model)
+    groups = groups_of(model)
 
     def marks(data):
         return torch.cat(neq.Probe(data).run(model, groups, lambda *_: None))

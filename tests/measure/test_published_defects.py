@@ -133,7 +133,7 @@ def test_every_part_of_a_batch_counts():
     assert gradients[0].any(1).nonzero().flatten().tolist() == [0, 3]
 
 
-def test_a_checkpoint_holds_who_trains_and_how_fast_they_moved():
+def test_a_checkpoint_holds_which_neurons_train_and_how_fast_they_moved():
     """There it holds neither, nor outputs, and is read under another name than it was written.
 
     That a resumed run is the same run: tests/test_controller.py.
@@ -175,7 +175,7 @@ def test_the_documented_recipe_is_the_one_that_runs():
 
 
 def test_slow_is_slow_in_either_direction():
-    """There a baseline called random ranks by signed velocity: what falls fastest rests first."""
+    """There a baseline called random freezes by signed velocity: what falls fastest first."""
     layer = neq.NEqLinear(1, 4)
     velocity = torch.tensor([0.3, -0.9, 0.1, -0.2])
     motion = neq.Motion("", layer, torch.ones(4), velocity, torch.ones(4).bool())

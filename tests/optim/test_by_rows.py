@@ -10,15 +10,9 @@ from torch import nn
 import neq
 from neq_kernels.step import pack as pack_step
 from neq_kernels.step import planner as row_step
+from tests.support.layers import trained_elements
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(params=["compiled", "packed"])
-def backend(request, monkeypatch):
-    if request.param == "packed":
-        monkeypatch.setattr(row_step, "backend", lambda *tensors: pack_step)
-    return request.param
 
 
 class Model(nn.Module):
@@ -58,17 +52,6 @@ def give_gradients(model, seed):
         p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, generator=generator))
 
 
-def active_elements(model):
-    """True where a parameter's element trains."""
-    found = {name: torch.ones_like(p, dtype=torch.bool) for name, p in model.named_parameters()}
-    for name, layer in model.named_modules():
-        if isinstance(layer, neq.NeuronLayer):
-            mask = layer.active_mask
-            found[f"{name}.weight"] = layer.spread(mask).expand_as(layer.weight)
-            found[f"{name}.bias"] = mask.view(layer.bias.shape)
-    return found
-
-
 OPTIONS = [
     ("SGD", {}),
     ("SGD", {"weight_decay": 0.1, "maximize": True}),
@@ -96,20 +79,35 @@ def state_of(optimizer, p):
     return {key: t for key, t in optimizer.state[p].items() if t is not None and t.shape == p.shape}
 
 
-@BY_OPTIONS
-def test_active_rows_as_torch_and_frozen_rows_untouched(name, options, backend):
-    mine, dense = make_model(), make_model()
+def step_beside_torch(name, options, mine, dense):
+    """Five steps of ``mine`` by rows, some of them frozen, and of ``dense`` by torch.
+
+    Gives both optimizers.
+    """
     optimizer = make(neq.optim, name, mine, options, layers=mine)
     truth = make(torch.optim, name, dense, options)
     freeze(mine, 0)
-    before = copy.deepcopy(dict(mine.named_parameters()))
     for i in range(5):
         for model in (mine, dense):
             give_gradients(model, i)
         optimizer.step()
         truth.step()
+    return optimizer, truth
+
+
+def compared(mine, dense):
+    """Of each parameter its name, its twin, and which of its elements train."""
+    trained = trained_elements(mine)
     for (key, a), b in zip(mine.named_parameters(), dense.parameters(), strict=True):
-        active = active_elements(mine)[key]
+        yield key, a, b, trained.get(a, torch.ones_like(a, dtype=torch.bool))
+
+
+@BY_OPTIONS
+def test_active_rows_as_torch_and_frozen_rows_untouched(name, options, step_backend):
+    mine, dense = make_model(), make_model()
+    before = copy.deepcopy(dict(mine.named_parameters()))
+    optimizer, truth = step_beside_torch(name, options, mine, dense)
+    for key, a, b, active in compared(mine, dense):
         torch.testing.assert_close(a[active], b[active], rtol=1e-12, atol=1e-14)
         assert torch.equal(a[~active], before[key][~active]), key
         for state, t in state_of(optimizer, a).items():
@@ -123,16 +121,8 @@ def test_packed_rows_have_torchs_bits(name, dtype, monkeypatch):
     monkeypatch.setattr(row_step, "backend", lambda *tensors: pack_step)
     mine, dense = make_model(dtype), make_model(dtype)
     options = {"momentum": 0.9, "weight_decay": 0.1} if name == "SGD" else {"amsgrad": True}
-    optimizer = make(neq.optim, name, mine, options, layers=mine)
-    truth = make(torch.optim, name, dense, options)
-    freeze(mine, 0)
-    for i in range(5):
-        for model in (mine, dense):
-            give_gradients(model, i)
-        optimizer.step()
-        truth.step()
-    for (key, a), b in zip(mine.named_parameters(), dense.parameters(), strict=True):
-        active = active_elements(mine)[key]
+    step_beside_torch(name, options, mine, dense)
+    for key, a, b, active in compared(mine, dense):
         assert torch.equal(a[active], b[active]), key
 
 
@@ -220,16 +210,8 @@ def test_on_a_gpu(name, flags):
     if name == "SGD" and "capturable" in flags:
         flags = {}
     mine, dense = make_model().cuda(), make_model().cuda()
-    optimizer = make(neq.optim, name, mine, flags, layers=mine)
-    truth = make(torch.optim, name, dense, flags)
-    freeze(mine, 0)
     before = copy.deepcopy(dict(mine.named_parameters()))
-    for i in range(5):
-        for model in (mine, dense):
-            give_gradients(model, i)
-        optimizer.step()
-        truth.step()
-    for (key, a), b in zip(mine.named_parameters(), dense.parameters(), strict=True):
-        active = active_elements(mine)[key]
+    step_beside_torch(name, flags, mine, dense)
+    for key, a, b, active in compared(mine, dense):
         torch.testing.assert_close(a[active], b[active], rtol=1e-12, atol=1e-14)
         assert torch.equal(a[~active], before[key][~active])

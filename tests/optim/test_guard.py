@@ -7,6 +7,7 @@ from torch import nn
 
 import neq
 from neq.optim import Guard
+from tests.support.layers import layers_of, trained_elements
 from tests.support.optimizers import ARGUMENTS, OPTIMIZERS, bits
 
 BY_KIND = pytest.mark.parametrize("kind", OPTIMIZERS, ids=lambda kind: kind.__name__)
@@ -53,10 +54,6 @@ def make_model(kind):
     return neq.convert(model, filter_fn=lambda module, name: name != "tail")
 
 
-def layers_of(model):
-    return [m for m in model.modules() if isinstance(m, neq.NeuronLayer)]
-
-
 def make_optimizer(kind, model, **flags):
     """With all that moves a parameter without a gradient, and two groups that differ in it."""
     params = [p for p in model.parameters() if kind is not torch.optim.Muon or p.dim() == 2]
@@ -99,17 +96,6 @@ def freeze_some(model, seed):
         layer.set_active(torch.rand(layer.n_neurons, generator=generator) < share)
 
 
-def masks(model):
-    """True where a parameter's element trains, for every parameter of a layer."""
-    found = {}
-    for layer in layers_of(model):
-        active = layer.active_mask
-        found[layer.weight] = layer.spread(active).expand_as(layer.weight)
-        if layer.bias is not None:
-            found[layer.bias] = active.view(layer.bias.shape)
-    return found
-
-
 def train(model, optimizer, steps=12, seed=0, device="cpu"):
     """Steps under changing masks. Returns how many frozen and how many active elements moved."""
     x = torch.randn(4, 3, 7, 7, device=device)
@@ -120,7 +106,7 @@ def train(model, optimizer, steps=12, seed=0, device="cpu"):
             freeze_some(model, seed + i // 3)
         before = {p: bits(p) for p in stepped}
         step(model, optimizer, x)
-        for p, active in masks(model).items():
+        for p, active in trained_elements(model).items():
             if p in stepped:
                 changed = bits(p) != before[p]
                 moved["frozen"] += int((changed & ~active).sum())
@@ -196,6 +182,6 @@ def test_grad_scaler_that_skips_steps(flags):
             model.tail.weight.grad.fill_(torch.inf)
         scaler.step(optimizer)
         scaler.update()
-        for p, active in masks(model).items():
+        for p, active in trained_elements(model).items():
             assert torch.equal(bits(p)[~active], before[p][~active])
         assert torch.equal(bits(model.tail.weight), before[model.tail.weight]) == bool(i % 2)

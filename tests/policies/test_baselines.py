@@ -38,10 +38,10 @@ def test_random_leaves_the_global_generator_alone():
     assert torch.equal(torch.rand(2), expected)
 
 
-def test_lowest_velocity_rests():
+def test_lowest_velocity_is_frozen():
     motions = [motion([0.3, -0.9, 0.1, 0.2]), motion([1, NAN])]
     assert chosen_rows(neq.LowestVelocity(0.5), *motions) == [[0, 1], [1]]
-    # as in the published records: the lowest signed velocity rests, however fast
+    # as in the published records: the lowest signed velocity is frozen, however fast
     assert chosen_rows(neq.LowestVelocity(0.5, signed=True), *motions) == [[0, 3], [1]]
 
 

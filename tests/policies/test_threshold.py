@@ -9,12 +9,9 @@ from tests.support.velocities import NAN, chosen_rows, controller, motion
 
 def test_equilibrium_is_a_speed_below_eps():
     velocities = motion([0.2, -0.2, 0.0, -0.05, 0.1, NAN])
-    assert chosen_rows(neq.Equilibrium(0.1), velocities) == [
-        [0, 1, 4, 5]
-    ]  # the paper: |v| < eps rests
-    assert chosen_rows(neq.Equilibrium.released(0.1), velocities) == [
-        [0, 1, 5]
-    ]  # the code: |v| <= eps
+    # frozen is |v| < eps in the paper, |v| <= eps in the code
+    assert chosen_rows(neq.Equilibrium(0.1), velocities) == [[0, 1, 4, 5]]
+    assert chosen_rows(neq.Equilibrium.released(0.1), velocities) == [[0, 1, 5]]
     assert chosen_rows(neq.Equilibrium(0), motion([0.0, 1e-300])) == [[0, 1]]
 
 

@@ -82,7 +82,7 @@ def test_readme(capsys):
     assert type(setting["model"].layer1[0].conv1) is nn.Conv2d
 
 
-def test_who_trains(capsys):
+def test_choosing_which_neurons_train(capsys):
     setting = Setting(perceptron())
     for code in blocks("docs/equilibrium.md", "Who trains"):
         setting.run(code)
@@ -135,7 +135,7 @@ def test_accelerate(tmp_path, capsys):
 
 
 class Alternate(neq.Policy):
-    """Other neurons each epoch, and by the epoch's number: who resumes wrongly, it shows."""
+    """Other neurons each epoch, and by the epoch's number: a wrong resumption shows."""
 
     measures = False
 

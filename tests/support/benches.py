@@ -1,7 +1,9 @@
 """Benchmarks in small."""
 
+import json
 from functools import partial
 
+import pytest
 import torch
 import torch.nn.functional as F
 import transformers
@@ -45,3 +47,18 @@ PROBLEMS = [
     Problem("tiny/conv", 3, 8, (7, 6), 3, stride=2, padding=1, batch=2, count=3),
     Problem("tiny/depthwise", 8, 8, (5, 5), 3, padding=1, groups=8, bias=False, batch=2),
 ]
+
+
+def results_of(bench, folder, *arguments):
+    """Runs a benchmark with some arguments; its rows."""
+    file = folder / "results.json"
+    bench.main(["--device", "cpu", "--seconds", "0.001", "--json", str(file), *arguments])
+    return json.loads(file.read_text())["results"]
+
+
+def assert_refused(parse, arguments, message, capsys):
+    """As a command does: with its usage and exit status 2."""
+    with pytest.raises(SystemExit) as ended:
+        parse(arguments)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err

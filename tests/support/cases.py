@@ -1,53 +1,22 @@
-"""Weight gradients to compute, by hand or by Hypothesis, and every way of computing them.
+"""Weight gradients and similarities to compute, made by hand or by Hypothesis.
 
-Their inputs are small integers, so float accumulation is exact: whoever computes them, and in
-whatever order, must return the same bits.
+Their inputs are small integers, so float accumulation is exact: any backend, in any order of
+summation, must return the same bits.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from math import isqrt, prod
+from dataclasses import dataclass, replace
+from math import inf, isqrt, prod
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from neq_kernels.wgrad.geometry import Conv
+from tests.support.tensors import FLOATS, LAYOUTS, integers
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-# of dy and x, then of the weight: they differ under autocast
-DTYPES = [
-    pytest.param((torch.float64, torch.float64), id="float64"),
-    pytest.param((torch.float32, torch.float32), id="float32"),
-    pytest.param((torch.bfloat16, torch.bfloat16), id="bfloat16"),
-    pytest.param((torch.float16, torch.float16), id="float16"),
-    pytest.param((torch.bfloat16, torch.float32), id="bfloat16-weight_float32"),
-    pytest.param((torch.float16, torch.float32), id="float16-weight_float32"),
-]
 FLOAT32 = (torch.float32, torch.float32)
-
-
-def _channels_last(t):
-    channels = min(1, t.dim() - 1)
-    return t.movedim(channels, -1).contiguous().movedim(-1, channels)
-
-
-def _reversed(t):
-    dims = tuple(reversed(range(t.dim())))
-    return t.permute(dims).contiguous().permute(dims)
-
-
-# each keeps the values, but for the last
-LAYOUTS = {
-    "contiguous": lambda t: t,
-    "channels_last": _channels_last,
-    "reversed": _reversed,
-    "sliced": lambda t: torch.stack([t, torch.full_like(t, torch.nan)], -1)[..., 0],
-    "expanded": lambda t: t.new_ones(()).expand(t.shape),  # what the gradient of a sum looks like
-}
 
 
 def examples(most: int, **options: Any) -> settings:
@@ -86,22 +55,41 @@ class Case:
         return self.x[0] * max(prod(self.dy[2:]), prod(self.x[2:]))
 
     @property
+    def op(self) -> str:
+        return "linear_wgrad" if self.conv is None else "conv_wgrad"
+
+    @property
     def frozen(self) -> list[int]:
         return [row for row in range(self.neurons) if row not in self.active]
 
+    def with_rows(self, active) -> "Case":
+        """The same call with other rows active."""
+        return replace(self, active=frozenset(active))
+
+    def laid_out(self, layout: str) -> "Case":
+        """The same call with dy, x and weight in this layout."""
+        return replace(self, layouts=(layout,) * 3)
+
+    def of_neurons(self, dw, neurons):
+        """The part of dW that belongs to ``neurons``."""
+        if self.conv is None:
+            return dw[sorted(neurons)]
+        mask = torch.zeros(self.neurons, dtype=torch.bool)
+        mask[sorted(neurons)] = True
+        return dw[self.conv.spread(mask, dw).to(dw.device).expand_as(dw)]
+
     def args(self, dtypes=FLOAT32, device="cpu") -> tuple:
-        """What to call the operator with. The weight is NaN: nobody has to read its values."""
+        """What to call the operator with. The weight is NaN: no backend may read its values."""
         dtype, weight_dtype = dtypes
         generator = torch.Generator().manual_seed(self.seed)
         exact = min(2 / torch.finfo(d).eps for d in dtypes)  # up to here, all integers
         high = min(9, isqrt(int(exact) // max(1, self.terms)))
         assert high > 0, f"{self.terms} terms are too many for {dtype}"
 
-        def integers(shape, layout):
-            values = torch.randint(-high, high + 1, shape, generator=generator)
-            return LAYOUTS[layout](values.to(device, dtype))
+        def values(shape, layout):
+            return integers(shape, dtype, device, layout, high, generator)
 
-        dy, x = map(integers, (self.dy, self.x), self.layouts[:2])
+        dy, x = map(values, (self.dy, self.x), self.layouts[:2])
         weight = torch.full(self.weight, torch.nan, dtype=weight_dtype, device=device)
         rows = torch.tensor(sorted(self.active) + self.frozen, dtype=torch.int64, device=device)
         count = torch.tensor(len(self.active))
@@ -180,12 +168,15 @@ def conv_cases(draw) -> Case:
 
 
 @st.composite
-def dimensions(draw) -> tuple[int, ...]:
-    """(size, kernel, stride, padding, dilation) with at least one output."""
-    kernel, stride, dilation = (draw(st.integers(1, most)) for most in (3, 3, 2))
-    padding = draw(st.integers(0, 2))
+def dimensions(draw, kernels: int = 3, paddings: int = 2, more: int = 6) -> tuple[int, ...]:
+    """(size, kernel, stride, padding, dilation) with at least one output.
+
+    kernels, paddings: the largest ones. more: so many outputs beyond the first, at stride 1.
+    """
+    kernel, stride, dilation = (draw(st.integers(1, most)) for most in (kernels, 3, 2))
+    padding = draw(st.integers(0, paddings))
     least = max(1, dilation * (kernel - 1) + 1 - 2 * padding)
-    return least + draw(st.integers(0, 6)), kernel, stride, padding, dilation
+    return least + draw(st.integers(0, more)), kernel, stride, padding, dilation
 
 
 @st.composite
@@ -210,3 +201,14 @@ def _dimension(draw, transposed: bool, small: bool) -> tuple[int, ...]:
         first = tap * dilation - padding
         assume(any(0 <= first + step * stride < pixels for step in range(steps)))
     return size, kernel, stride, padding, dilation, output_padding
+
+
+@st.composite
+def outputs(draw, sizes=(0, 16, 33, 70), most=inf) -> tuple:
+    """Shape, channel_dim and per_sample, then a layout and a dtype of each of the two tensors."""
+    size = st.one_of(st.integers(1, 9), st.sampled_from(sizes))
+    shape = draw(st.lists(size, min_size=1, max_size=4).filter(lambda sizes: prod(sizes) < most))
+    dim = draw(st.integers(-len(shape), len(shape) - 1))
+    per_sample = draw(st.booleans()) and dim % len(shape) != 0
+    layout, dtype = st.sampled_from([*LAYOUTS]), st.sampled_from(FLOATS)
+    return shape, dim, per_sample, draw(st.tuples(layout, layout)), draw(st.tuples(dtype, dtype))

@@ -10,14 +10,13 @@ import os
 import pytest
 import torch
 
+from tests.support.tensors import pair
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)]
-# of dY and X, then of the weight
-DTYPES = [
-    pytest.param((torch.float32, torch.float32), id="float32"),
-    pytest.param((torch.float16, torch.float16), id="float16"),
-    pytest.param((torch.float16, torch.float32), id="float16-weight_float32"),
-]
+on_devices = pytest.mark.parametrize("device", DEVICES)
+not_interpreted = pytest.mark.skipif(INTERPRETED, reason="is about a GPU")
+DTYPES = [pair(torch.float32), pair(torch.float16), pair(torch.float16, torch.float32)]
 if not INTERPRETED:
-    DTYPES.append(pytest.param((torch.bfloat16, torch.bfloat16), id="bfloat16"))
-    DTYPES.append(pytest.param((torch.bfloat16, torch.float32), id="bfloat16-weight_float32"))
+    DTYPES += [pair(torch.bfloat16), pair(torch.bfloat16, torch.float32)]
+in_dtypes = pytest.mark.parametrize("dtypes", DTYPES)

@@ -11,10 +11,11 @@ from transformers.pytorch_utils import Conv1D
 
 import neq
 from neq import NeuronLayer
+from tests.support.tensors import integers
 
 
 @dataclass(frozen=True)
-class Case:
+class LayerCase:
     """A layer to make and an input to give it."""
 
     kind: type[nn.Module]
@@ -42,20 +43,20 @@ class Case:
         return integers(self.shape) if exact else torch.randn(self.shape)
 
 
-def _linear(shape: tuple[int, ...], **options: Any) -> Case:
-    return Case(nn.Linear, (shape[-1], 7), options, shape)
+def _linear(shape: tuple[int, ...], **options: Any) -> LayerCase:
+    return LayerCase(nn.Linear, (shape[-1], 7), options, shape)
 
 
-def _conv(kind: type[nn.Module], shape: tuple[int, ...], **options: Any) -> Case:
+def _conv(kind: type[nn.Module], shape: tuple[int, ...], **options: Any) -> LayerCase:
     forward = {"output_size": options.pop("output_size")} if "output_size" in options else {}
     dims = int(kind.__name__[-2])
     channels = shape[0] if len(shape) == dims + 1 else shape[1]
     options = {"kernel_size": 3, "out_channels": 6, **options}
-    return Case(kind, (channels,), options, shape, forward)
+    return LayerCase(kind, (channels,), options, shape, forward)
 
 
-def _norm(kind: type[nn.Module], shape: tuple[int, ...], *args: Any, **options: Any) -> Case:
-    return Case(kind, args, options, shape)
+def _norm(kind: type[nn.Module], shape: tuple[int, ...], *args: Any, **options: Any) -> LayerCase:
+    return LayerCase(kind, args, options, shape)
 
 
 LINEAR = [
@@ -65,8 +66,8 @@ LINEAR = [
     ),
     _linear((3, 5), bias=False),
     _linear((2, 3, 5), bias=False),
-    Case(Conv1D, (7, 5), {}, (3, 5)),
-    Case(Conv1D, (7, 5), {}, (2, 3, 5)),
+    LayerCase(Conv1D, (7, 5), {}, (3, 5)),
+    LayerCase(Conv1D, (7, 5), {}, (2, 3, 5)),
 ]
 
 CONV = [
@@ -152,7 +153,7 @@ MATRIX = [*LINEAR, *CONV, *TRANSPOSED]
 ALL = [*MATRIX, *NORM]
 
 
-def first_of_each(cases: list[Case]) -> list[Case]:
+def first_of_each(cases: list[LayerCase]) -> list[LayerCase]:
     """One case for each type of layer."""
     return list({case.kind: case for case in reversed(cases)}.values())[::-1]
 
@@ -177,11 +178,6 @@ class Tiny(nn.Module):
 
 def tiny_input(batch: int = 4) -> Tensor:
     return torch.randn(batch, 3, 5, 5)
-
-
-def integers(shape: tuple[int, ...] | torch.Size) -> Tensor:
-    """Small ones: sums of their products are exact in any order."""
-    return torch.randint(-3, 4, shape).float()
 
 
 def layers_of(model: nn.Module) -> list[NeuronLayer]:
@@ -223,6 +219,15 @@ def active_elements(layer: NeuronLayer) -> dict[str, Tensor]:
     if layer.bias is not None:
         active["bias"] = layer.active_mask.view(layer.bias.shape)
     return active
+
+
+def trained_elements(model: nn.Module) -> dict[nn.Parameter, Tensor]:
+    """For the parameters of all its layers, which of their elements train."""
+    return {
+        getattr(layer, name): active
+        for layer in layers_of(model)
+        for name, active in active_elements(layer).items()
+    }
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor | None]:

@@ -13,10 +13,6 @@ LINEAR = linear_case((64,), 8, 32, range(8))
 CONV = conv_case((4, 8, 10, 10), (3, 3), 32, range(8), padding=1)
 
 
-def op_of(case):
-    return "linear_wgrad" if case.conv is None else "conv_wgrad"
-
-
 def choose(case, dtypes=FLOAT32, device="cpu"):
     args = meta(case.args(dtypes)) if device == "meta" else case.args(dtypes)
     dy, x, weight, rows, count, bias, *_ = args
@@ -25,14 +21,14 @@ def choose(case, dtypes=FLOAT32, device="cpu"):
 
 def measure(case, backend):
     table = planner._measured.setdefault(machine.name(torch.device("cpu")), {})
-    problem = problem_of(op_of(case), *case.args())
+    problem = problem_of(case.op, *case.args())
     table.setdefault(problem.key, {})[problem.samples] = backend
 
 
 def ship(case, backend, device=None):
     device = device or machine.name(torch.device("cpu"))
     planner.TABLES.mkdir(exist_ok=True)
-    problem = problem_of(op_of(case), *case.args())
+    problem = problem_of(case.op, *case.args())
     table = {device: {problem.key: {problem.samples: backend}}}
     (planner.TABLES / f"{machine.slug(device)}.json").write_text(json.dumps(table))
 

@@ -1,13 +1,14 @@
 """Parameters to step, by rows."""
 
+from functools import partial
+
 import torch
 
+from tests.support.tensors import equal_with_nan, integers
+
 SHAPES = [(1,), (300,), (7, 1), (6, 5), (64, 33), (5, 2, 3, 3), (9, 4, 1, 1), (3, 2, 2, 3, 3)]
+EXACT = partial(integers, most=8)
 SHARES = [0.0, 0.1, 0.5, 1.0]
-
-
-def integers(shape, dtype, device, low=-8):
-    return torch.randint(low, 9, shape, device=device).to(dtype)
 
 
 def laid_out(t, layout):
@@ -19,26 +20,35 @@ def laid_out(t, layout):
     return t
 
 
-def problem(states, share, dtype=torch.float32, device="cpu", layout="plain", low=-8):
-    """Parameters, gradients and states of small integers, with NaN wherever a row is frozen."""
+def problem(
+    states, share, dtype=torch.float32, device="cpu", layout="plain",
+    shapes=SHAPES, shift=0, values=EXACT,
+):  # fmt: skip
+    """Parameters, gradients and states of small integers, with NaN wherever a row is frozen.
+
+    shift: so many elements lie between where memory begins and the tensors.
+    """
     lists = [[] for _ in range(2 + states)]
     rows, counts = [], []
-    for shape in SHAPES:
+    for shape in shapes:
         order = torch.randperm(shape[0], device=device)
         k = round(share * shape[0])
         for i, tensors in enumerate(lists):
-            # second moments are not negative
-            t = integers(shape, dtype, device, low if i < 3 else 0)
-            tensors.append(laid_out(t, layout).index_fill_(0, order[k:], torch.nan))
+            t = laid_out(values(shape), layout)
+            t = (t if i < 3 else t.abs()).to(device, dtype)  # second moments are not negative
+            memory = t.new_empty(t.numel() + shift)[shift:]
+            t = memory.as_strided(t.shape, t.stride(), shift).copy_(t)
+            tensors.append(t.index_fill_(0, order[k:], torch.nan))
         rows.append(order)
         counts.append(torch.tensor(k))
     return lists, rows, counts
 
 
-def same(mine, truth, close=None):
+def assert_lists_equal(mine, truth, close=None):
+    """NaN for NaN; the same values but for ``close``, if given."""
     for a, b in zip(mine, truth, strict=True):
         if close is None:
-            assert torch.equal(a.nan_to_num(99), b.nan_to_num(99))
+            assert equal_with_nan(a, b)
         else:
             torch.testing.assert_close(a, b, rtol=close, atol=close, equal_nan=True)
 

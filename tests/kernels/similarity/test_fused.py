@@ -1,6 +1,5 @@
 """``row_similarity`` by its Triton kernel: on a GPU, or anywhere in Triton's interpreter."""
 
-from math import prod
 from unittest import mock
 
 import pytest
@@ -12,13 +11,12 @@ from neq_kernels import reference, row_similarity
 from neq_kernels.device.gpu import Gpu
 from neq_kernels.similarity import fused as triton_similarity
 from neq_kernels.similarity import planner as similarity
-from tests.support.cases import LAYOUTS, examples
-from tests.support.interpreter import DEVICES, INTERPRETED
-
-DTYPES = [torch.float32, torch.float16, torch.float64, torch.bfloat16]
+from tests.support.cases import examples, outputs
+from tests.support.gpu import assert_follows_the_current_stream, assert_replays_in_a_graph
+from tests.support.interpreter import not_interpreted, on_devices
+from tests.support.tensors import FLOATS, integers
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "by_the_kernel")
-on_devices = pytest.mark.parametrize("device", DEVICES)
 
 
 @pytest.fixture(scope="module")
@@ -37,38 +35,23 @@ def dealt(elements, parts):
     return mock.patch.multiple(triton_similarity, ELEMENTS=elements, parts=parts)
 
 
-def integers(shape, dtype, device, layout="contiguous"):
-    return LAYOUTS[layout](torch.randint(-4, 5, shape).to(device, dtype))
-
-
-def check(*args):
+def assert_exact(*args):
     assert torch.equal(row_similarity(*args), reference.row_similarity(*args))
-
-
-@st.composite
-def outputs(draw):
-    """Shape, channel_dim and per_sample, then a layout and a dtype of each of the two tensors."""
-    size = st.one_of(st.integers(1, 9), st.sampled_from([0, 16, 33]))
-    shape = draw(st.lists(size, min_size=1, max_size=4).filter(lambda sizes: prod(sizes) < 1000))
-    dim = draw(st.integers(-len(shape), len(shape) - 1))
-    per_sample = draw(st.booleans()) and dim % len(shape) != 0
-    layout, dtype = st.sampled_from([*LAYOUTS]), st.sampled_from(DTYPES)
-    return shape, dim, per_sample, draw(st.tuples(layout, layout)), draw(st.tuples(dtype, dtype))
 
 
 @on_devices
 @examples(40)
-@given(outputs(), st.sampled_from([128, 2048]), st.integers(1, 4))
+@given(outputs((0, 16, 33), 1000), st.sampled_from([128, 2048]), st.integers(1, 4))
 def test_exact(device, case, elements, parts):
     shape, dim, per_sample, layouts, dtypes = case
     both = zip(dtypes, layouts, strict=True)
     current, previous = (integers(shape, dtype, device, layout) for dtype, layout in both)
     with dealt(elements, parts):
-        check(current, previous, dim, per_sample)
+        assert_exact(current, previous, dim, per_sample)
 
 
 @on_devices
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize(
     ("shape", "dim"),
     [
@@ -82,11 +65,13 @@ def test_exact(device, case, elements, parts):
     ids=str,
 )
 def test_exact_however_the_gpu_is_filled(device, dtype, shape, dim):
-    check(*(integers(shape, dtype, device) for _ in "ab"), dim, len(shape) > 2 and shape[0] < 9)
+    assert_exact(
+        *(integers(shape, dtype, device) for _ in "ab"), dim, len(shape) > 2 and shape[0] < 9
+    )
 
 
 @on_devices
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_rounding_does_not_grow_with_the_positions(device, dtype):
     y, y_ = (torch.randn(6000, 8).to(device, dtype) for _ in "ab")
     truth = reference.row_similarity(y, y_, 1, False)
@@ -95,7 +80,7 @@ def test_rounding_does_not_grow_with_the_positions(device, dtype):
 
 
 @on_devices
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_unchanged_outputs_are_exactly_alike(device, dtype):
     y = torch.randn(300, 40).to(device, dtype)
     dot, square, square_ = row_similarity(y, y.clone(), 1, False)
@@ -121,37 +106,24 @@ def test_what_is_not_finite_stays_with_its_neuron(device):
     assert sums.isfinite().all(0).tolist() == [True, True, False, True, True, False]
 
 
+def compare(y, y_):
+    return row_similarity(y, y_, 1, False)
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED, reason="is about streams")
+@not_interpreted
 def test_follows_the_current_stream():
-    y, y_ = torch.randn(2, 500, 64, device="cuda")
-    expected, kept = row_similarity(y, y_, 1, False), y.clone()
-    y.zero_()
-    torch.cuda.synchronize()
-    with torch.cuda.stream(torch.cuda.Stream()):
-        torch.cuda._sleep(100_000_000)  # a launch on any other stream would read zeros
-        y.copy_(kept)
-        got = row_similarity(y, y_, 1, False)
-    torch.cuda.synchronize()
-    assert torch.equal(got, expected)
+    assert_follows_the_current_stream(compare, tuple(torch.randn(2, 500, 64, device="cuda")))
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED, reason="is about graphs")
+@not_interpreted
 def test_replays_in_a_graph():
-    """Also a proof that nothing waits: capturing would fail."""
-    y, y_ = torch.randn(2, 500, 64, device="cuda")
-    row_similarity(y, y_, 1, False)  # compiles
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = row_similarity(y, y_, 1, False)
-    y.mul_(3)
-    graph.replay()
-    assert torch.equal(got, row_similarity(y, y_, 1, False))
+    assert_replays_in_a_graph(compare, tuple(torch.randn(2, 500, 64, device="cuda")))
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED, reason="is about more memory than a test has")
+@not_interpreted
 @pytest.mark.parametrize("dim", [0, 1])
 def test_more_elements_than_an_int32_counts(dim):
     sizes = [64, 64]

@@ -6,6 +6,7 @@ import torch
 from neq_kernels import reference, row_similarity
 from neq_kernels.similarity import in_torch as chunked
 from neq_kernels.similarity import planner as similarity
+from tests.support.tensors import integers
 
 LAYOUTS = [
     pytest.param((6, 5), 1, id="linear"),
@@ -18,18 +19,13 @@ LAYOUTS = [
 ]
 
 
-def integers(shape, seed, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-4, 5, shape, generator=generator).to(dtype)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize(("shape", "channel_dim"), LAYOUTS)
 @pytest.mark.parametrize("piece", [1, 7, 50, 1 << 16])
 def test_chunked_is_exact_on_integers(shape, channel_dim, dtype, piece, monkeypatch):
     monkeypatch.setitem(chunked.PIECE, "cpu", piece)
     monkeypatch.setattr(similarity, "backend", lambda device: chunked)
-    current, previous = integers(shape, 0, dtype), integers(shape, 1, dtype)
+    current, previous = integers(shape, dtype), integers(shape, dtype)
     if len(shape) == 4:
         strides = [current, current.to(memory_format=torch.channels_last), current.transpose(2, 3)]
     else:

@@ -6,40 +6,22 @@ from unittest import mock
 import pytest
 import torch
 from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 from neq_kernels import reference, row_similarity
 from neq_kernels.device.extension import _C
 from neq_kernels.similarity import in_torch as chunked
 from neq_kernels.similarity import native as native_similarity
-from tests.support.cases import LAYOUTS
-
-ISAS = [name for name in ("avx512", "avx2", "portable") if _C.cpu_has_isa(getattr(_C.Isa, name))]
-DTYPES = [torch.float32, torch.float16, torch.float64, torch.bfloat16]
+from tests.support.cases import outputs
+from tests.support.processor import on_isas
+from tests.support.tensors import integers
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-on_isas = pytest.mark.parametrize("isa", ISAS)
 
 
 def by(isa):
     """Inside, the operator runs on these instructions."""
     kernel = native_similarity.row_similarity
     return mock.patch.object(native_similarity, "row_similarity", partial(kernel, isa=isa))
-
-
-def integers(shape, dtype, layout="contiguous"):
-    return LAYOUTS[layout](torch.randint(-4, 5, shape).to(dtype))
-
-
-@st.composite
-def outputs(draw):
-    """Shape, channel_dim and per_sample, then a layout and a dtype of each of the two tensors."""
-    size = st.one_of(st.integers(1, 9), st.sampled_from([0, 16, 33, 70]))
-    shape = draw(st.lists(size, min_size=1, max_size=4))
-    dim = draw(st.integers(-len(shape), len(shape) - 1))
-    per_sample = draw(st.booleans()) and dim % len(shape) != 0
-    layout, dtype = st.sampled_from([*LAYOUTS]), st.sampled_from(DTYPES)
-    return shape, dim, per_sample, draw(st.tuples(layout, layout)), draw(st.tuples(dtype, dtype))
 
 
 SAME = ("contiguous",) * 2, (torch.float32,) * 2
@@ -54,7 +36,8 @@ SAME = ("contiguous",) * 2, (torch.float32,) * 2
 @example(case=((2, 90000), 1, True, *SAME))
 def test_exact(isa, case):
     shape, dim, per_sample, layouts, dtypes = case
-    y, y_ = (integers(shape, *of) for of in zip(dtypes, layouts, strict=True))
+    both = zip(dtypes, layouts, strict=True)
+    y, y_ = (integers(shape, dtype, layout=layout) for dtype, layout in both)
     args = y, y_, dim, per_sample
     with by(isa):
         assert torch.equal(row_similarity(*args), reference.row_similarity(*args))

@@ -5,11 +5,7 @@ import torch
 from torch.library import opcheck
 
 from neq_kernels import reference, row_similarity
-
-
-def integers(shape, seed, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-4, 5, shape, generator=generator).to(dtype)
+from tests.support.tensors import integers
 
 
 def test_row_similarity_keeps_float32_precision_of_bfloat16():
@@ -19,7 +15,7 @@ def test_row_similarity_keeps_float32_precision_of_bfloat16():
 
 
 def test_row_similarity_mixes_dtypes():
-    y, y_ = integers((4, 3), 0), integers((4, 3), 1, torch.bfloat16)
+    y, y_ = integers((4, 3)), integers((4, 3), torch.bfloat16)
     assert torch.equal(row_similarity(y, y_, 1, False), reference.row_similarity(y, y_, 1, False))
 
 

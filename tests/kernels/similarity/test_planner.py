@@ -1,4 +1,4 @@
-"""Who compares outputs."""
+"""Which backend compares outputs, and in which shape it gets them."""
 
 from unittest import mock
 

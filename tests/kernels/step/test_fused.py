@@ -12,8 +12,8 @@ from torch.optim.adamw import adamw
 from neq_kernels import ops, reference
 from neq_kernels.step import fused as triton_step
 from neq_kernels.step import planner as row_step
-from tests.support.interpreter import DEVICES, INTERPRETED
-from tests.support.steps import ADAMW_OPTIONS, SGD_OPTIONS, laid_out, lr, same
+from tests.support.interpreter import INTERPRETED, not_interpreted, on_devices
+from tests.support.steps import ADAMW_OPTIONS, SGD_OPTIONS, assert_lists_equal, lr, problem
 
 DTYPES = [torch.float32, torch.float16, torch.float64]
 if not INTERPRETED:  # the interpreter rounds to bfloat16 towards zero
@@ -21,7 +21,6 @@ if not INTERPRETED:  # the interpreter rounds to bfloat16 towards zero
 SHAPES = [(1,), (150,), (6, 5), (9, 32), (5, 2, 3, 3), (9, 4, 1, 1), (4, 8)]
 
 pytestmark = pytest.mark.usefixtures("by_the_kernel")
-on_devices = pytest.mark.parametrize("device", DEVICES)
 in_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -44,25 +43,8 @@ def scalars(request, monkeypatch):
         monkeypatch.setattr(triton_step, "_taken", lambda step: step.dtype)
 
 
-def problem(states, share, dtype, device, layout="plain", shapes=SHAPES, shift=0):
-    """Parameters, gradients and states, with NaN wherever a row is frozen.
-
-    shift: so many elements lie between where memory begins and the tensors.
-    """
-    lists = [[] for _ in range(2 + states)]
-    rows, counts = [], []
-    for shape in shapes:
-        order = torch.randperm(shape[0], device=device)
-        k = round(share * shape[0])
-        for i, tensors in enumerate(lists):
-            t = laid_out(torch.randn(shape), layout)
-            t = (t if i < 3 else t.abs()).to(device, dtype)  # second moments are not negative
-            memory = t.new_empty(t.numel() + shift)[shift:]
-            t = memory.as_strided(t.shape, t.stride(), shift).copy_(t)
-            tensors.append(t.index_fill_(0, order[k:], torch.nan))
-        rows.append(order)
-        counts.append(torch.tensor(k))
-    return lists, rows, counts
+def made_up(states, share, dtype, device, layout="plain", shapes=SHAPES, shift=0):
+    return problem(states, share, dtype, device, layout, shapes, shift, torch.randn)
 
 
 def wide(lists, dtype):
@@ -77,21 +59,21 @@ def check_sgd(options, dtype, given):
     truth = copy.deepcopy(wide((p, g, m), dtype))
     ops.sgd_rows_(p, g, m, rows, counts, lr(0.1), *options)
     reference.sgd_rows_(*truth, rows, counts, lr(0.1), *options)
-    same(p, [t.to(dtype) for t in truth[0]])
-    same(m, [t.to(dtype) for t in truth[2]])
+    assert_lists_equal(p, [t.to(dtype) for t in truth[0]])
+    assert_lists_equal(m, [t.to(dtype) for t in truth[2]])
 
 
 @on_devices
 @in_dtypes
 @pytest.mark.parametrize("options", [*SGD_OPTIONS, (0.9, 0.1, 0.01, False, False, False)], ids=str)
 def test_sgd_has_the_bits_of_the_reference(device, dtype, options):
-    check_sgd(options, dtype, problem(1, 0.5, dtype, device))
+    check_sgd(options, dtype, made_up(1, 0.5, dtype, device))
 
 
 @on_devices
 @pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
 def test_sgd_of_any_share(device, share, scalars):
-    check_sgd(SGD_OPTIONS[3], torch.float32, problem(1, share, torch.float32, device))
+    check_sgd(SGD_OPTIONS[3], torch.float32, made_up(1, share, torch.float32, device))
 
 
 def shapes():
@@ -113,7 +95,7 @@ GEOMETRY = (  # shapes, share, dtype, layout, shift
 @settings(deadline=None, max_examples=40)
 @given(*GEOMETRY)
 def test_sgd_of_any_geometry(device, shapes, share, dtype, layout, shift):
-    given = problem(1, share, dtype, device, layout, shapes, shift)
+    given = made_up(1, share, dtype, device, layout, shapes, shift)
     check_sgd((0.9, 0.1, 0.01, False, False, False), dtype, given)
 
 
@@ -136,9 +118,9 @@ def check_adamw(options, dtype, given, device):
     reference.adamw_rows_(*truth, *after)
     reference.adamw_rows_(*exact, *after)
     adamw(*theirs, their_steps, fused=True, lr=0.01, amsgrad=amsgrad, maximize=maximize, **numbers)
-    same(steps, truth[5])
+    assert_lists_equal(steps, truth[5])
     for moments, expected in zip((m, v, v_max), truth[2:5], strict=True):
-        same(moments, [t.to(dtype) for t in expected])
+        assert_lists_equal(moments, [t.to(dtype) for t in expected])
     assert all(a[r[k:]].isnan().all() for a, r, k in zip(p, rows, counts, strict=True))
     active = [r[:k] for r, k in zip(rows, counts, strict=True)]
     return [
@@ -152,7 +134,7 @@ def check_adamw(options, dtype, given, device):
 @pytest.mark.parametrize("options", ADAMW_OPTIONS, ids=str)
 def test_adamw(device, dtype, options, scalars):
     """The parameters are as near to float64 as torch's fused step."""
-    for a, b, c in check_adamw(options, dtype, problem(3, 0.5, dtype, device), device):
+    for a, b, c in check_adamw(options, dtype, made_up(3, 0.5, dtype, device), device):
         # in float64 the truth itself is rounded
         rounding = 2 * torch.finfo(torch.float64).eps * c.norm()
         assert (a - c).norm() <= 2 * (b - c).norm() + rounding
@@ -163,7 +145,7 @@ def test_adamw(device, dtype, options, scalars):
 @given(*GEOMETRY, st.sampled_from(ADAMW_OPTIONS))
 def test_adamw_of_any_geometry(device, shapes, share, dtype, layout, shift, options):
     """Of parameters so small, torch's error may be none by luck: a few roundings are allowed."""
-    given = problem(3, share, dtype, device, layout, shapes, shift)
+    given = made_up(3, share, dtype, device, layout, shapes, shift)
     for a, b, c in check_adamw(options, dtype, given, device):
         rounding = 4 * torch.finfo(dtype).eps * (1 + c.abs())
         assert ((a - c).abs() <= 2 * (b - c).abs() + rounding).all()
@@ -182,7 +164,7 @@ def test_what_is_not_finite_stays_in_its_element(device):
 
 def on_gpu(kind):
     """A function that steps fresh parameters, those, and what a captured step needs."""
-    given, rows, counts = problem(3, 0.5, torch.float32, "cuda")
+    given, rows, counts = made_up(3, 0.5, torch.float32, "cuda")
     p, g, m, v, _ = given
     rate = torch.tensor(0.1, device="cuda")
     steps = [torch.zeros((), device="cuda") for _ in p]
@@ -198,7 +180,6 @@ def on_gpu(kind):
 
 
 of_both = pytest.mark.parametrize("kind", ["sgd", "adamw"])
-not_interpreted = pytest.mark.skipif(INTERPRETED, reason="is about a GPU")
 
 
 @pytest.mark.gpu
@@ -234,7 +215,7 @@ def test_replays_in_a_graph(kind):
         t.mul_(2)
     graph.replay()
     eager()
-    same(p, expected)
+    assert_lists_equal(p, expected)
 
 
 @pytest.mark.gpu
@@ -255,4 +236,4 @@ def test_follows_the_current_stream(kind):
         step()
     torch.cuda.synchronize()
     eager()
-    same(p, expected)
+    assert_lists_equal(p, expected)

@@ -8,32 +8,22 @@ from torch.library import opcheck
 
 from neq_kernels import ops, reference
 from neq_kernels.device import extension as compiled
-from neq_kernels.step import pack as pack_step
-from neq_kernels.step import planner as row_step
 from tests.support.steps import (
     ADAMW_OPTIONS,
     SGD_OPTIONS,
     SHARES,
+    assert_lists_equal,
     laid_out,
     lr,
     problem,
-    same,
     sgd_arguments,
 )
+from tests.support.tensors import on_devices
 
 if compiled.why_not("cpu"):
     raise RuntimeError(compiled.why_not("cpu"))
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-@pytest.fixture(params=["compiled", "packed"])
-def backend(request, monkeypatch):
-    if request.param == "packed":
-        monkeypatch.setattr(row_step, "backend", lambda *tensors: pack_step)
-    return request.param
 
 
 def check_sgd(options, share, dtype, device, layout, close=None):
@@ -42,14 +32,14 @@ def check_sgd(options, share, dtype, device, layout, close=None):
     truth = copy.deepcopy((p, g, m))
     ops.sgd_rows_(p, g, m, rows, counts, lr(0.5), *options)
     reference.sgd_rows_(*truth, rows, counts, lr(0.5), *options)
-    same(p, truth[0], close)
-    same(m, truth[2], close)
+    assert_lists_equal(p, truth[0], close)
+    assert_lists_equal(m, truth[2], close)
 
 
 @pytest.mark.parametrize("options", SGD_OPTIONS, ids=str)
 @pytest.mark.parametrize("share", SHARES)
-@pytest.mark.parametrize("device", DEVICES)
-def test_sgd_exact(options, share, device, backend):
+@on_devices
+def test_sgd_exact(options, share, device, step_backend):
     for dtype in (torch.float32, torch.float64):
         check_sgd(options, share, dtype, device, "plain")
 
@@ -57,21 +47,21 @@ def test_sgd_exact(options, share, device, backend):
 @pytest.mark.parametrize("layout", ["transposed", "channels_last"])
 @pytest.mark.parametrize("options", SGD_OPTIONS, ids=str)
 @pytest.mark.parametrize("share", SHARES)
-def test_sgd_exact_in_any_layout(options, share, layout, backend):
+def test_sgd_exact_in_any_layout(options, share, layout, step_backend):
     for dtype in (torch.float32, torch.float64):
         check_sgd(options, share, dtype, "cpu", layout)
 
 
-def test_sgd_exact_with_gradients_in_another_layout(backend):
+def test_sgd_exact_with_gradients_in_another_layout(step_backend):
     (p, g, m), rows, counts = problem(1, 0.5)
     truth = copy.deepcopy((p, g, m))
     g = [laid_out(t, "transposed") for t in g]
     ops.sgd_rows_(p, g, m, rows, counts, lr(0.5), *SGD_OPTIONS[3])
     reference.sgd_rows_(*truth, rows, counts, lr(0.5), *SGD_OPTIONS[3])
-    same(p, truth[0])
+    assert_lists_equal(p, truth[0])
 
 
-def test_parameters_without_neurons_or_weights(backend):
+def test_parameters_without_neurons_or_weights(step_backend):
     shapes, counts = [(0, 3), (4, 0), (2, 2)], [torch.tensor(k) for k in (0, 2, 1)]
     p, g = ([torch.ones(shape) for shape in shapes] for _ in "pg")
     rows = [torch.arange(shape[0]) for shape in shapes]
@@ -79,13 +69,13 @@ def test_parameters_without_neurons_or_weights(backend):
     assert p[2].tolist() == [[0.5, 0.5], [1, 1]]
 
 
-def test_rows_that_lie_apart(backend):
+def test_rows_that_lie_apart(step_backend):
     (p, g, m), rows, counts = problem(1, 0.5)
     truth = copy.deepcopy((p, g, m))
     apart = [torch.stack([r, r.new_full((), 99).expand_as(r)], 1)[:, 0] for r in rows]
     ops.sgd_rows_(p, g, m, apart, counts, lr(0.5), *SGD_OPTIONS[3])
     reference.sgd_rows_(*truth, rows, counts, lr(0.5), *SGD_OPTIONS[3])
-    same(p, truth[0])
+    assert_lists_equal(p, truth[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -96,19 +86,19 @@ def test_sgd_in_half_precision(dtype):
 @pytest.mark.parametrize("options", ADAMW_OPTIONS, ids=str)
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("device", DEVICES)
-def test_adamw(options, share, dtype, device, backend):
+@on_devices
+def test_adamw(options, share, dtype, device, step_backend):
     check_adamw(options, share, dtype, device, "plain")
 
 
 @pytest.mark.parametrize("options", ADAMW_OPTIONS, ids=str)
-def test_adamw_of_transposed_matrices(options, backend):
+def test_adamw_of_transposed_matrices(options, step_backend):
     for dtype in (torch.float32, torch.float64):
         check_adamw(options, 0.5, dtype, "cpu", "transposed")
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.9, 0.99999), (1 - 1e-6, 1 - 1e-7)], ids=str)
-def test_adamw_is_as_exact_as_torchs_for_betas_close_to_1(betas, backend):
+def test_adamw_is_as_exact_as_torchs_for_betas_close_to_1(betas, step_backend):
     rows, counts = [torch.arange(64)], [torch.tensor(64)]
     start, grads = torch.randn(64, 9), [torch.randn(64, 9) for _ in range(3)]
     results = {}
@@ -144,7 +134,9 @@ def check_adamw(options, share, dtype, device, layout):
     ops.adamw_rows_(*mine, *after)
     reference.adamw_rows_(*truth, *after)
     for tensors, exact in zip(mine, truth, strict=True):
-        same([t.double() for t in tensors], exact, 1e-6 if dtype == torch.float32 else 1e-14)
+        assert_lists_equal(
+            [t.double() for t in tensors], exact, 1e-6 if dtype == torch.float32 else 1e-14
+        )
 
 
 def one_adamw(**changed):

@@ -25,13 +25,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
     ],
     ids=str,
 )
-def test_who_steps(device, dtype, elements, chosen):
+def test_chosen_backend(device, dtype, elements, chosen):
     p = mock.Mock(dtype=dtype, is_cpu=device == "cpu", is_cuda=device == "cuda")
     p.numel.return_value = elements
     assert row_step.backend(p).__name__ == f"neq_kernels.step.{chosen}"
 
 
-def test_who_steps_a_transposed_matrix():
+def test_chosen_backend_of_a_transposed_matrix():
     whole, transposed = torch.ones(3, 4), torch.ones(4, 3).t()
     assert row_step.backend(transposed, transposed) is native_step
     assert row_step.backend(transposed, whole) is pack_step

@@ -6,17 +6,24 @@ import torch
 
 from neq_kernels import conv_wgrad
 from neq_kernels.wgrad import pack
-from tests.support.cases import DEVICES, DTYPES, conv_case, conv_cases, on_random
+from tests.support.cases import conv_case, conv_cases, on_random
 from tests.support.checks import (
     answers,
-    check,
+    assert_disjoint_row_sets_add_up,
+    assert_exact,
+    assert_frozen_rows_are_zero,
+    assert_like_the_parameters,
+    assert_mistake_is_named,
+    assert_same,
+    assert_the_order_of_samples_is_nothing,
     common_mistakes,
     meta,
     metadata,
     no_worse_than_the_vendor,
-    same,
     vendor_kernels,
 )
+from tests.support.gpu import assert_follows_the_current_stream
+from tests.support.tensors import DTYPES, in_dtypes, on_devices
 
 OP = "conv_wgrad"
 ROWS = [0, 3, 4, 9, 17]
@@ -38,8 +45,6 @@ CASES = [
 CASE = CASES[1].values[0]
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
-on_devices = pytest.mark.parametrize("device", DEVICES)
-in_dtypes = pytest.mark.parametrize("dtypes", DTYPES)
 in_cases = pytest.mark.parametrize("case", CASES)
 exactly = pytest.mark.usefixtures("exact_vendor")
 
@@ -51,23 +56,12 @@ def exact_vendor():
         yield
 
 
-def with_rows(case, rows):
-    return replace(case, active=frozenset(rows))
-
-
-def of_neurons(case, dw, neurons):
-    """The part of dW that belongs to ``neurons``."""
-    mask = torch.zeros(NEURONS, dtype=torch.bool)
-    mask[list(neurons)] = True
-    return dw[case.conv.spread(mask, dw).to(dw.device).expand_as(dw)]
-
-
 @exactly
 @on_devices
 @in_dtypes
 @on_random(conv_cases())
 def test_exact(device, dtypes, case):
-    check(OP, case.args(dtypes, device))
+    assert_exact(OP, case.args(dtypes, device))
 
 
 @on_random(conv_cases())
@@ -91,16 +85,7 @@ def test_no_worse_than_the_vendor(device, dtypes, layout, transposed):
 @in_cases
 @pytest.mark.parametrize("poison", [torch.inf, torch.nan], ids=str)
 def test_frozen_rows_are_zero_whatever_meets_in_them(device, case, poison):
-    dy, x, *rest = case.args(device=device)
-    clean = dict(answers(OP, (dy, x, *rest)))
-    dy[:, case.frozen] = poison
-    for name, got in answers(OP, (dy, x, *rest)):
-        same(got, clean[name], name)
-    x.fill_(poison)
-    for name, (dw, db) in answers(OP, (dy, x, *rest)):
-        assert of_neurons(case, dw, case.frozen).count_nonzero() == 0, name
-        assert db[case.frozen].count_nonzero() == 0, name
-        assert not of_neurons(case, dw, ROWS).isfinite().any(), name
+    assert_frozen_rows_are_zero(case, case.args(device=device), poison)
 
 
 @on_devices
@@ -110,22 +95,18 @@ def test_frozen_rows_are_zero_whatever_meets_in_them(device, case, poison):
 def test_gradients_come_as_the_parameters_do(device, dtypes, case, layout):
     case = replace(case, layouts=("contiguous", "contiguous", layout))
     for rows in [], ROWS, range(NEURONS):
-        args = with_rows(case, rows).args(dtypes, device)
-        weight = args[2]
-        for name, (dw, db) in answers(OP, args):
-            assert (dw.dtype, dw.stride()) == (weight.dtype, weight.stride()), name
-            assert (db.dtype, db.shape) == (weight.dtype, (NEURONS,)), name
+        assert_like_the_parameters(case, case.with_rows(rows).args(dtypes, device))
 
 
 @on_devices
 @in_cases
 def test_all_rows_are_the_vendors_bits(device, case):
-    dy, x, weight, *rest = with_rows(case, range(NEURONS)).args(device=device)
+    dy, x, weight, *rest = case.with_rows(range(NEURONS)).args(device=device)
     dy, x = torch.randn_like(dy), torch.randn_like(x)
     vendor = torch.ops.aten.convolution_backward(
         dy, x, weight, [NEURONS], *case.conv, [False, True, False]
     )
-    same(conv_wgrad(dy, x, weight, *rest), (vendor[1], dy.sum([0, *range(2, dy.dim())])))
+    assert_same(conv_wgrad(dy, x, weight, *rest), (vendor[1], dy.sum([0, *range(2, dy.dim())])))
 
 
 @exactly
@@ -133,13 +114,7 @@ def test_all_rows_are_the_vendors_bits(device, case):
 @in_dtypes
 @in_cases
 def test_disjoint_row_sets_add_up(device, dtypes, case):
-    first, second, both = (
-        dict(answers(OP, with_rows(case, rows).args(dtypes, device)))
-        for rows in (range(0, 30, 3), range(1, 30, 3), {*range(30)} - {*range(2, 30, 3)})
-    )
-    for name in both:
-        added = tuple(a + b for a, b in zip(first[name], second[name], strict=True))
-        same(added, both[name], name)
+    assert_disjoint_row_sets_add_up(case, 30, dtypes, device)
 
 
 @exactly
@@ -147,21 +122,18 @@ def test_disjoint_row_sets_add_up(device, dtypes, case):
 @in_dtypes
 @in_cases
 def test_the_order_of_samples_is_nothing(device, dtypes, case):
-    dy, x, *rest = case.args(dtypes, device)
-    forwards = dict(answers(OP, (dy, x, *rest)))
-    for name, got in answers(OP, (dy.flip(0), x.flip(0), *rest)):
-        same(got, forwards[name], name)
+    assert_the_order_of_samples_is_nothing(OP, case.args(dtypes, device))
 
 
 def test_no_row_launches_nothing():
     assert vendor_kernels(lambda: conv_wgrad(*CASE.args()))
-    assert not vendor_kernels(lambda: conv_wgrad(*with_rows(CASE, []).args()))
+    assert not vendor_kernels(lambda: conv_wgrad(*CASE.with_rows([]).args()))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(("active", "packed"), [(1, 16), (16, 16), (17, 32), (33, 36), (36, 36)])
 def test_pack_computes_whole_granules(layout, active, packed):
-    case = replace(with_rows(CASE, range(active)), layouts=(layout,) * 3)
+    case = CASE.with_rows(range(active)).laid_out(layout)
     dy, x, weight, rows, _, bias, *_ = case.args()
     with mock.patch.object(pack, "vendor_conv_wgrad", wraps=pack.vendor_conv_wgrad) as spy:
         pack.conv_wgrad(dy, x, weight, rows, active, bias, case.conv)
@@ -172,25 +144,15 @@ def test_pack_computes_whole_granules(layout, active, packed):
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 def test_opcheck(case, bias):
     for rows in [], ROWS, range(NEURONS):
-        torch.library.opcheck(conv_wgrad, replace(with_rows(case, rows), bias=bias).args())
+        torch.library.opcheck(conv_wgrad, replace(case.with_rows(rows), bias=bias).args())
 
 
 @exactly
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_runs_on_the_current_stream(layout):
-    args = replace(CASE, layouts=(layout,) * 3).args(device="cuda")
-    expected = dict(answers(OP, args))
-    dy = args[0].clone()
-    args[0].zero_()
-    torch.cuda.synchronize()
-    with torch.cuda.stream(torch.cuda.Stream()):
-        torch.cuda._sleep(100_000_000)  # whatever does not wait for this stream reads zeros
-        args[0].copy_(dy)
-        got = dict(answers(OP, args))
-    torch.cuda.synchronize()
-    for name in expected:
-        same(got[name], expected[name], name)
+    args = CASE.laid_out(layout).args(device="cuda")
+    assert_follows_the_current_stream(lambda *args: dict(answers(OP, args)), args)
 
 
 ARGUMENTS = ["dy", "x", "weight", "rows", "count", "bias", "stride", "padding", "dilation"]
@@ -224,7 +186,5 @@ MISTAKES = {
 @pytest.mark.parametrize(("mistake", "message"), MISTAKES.values(), ids=MISTAKES)
 def test_mistakes_are_named(fake, mistake, message):
     args = CASE.args()
-    named = dict(zip(ARGUMENTS, meta(args) if fake else args, strict=True))
-    named |= {name: change(named[name]) for name, change in mistake.items()}
-    with pytest.raises(ValueError, match=message):
-        conv_wgrad(**named)
+    args = meta(args) if fake else args
+    assert_mistake_is_named(conv_wgrad, ARGUMENTS, args, mistake, message)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-import neq_kernels
+from neq_kernels import conv_wgrad, linear_wgrad
 from neq_kernels.device.gpu import Gpu
 from neq_kernels.wgrad import fused, planner
 from tests.support.cases import (
@@ -21,18 +21,30 @@ from tests.support.cases import (
     options,
     some_of,
 )
-from tests.support.checks import exactly, no_worse_than_the_vendor, problem_of, same
-from tests.support.interpreter import DEVICES, DTYPES, INTERPRETED
+from tests.support.checks import (
+    assert_frozen_rows_are_zero,
+    assert_planned_is_exact,
+    assert_same,
+    every_call_by,
+    no_worse_than_the_vendor,
+    planned_answer,
+    problem_of,
+)
+from tests.support.gpu import (
+    assert_counts_beyond_an_int32,
+    assert_follows_the_current_stream,
+    assert_replays_in_a_graph,
+)
+from tests.support.interpreter import DTYPES, in_dtypes, not_interpreted, on_devices
 
 LINEAR = linear_case((7, 10), 33, 40, [1, 2, 5, 8, 13, 21, 34])
 CONV = conv_case(
     (2, 16, 9, 7), (3, 3), 40, [0, 3, 4, 11, 39], padding=1, layouts=("channels_last",) * 3
 )
+OPERATORS = {"linear_wgrad": linear_wgrad, "conv_wgrad": conv_wgrad}
 SMALL = fused.Tile(16, 16, 16, 4, 2)  # so that a small problem has many tiles
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "planned")
-on_devices = pytest.mark.parametrize("device", DEVICES)
-in_dtypes = pytest.mark.parametrize("dtypes", DTYPES)
 in_cases = pytest.mark.parametrize("case", [LINEAR, CONV], ids=["linear", "conv"])
 random_cases = examples(25)
 deals = st.tuples(st.integers(1, 4), st.sampled_from([None, SMALL]))
@@ -40,11 +52,7 @@ deals = st.tuples(st.integers(1, 4), st.sampled_from([None, SMALL]))
 
 @pytest.fixture(scope="module")
 def planned():
-    """Every call is the fused kernel's, also where there is no GPU to ask for its size."""
-    with (
-        mock.patch.object(planner, "choose", return_value="fused"),
-        mock.patch.object(fused, "gpu", return_value=Gpu(90, 4)),
-    ):
+    with every_call_by("fused", Gpu(90, 4)):
         yield
 
 
@@ -52,18 +60,6 @@ def dealt(parts, tile=None):
     """Inside, the work is cut into so many parts, of such tiles."""
     tiles = mock.Mock(return_value=tile) if tile else fused.tile
     return mock.patch.multiple(fused, parts=mock.Mock(return_value=parts), tile=tiles)
-
-
-def op_of(case):
-    return "linear_wgrad" if case.conv is None else "conv_wgrad"
-
-
-def run(case, args):
-    return getattr(neq_kernels, op_of(case))(*args)
-
-
-def check(case, args):
-    same(run(case, args), exactly(op_of(case), args))
 
 
 @st.composite
@@ -87,7 +83,7 @@ def convs(draw):
 def test_linear_exact(device, dtypes, case, deal):
     assume(case.terms and case.x[-1])
     with dealt(*deal):
-        check(case, case.args(dtypes, device))
+        assert_planned_is_exact(case.op, case.args(dtypes, device))
 
 
 @on_devices
@@ -96,7 +92,7 @@ def test_linear_exact(device, dtypes, case, deal):
 @given(case=convs(), deal=deals)
 def test_conv_exact(device, dtypes, case, deal):
     with dealt(*deal):
-        check(case, case.args(dtypes, device))
+        assert_planned_is_exact(case.op, case.args(dtypes, device))
 
 
 @on_devices
@@ -108,7 +104,7 @@ def test_conv_exact(device, dtypes, case, deal):
 def test_every_tile(device, dtypes, parts, inputs, active, bias):
     case = linear_case((200,), inputs, 150, range(5, 5 + active), bias=bias)
     with dealt(parts):
-        check(case, case.args(dtypes, device))
+        assert_planned_is_exact(case.op, case.args(dtypes, device))
 
 
 @on_devices
@@ -116,7 +112,7 @@ def test_every_tile(device, dtypes, parts, inputs, active, bias):
 @pytest.mark.parametrize("dtypes", DTYPES[1:])
 def test_no_worse_than_the_vendor(device, dtypes, case):
     long = linear_case((3000,), 64, 96, range(0, 96, 3)) if case is LINEAR else case
-    no_worse_than_the_vendor(op_of(case), long, dtypes, device)
+    no_worse_than_the_vendor(case.op, long, dtypes, device)
 
 
 @on_devices
@@ -125,15 +121,8 @@ def test_no_worse_than_the_vendor(device, dtypes, case):
 @pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("poison", [torch.inf, torch.nan], ids=str)
 def test_frozen_rows_are_zero_whatever_meets_in_them(device, dtypes, case, parts, poison):
-    dy, x, *rest = case.args(dtypes, device)
     with dealt(parts):
-        clean = run(case, (dy, x, *rest))
-        dy.movedim(-1 if case is LINEAR else 1, 0)[case.frozen] = poison
-        same(run(case, (dy, x, *rest)), clean)
-        x.fill_(poison)
-        dw, db = run(case, (dy, x, *rest))
-    assert dw[case.frozen].count_nonzero() == db[case.frozen].count_nonzero() == 0
-    assert not dw[sorted(case.active)].isfinite().any()
+        assert_frozen_rows_are_zero(case, case.args(dtypes, device), poison, planned_answer)
 
 
 @on_devices
@@ -143,55 +132,37 @@ def test_same_bits_however_often(device, dtypes, case):
     dy, x, *rest = case.args(dtypes, device)
     args = torch.randn_like(dy), torch.randn_like(x), *rest
     with dealt(3):
-        same(run(case, args), run(case, args))
+        operator = OPERATORS[case.op]
+        assert_same(operator(*args), operator(*args))
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED, reason="is about streams")
+@not_interpreted
 @in_cases
 @pytest.mark.parametrize("parts", [1, 3])
 def test_follows_the_current_stream(case, parts):
-    args = case.args((torch.bfloat16, torch.float32), "cuda")
-    dy = args[0].clone()
     with dealt(parts):
-        expected = run(case, args)
-        args[0].zero_()
-        torch.cuda.synchronize()
-        with torch.cuda.stream(torch.cuda.Stream()):
-            torch.cuda._sleep(100_000_000)  # a launch on any other stream would read zeros
-            args[0].copy_(dy)
-            got = run(case, args)
-        torch.cuda.synchronize()
-    same(got, expected)
+        assert_follows_the_current_stream(
+            OPERATORS[case.op], case.args((torch.bfloat16, torch.float32), "cuda")
+        )
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED, reason="is about graphs")
+@not_interpreted
 @in_cases
 @pytest.mark.parametrize("parts", [1, 3])
 def test_replays_in_a_graph(case, parts):
-    """Also a proof that nothing waits: capturing would fail."""
-    args = case.args((torch.bfloat16, torch.float32), "cuda")
     with dealt(parts):
-        run(case, args)  # compiles
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            got = run(case, args)
-        args[0].neg_()
-        graph.replay()
-        same(got, run(case, args))
+        assert_replays_in_a_graph(
+            OPERATORS[case.op], case.args((torch.bfloat16, torch.float32), "cuda")
+        )
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED, reason="is about more memory than a test has")
+@not_interpreted
 def test_more_elements_than_an_int32_counts():
     case = conv_case((1, 64, 8, 8), (3, 3), 64, range(0, 64, 3), padding=1)
-    dy, x, *rest = case.args((torch.bfloat16, torch.bfloat16), "cuda")
-    images = 2**19 + 1  # of which only the last, where an overflow does not reach, has values
-    far = [t.new_zeros(images, 8, 8, 64).movedim(-1, 1) for t in (dy, x)]
-    for zeros, values in zip(far, (dy, x), strict=True):
-        zeros[-1:] = values
-    same(run(case, (*far, *rest)), exactly(op_of(case), (dy, x, *rest)))
+    assert_counts_beyond_an_int32(conv_wgrad, case, "channels_last")
 
 
 def test_parts_fill_the_gpu_and_bound_the_scratch():

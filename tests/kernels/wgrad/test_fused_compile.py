@@ -1,6 +1,6 @@
 """Without a GPU: whatever the planner can ask of ``fused`` compiles, into the code that it should.
 
-What launches the kernels is run, on tensors without memory where nobody asks for an address; the
+What launches the kernels is run, on tensors without memory where nothing asks for an address; the
 launches only compile.
 """
 

@@ -12,9 +12,20 @@ from hypothesis import strategies as st
 from neq_kernels import conv_wgrad
 from neq_kernels.device.gpu import Gpu
 from neq_kernels.wgrad import grouped, planner
-from tests.support.cases import LAYOUTS, conv_case, dimensions, examples, options, some_of
-from tests.support.checks import exactly, no_worse_than_the_vendor, problem_of, same
-from tests.support.interpreter import DEVICES, DTYPES, INTERPRETED
+from tests.support.cases import conv_case, dimensions, examples, options, some_of
+from tests.support.checks import (
+    assert_planned_is_exact,
+    assert_same,
+    every_call_by,
+    no_worse_than_the_vendor,
+    problem_of,
+)
+from tests.support.gpu import (
+    assert_counts_beyond_an_int32,
+    assert_follows_the_current_stream,
+    assert_replays_in_a_graph,
+)
+from tests.support.interpreter import DTYPES, in_dtypes, not_interpreted, on_devices
 
 OP = "conv_wgrad"
 CHANNELS = 40
@@ -23,36 +34,18 @@ DEPTHWISE = conv_case(
 )
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "planned")
-on_devices = pytest.mark.parametrize("device", DEVICES)
-in_dtypes = pytest.mark.parametrize("dtypes", DTYPES)
 in_layouts = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-not_interpreted = pytest.mark.skipif(INTERPRETED, reason="is about a GPU")
 
 
 @pytest.fixture(scope="module")
 def planned():
-    """Every call is this kernel's, also where there is no GPU to ask for its size."""
-    with (
-        mock.patch.object(planner, "choose", return_value="grouped"),
-        mock.patch.object(grouped, "gpu", return_value=Gpu(90, 4)),
-    ):
+    with every_call_by("grouped", Gpu(90, 4)):
         yield
 
 
 def cut_into(parts):
     """Inside, the sum over pixels is."""
     return mock.patch.object(grouped, "parts", return_value=parts)
-
-
-def laid_out(case, layout):
-    return replace(case, layouts=(layout,) * 3)
-
-
-def check(case, dtypes, device):
-    args = case.args(dtypes, device)
-    dy, x, *rest = args
-    # of an image of one column that lies the other way round, torch's on a CPU reads other values
-    same(conv_wgrad(*args), exactly(OP, (dy.contiguous(), x.contiguous(), *rest)))
 
 
 @st.composite
@@ -77,7 +70,7 @@ def convs(draw):
 @given(case=convs(), parts=st.integers(1, 4))
 def test_exact(device, dtypes, case, parts):
     with cut_into(parts):
-        check(case, dtypes, device)
+        assert_planned_is_exact(OP, case.args(dtypes, device))
 
 
 @on_devices
@@ -92,7 +85,7 @@ def test_several_tiles(device, dtypes, kernel, stride, layout, active):
         groups=CHANNELS, layouts=(layout,) * 3,
     )  # fmt: skip
     with cut_into(2):
-        check(case, dtypes, device)
+        assert_planned_is_exact(OP, case.args(dtypes, device))
 
 
 @on_devices
@@ -102,19 +95,19 @@ def test_no_worse_than_the_vendor(device, layout, dtypes):
     case = conv_case(
         (3, CHANNELS, 14, 14), (3, 3), CHANNELS, range(0, 40, 3), padding=1, groups=CHANNELS
     )
-    no_worse_than_the_vendor(OP, laid_out(case, layout), dtypes, device)
+    no_worse_than_the_vendor(OP, case.laid_out(layout), dtypes, device)
 
 
 @on_devices
 @in_layouts
 @pytest.mark.parametrize("poison", [torch.inf, torch.nan], ids=str)
 def test_frozen_rows_are_zero_whatever_meets_in_them(device, layout, poison):
-    case = laid_out(DEPTHWISE, layout)
+    case = DEPTHWISE.laid_out(layout)
     dy, x, *rest = case.args(device=device)
     with cut_into(3):
         clean = conv_wgrad(dy, x, *rest)
         dy[:, case.frozen] = x[:, case.frozen] = poison
-        same(conv_wgrad(dy, x, *rest), clean)
+        assert_same(conv_wgrad(dy, x, *rest), clean)
         x.fill_(poison)
         dw, db = conv_wgrad(dy, x, *rest)
     assert dw[case.frozen].count_nonzero() == db[case.frozen].count_nonzero() == 0
@@ -124,42 +117,26 @@ def test_frozen_rows_are_zero_whatever_meets_in_them(device, layout, poison):
 @on_devices
 @in_layouts
 def test_same_bits_however_often(device, layout):
-    dy, x, *rest = laid_out(DEPTHWISE, layout).args(device=device)
+    dy, x, *rest = DEPTHWISE.laid_out(layout).args(device=device)
     args = torch.randn_like(dy), torch.randn_like(x), *rest
     with cut_into(3):
-        same(conv_wgrad(*args), conv_wgrad(*args))
+        assert_same(conv_wgrad(*args), conv_wgrad(*args))
 
 
 @pytest.mark.gpu
 @not_interpreted
 @in_layouts
 def test_follows_the_current_stream(layout):
-    args = laid_out(DEPTHWISE, layout).args((torch.bfloat16, torch.float32), "cuda")
-    dy = args[0].clone()
-    expected = conv_wgrad(*args)
-    args[0].zero_()
-    torch.cuda.synchronize()
-    with torch.cuda.stream(torch.cuda.Stream()):
-        torch.cuda._sleep(100_000_000)  # a launch on any other stream would read zeros
-        args[0].copy_(dy)
-        got = conv_wgrad(*args)
-    torch.cuda.synchronize()
-    same(got, expected)
+    args = DEPTHWISE.laid_out(layout).args((torch.bfloat16, torch.float32), "cuda")
+    assert_follows_the_current_stream(conv_wgrad, args)
 
 
 @pytest.mark.gpu
 @not_interpreted
 @in_layouts
 def test_replays_in_a_graph(layout):
-    """Also a proof that nothing waits: capturing would fail."""
-    args = laid_out(DEPTHWISE, layout).args((torch.bfloat16, torch.float32), "cuda")
-    conv_wgrad(*args)  # compiles
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = conv_wgrad(*args)
-    args[0].neg_()
-    graph.replay()
-    same(got, conv_wgrad(*args))
+    args = DEPTHWISE.laid_out(layout).args((torch.bfloat16, torch.float32), "cuda")
+    assert_replays_in_a_graph(conv_wgrad, args)
 
 
 @pytest.mark.gpu
@@ -167,12 +144,7 @@ def test_replays_in_a_graph(layout):
 @in_layouts
 def test_more_elements_than_an_int32_counts(layout):
     case = conv_case((1, 64, 8, 8), (3, 3), 64, range(0, 64, 3), padding=1, groups=64)
-    dy, x, *rest = case.args((torch.bfloat16, torch.bfloat16), "cuda")
-    images = 2**19 + 1  # of which only the last, where an overflow does not reach, has values
-    far = [LAYOUTS[layout](t.new_zeros(images, *t.shape[1:])) for t in (dy, x)]
-    for zeros, values in zip(far, (dy, x), strict=True):
-        zeros[-1:] = values
-    same(conv_wgrad(*far, *rest), exactly(OP, (dy, x, *rest)))
+    assert_counts_beyond_an_int32(conv_wgrad, case, layout)
 
 
 def test_cost_claims_nothing_and_rules_out_what_the_kernel_cannot_do():

@@ -6,36 +6,37 @@ import torch
 
 from neq_kernels import linear_wgrad
 from neq_kernels.wgrad import pack
-from tests.support.cases import DEVICES, DTYPES, linear_case, linear_cases, on_random
+from tests.support.cases import linear_case, linear_cases, on_random
 from tests.support.checks import (
     answers,
-    check,
+    assert_disjoint_row_sets_add_up,
+    assert_exact,
+    assert_frozen_rows_are_zero,
+    assert_like_the_parameters,
+    assert_mistake_is_named,
+    assert_same,
+    assert_the_order_of_samples_is_nothing,
     common_mistakes,
     meta,
     metadata,
     no_worse_than_the_vendor,
-    same,
     vendor_kernels,
 )
+from tests.support.gpu import assert_follows_the_current_stream
+from tests.support.tensors import DTYPES, in_dtypes, on_devices
 
 OP = "linear_wgrad"
 ROWS = [1, 2, 5, 8, 13, 21, 34]
 CASE = linear_case((4, 8), 33, 40, ROWS)
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
-on_devices = pytest.mark.parametrize("device", DEVICES)
-in_dtypes = pytest.mark.parametrize("dtypes", DTYPES)
-
-
-def with_rows(rows):
-    return replace(CASE, active=frozenset(rows))
 
 
 @on_devices
 @in_dtypes
 @on_random(linear_cases())
 def test_exact(device, dtypes, case):
-    check(OP, case.args(dtypes, device))
+    assert_exact(OP, case.args(dtypes, device))
 
 
 @on_random(linear_cases())
@@ -55,16 +56,7 @@ def test_no_worse_than_the_vendor(device, dtypes):
 @in_dtypes
 @pytest.mark.parametrize("poison", [torch.inf, torch.nan], ids=str)
 def test_frozen_rows_are_zero_whatever_meets_in_them(device, dtypes, poison):
-    dy, x, *rest = CASE.args(dtypes, device)
-    clean = dict(answers(OP, (dy, x, *rest)))
-    dy[..., CASE.frozen] = poison
-    for name, got in answers(OP, (dy, x, *rest)):
-        same(got, clean[name], name)
-    x.fill_(poison)
-    for name, (dw, db) in answers(OP, (dy, x, *rest)):
-        assert dw[CASE.frozen].count_nonzero() == 0, name
-        assert db[CASE.frozen].count_nonzero() == 0, name
-        assert not dw[ROWS].isfinite().any(), name
+    assert_frozen_rows_are_zero(CASE, CASE.args(dtypes, device), poison)
 
 
 @on_devices
@@ -72,46 +64,33 @@ def test_frozen_rows_are_zero_whatever_meets_in_them(device, dtypes, poison):
 @pytest.mark.parametrize("layout", ["contiguous", "reversed"])
 @pytest.mark.parametrize("rows", [[], ROWS, range(40)], ids=len)
 def test_gradients_come_as_the_parameters_do(device, dtypes, layout, rows):
-    case = replace(with_rows(rows), layouts=("contiguous", "contiguous", layout))
-    args = case.args(dtypes, device)
-    weight = args[2]
-    for name, (dw, db) in answers(OP, args):
-        assert (dw.dtype, dw.stride()) == (weight.dtype, weight.stride()), name
-        assert (db.dtype, db.shape) == (weight.dtype, (40,)), name
+    case = replace(CASE.with_rows(rows), layouts=("contiguous", "contiguous", layout))
+    assert_like_the_parameters(case, case.args(dtypes, device))
 
 
 @on_devices
 def test_all_rows_are_the_vendors_bits(device):
-    dy, x, *rest = with_rows(range(40)).args(device=device)
+    dy, x, *rest = CASE.with_rows(range(40)).args(device=device)
     dy, x = torch.randn_like(dy), torch.randn_like(x)
     flat_dy, flat_x = dy.flatten(0, -2), x.flatten(0, -2)
-    same(linear_wgrad(dy, x, *rest), (flat_dy.t() @ flat_x, flat_dy.sum(0)))
+    assert_same(linear_wgrad(dy, x, *rest), (flat_dy.t() @ flat_x, flat_dy.sum(0)))
 
 
 @on_devices
 @in_dtypes
 def test_disjoint_row_sets_add_up(device, dtypes):
-    first, second, both = (
-        dict(answers(OP, with_rows(rows).args(dtypes, device)))
-        for rows in (range(0, 40, 3), range(1, 40, 3), {*range(40)} - {*range(2, 40, 3)})
-    )
-    for name in both:
-        added = tuple(a + b for a, b in zip(first[name], second[name], strict=True))
-        same(added, both[name], name)
+    assert_disjoint_row_sets_add_up(CASE, 40, dtypes, device)
 
 
 @on_devices
 @in_dtypes
 def test_the_order_of_samples_is_nothing(device, dtypes):
-    dy, x, *rest = CASE.args(dtypes, device)
-    forwards = dict(answers(OP, (dy, x, *rest)))
-    for name, got in answers(OP, (dy.flip(0), x.flip(0), *rest)):
-        same(got, forwards[name], name)
+    assert_the_order_of_samples_is_nothing(OP, CASE.args(dtypes, device))
 
 
 def test_no_row_launches_nothing():
     assert vendor_kernels(lambda: linear_wgrad(*CASE.args()))
-    assert not vendor_kernels(lambda: linear_wgrad(*with_rows([]).args()))
+    assert not vendor_kernels(lambda: linear_wgrad(*CASE.with_rows([]).args()))
 
 
 @pytest.mark.parametrize(("active", "packed"), [(1, 16), (16, 16), (17, 32), (33, 40), (40, 40)])
@@ -125,23 +104,14 @@ def test_pack_computes_whole_granules(active, packed):
 @pytest.mark.parametrize("rows", [[], ROWS, range(40)], ids=len)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 def test_opcheck(rows, bias):
-    torch.library.opcheck(linear_wgrad, replace(with_rows(rows), bias=bias).args())
+    torch.library.opcheck(linear_wgrad, replace(CASE.with_rows(rows), bias=bias).args())
 
 
 @pytest.mark.gpu
 def test_runs_on_the_current_stream():
-    args = CASE.args(device="cuda")
-    expected = dict(answers(OP, args))
-    dy = args[0].clone()
-    args[0].zero_()
-    torch.cuda.synchronize()
-    with torch.cuda.stream(torch.cuda.Stream()):
-        torch.cuda._sleep(100_000_000)  # whatever does not wait for this stream reads zeros
-        args[0].copy_(dy)
-        got = dict(answers(OP, args))
-    torch.cuda.synchronize()
-    for name in expected:
-        same(got[name], expected[name], name)
+    assert_follows_the_current_stream(
+        lambda *args: dict(answers(OP, args)), CASE.args(device="cuda")
+    )
 
 
 @pytest.mark.gpu
@@ -155,7 +125,7 @@ def test_more_elements_than_an_int32_counts():
     db[even] = 0
     rows, count = torch.cat([odd, even]), torch.tensor(len(odd))
     for name, got in answers(OP, (dy, x, db[:, None], rows, count, True)):
-        same(got, (db[:, None], db), name)
+        assert_same(got, (db[:, None], db), name)
 
 
 ARGUMENTS = ["dy", "x", "weight", "rows", "count", "bias"]
@@ -181,7 +151,5 @@ MISTAKES = {
 @pytest.mark.parametrize(("mistake", "message"), MISTAKES.values(), ids=MISTAKES)
 def test_mistakes_are_named(fake, mistake, message):
     args = CASE.args()
-    named = dict(zip(ARGUMENTS, meta(args) if fake else args, strict=True))
-    named |= {name: change(named[name]) for name, change in mistake.items()}
-    with pytest.raises(ValueError, match=message):
-        linear_wgrad(**named)
+    args = meta(args) if fake else args
+    assert_mistake_is_named(linear_wgrad, ARGUMENTS, args, mistake, message)

@@ -14,39 +14,40 @@ from neq_kernels.device import extension as compiled
 from neq_kernels.device.gpu import Gpu
 from neq_kernels.wgrad import narrow, planner
 from neq_kernels.wgrad.geometry import Conv
-from tests.support.cases import DEVICES, conv_case, options, some_of
-from tests.support.checks import exactly, no_worse_than_the_vendor, problem_of, same
+from tests.support.cases import conv_case, dimensions, options, some_of
+from tests.support.checks import (
+    assert_frozen_rows_are_zero,
+    assert_planned_is_exact,
+    assert_same,
+    every_call_by,
+    exact_gradients,
+    no_worse_than_the_vendor,
+    planned_answer,
+    problem_of,
+)
 from tests.support.cuda_on_host import lent
+from tests.support.gpu import (
+    assert_counts_beyond_an_int32,
+    assert_follows_the_current_stream,
+    assert_replays_in_a_graph,
+)
+from tests.support.tensors import on_devices, pair
 
-DTYPES = [
-    pytest.param((torch.float16, torch.float16), id="float16"),
-    pytest.param((torch.bfloat16, torch.bfloat16), id="bfloat16"),
-    pytest.param((torch.bfloat16, torch.float32), id="bfloat16-weight_float32"),
-]
+DTYPES = [pair(torch.float16), pair(torch.bfloat16), pair(torch.bfloat16, torch.float32)]
 CHANNELS_LAST = ("channels_last",) * 3
 CASE = conv_case(
     (2, 32, 9, 7), (3, 3), 40, [0, 3, 4, 11, *range(20, 30)], padding=1, layouts=CHANNELS_LAST
 )
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "planned")
-on_devices = pytest.mark.parametrize("device", DEVICES)
 in_dtypes = pytest.mark.parametrize("dtypes", DTYPES)
 random_cases = settings(deadline=None, max_examples=40)
 
 
 @pytest.fixture(scope="module")
 def planned(cuda_on_host):
-    """Every call is this kernel's, also where there is no GPU to ask for its size."""
-    with (
-        mock.patch.object(planner, "choose", return_value="narrow"),
-        mock.patch.object(narrow, "gpu", return_value=Gpu(90, 2)),
-        lent(cuda_on_host),
-    ):
+    with every_call_by("narrow", Gpu(90, 2)), lent(cuda_on_host):
         yield
-
-
-def check(args):
-    same(conv_wgrad(*args), exactly("conv_wgrad", args))
 
 
 def cut_as(**changes):
@@ -58,7 +59,7 @@ def cut_as(**changes):
 @st.composite
 def cases(draw):
     """1-d and 2-d convolutions of any geometry and layout, in which a block can hold all taps."""
-    dims = [draw(dimensions()) for _ in range(draw(st.integers(1, 2)))]
+    dims = [draw(dimensions(kernels=4, more=9)) for _ in range(draw(st.integers(1, 2)))]
     size, kernel, stride, padding, dilation = zip(*dims, strict=True)
     inputs, neurons = (8 * draw(st.integers(1, 10)) for _ in range(2))
     case = conv_case(
@@ -67,15 +68,6 @@ def cases(draw):
     )  # fmt: skip
     assume(case.terms <= 256)  # bfloat16 counts to 256
     return case
-
-
-@st.composite
-def dimensions(draw):
-    """(size, kernel, stride, padding, dilation) with at least one output."""
-    kernel, stride, dilation = (draw(st.integers(1, most)) for most in (4, 3, 2))
-    padding = draw(st.integers(0, 2))
-    least = max(1, dilation * (kernel - 1) + 1 - 2 * padding)
-    return least + draw(st.integers(0, 9)), kernel, stride, padding, dilation
 
 
 @st.composite
@@ -93,7 +85,7 @@ def cut_cases(draw):
 @random_cases
 @given(case=cases())
 def test_exact(device, dtypes, case):
-    check(case.args(dtypes, device))
+    assert_planned_is_exact("conv_wgrad", case.args(dtypes, device))
 
 
 @on_devices
@@ -102,7 +94,7 @@ def test_exact(device, dtypes, case):
 def test_exact_however_cut(device, cut_case):
     case, cut = cut_case
     with cut_as(**cut):
-        check(case.args((torch.float16,) * 2, device))
+        assert_planned_is_exact("conv_wgrad", case.args((torch.float16,) * 2, device))
 
 
 @on_devices
@@ -116,7 +108,7 @@ def test_exact_however_cut(device, cut_case):
 def test_every_way_to_deal(device, dtypes, active, inputs, kernel):
     """Rows fill one to four octets, matrices one to four warps, and more need more blocks."""
     case = conv_case((1, inputs, 8, 8), kernel, 72, range(1, 1 + active), layouts=CHANNELS_LAST)
-    check(case.args(dtypes, device))
+    assert_planned_is_exact("conv_wgrad", case.args(dtypes, device))
 
 
 @on_devices
@@ -130,14 +122,7 @@ def test_no_worse_than_the_vendor(device, dtypes):
 @in_dtypes
 @pytest.mark.parametrize("poison", [torch.inf, torch.nan], ids=str)
 def test_frozen_rows_are_zero_whatever_meets_in_them(device, dtypes, poison):
-    dy, x, *rest = CASE.args(dtypes, device)
-    clean = conv_wgrad(dy, x, *rest)
-    dy[:, CASE.frozen] = poison
-    same(conv_wgrad(dy, x, *rest), clean)
-    x.fill_(poison)
-    dw, db = conv_wgrad(dy, x, *rest)
-    assert dw[CASE.frozen].count_nonzero() == db[CASE.frozen].count_nonzero() == 0
-    assert not dw[sorted(CASE.active)].isfinite().any()
+    assert_frozen_rows_are_zero(CASE, CASE.args(dtypes, device), poison, planned_answer)
 
 
 @on_devices
@@ -147,9 +132,9 @@ def test_what_is_not_finite_stays_in_the_taps_that_meet_it(device, line, column)
     dy, x, *rest = CASE.args((torch.float16,) * 2, device)
     x[1, 5, line, column] = torch.inf
     dw, db = conv_wgrad(dy, x, *rest)
-    expected = exactly("conv_wgrad", (dy, x, *rest))
+    expected = exact_gradients("conv_wgrad", (dy, x, *rest))
     assert torch.equal(dw.isfinite(), expected[0].isfinite())
-    same(db, expected[1])
+    assert_same(db, expected[1])
 
 
 @on_devices
@@ -157,46 +142,24 @@ def test_what_is_not_finite_stays_in_the_taps_that_meet_it(device, line, column)
 def test_same_bits_however_often(device, dtypes):
     dy, x, *rest = CASE.args(dtypes, device)
     args = torch.randn_like(dy), torch.randn_like(x), *rest
-    same(conv_wgrad(*args), conv_wgrad(*args))
+    assert_same(conv_wgrad(*args), conv_wgrad(*args))
 
 
 @pytest.mark.gpu
 def test_follows_the_current_stream():
     args = CASE.args((torch.bfloat16, torch.float32), "cuda")
-    dy = args[0].clone()
-    expected = conv_wgrad(*args)
-    args[0].zero_()
-    torch.cuda.synchronize()
-    with torch.cuda.stream(torch.cuda.Stream()):
-        torch.cuda._sleep(100_000_000)  # a launch on any other stream would read zeros
-        args[0].copy_(dy)
-        got = conv_wgrad(*args)
-    torch.cuda.synchronize()
-    same(got, expected)
+    assert_follows_the_current_stream(conv_wgrad, args)
 
 
 @pytest.mark.gpu
 def test_replays_in_a_graph():
-    """Also a proof that nothing waits: capturing would fail."""
-    args = CASE.args((torch.bfloat16, torch.float32), "cuda")
-    conv_wgrad(*args)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = conv_wgrad(*args)
-    args[0].neg_()
-    graph.replay()
-    same(got, conv_wgrad(*args))
+    assert_replays_in_a_graph(conv_wgrad, CASE.args((torch.bfloat16, torch.float32), "cuda"))
 
 
 @pytest.mark.gpu
 def test_more_elements_than_an_int32_counts():
     case = conv_case((1, 64, 8, 8), (3, 3), 64, range(0, 64, 3), padding=1)
-    dy, x, *rest = case.args((torch.bfloat16, torch.bfloat16), "cuda")
-    images = 2**19 + 1  # of which only the last, where an overflow does not reach, has values
-    far = [t.new_zeros(images, 8, 8, 64).movedim(-1, 1) for t in (dy, x)]
-    for zeros, values in zip(far, (dy, x), strict=True):
-        zeros[-1:] = values
-    same(conv_wgrad(*far, *rest), exactly("conv_wgrad", (dy, x, *rest)))
+    assert_counts_beyond_an_int32(conv_wgrad, case, "channels_last")
 
 
 def test_cost_claims_nothing_and_rules_out_what_the_kernel_cannot_do():

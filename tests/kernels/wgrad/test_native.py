@@ -16,12 +16,12 @@ from neq_kernels.wgrad import native as kernel
 from neq_kernels.wgrad import planner
 from neq_kernels.wgrad.geometry import Conv
 from tests.support import ROOT
-from tests.support.cases import LAYOUTS, conv_case, linear_case, on_random, some_of
-from tests.support.checks import same
+from tests.support.cases import conv_case, dimensions, linear_case, on_random, some_of
+from tests.support.checks import assert_same
+from tests.support.processor import ISAS, on_isas
+from tests.support.tensors import LAYOUTS
 
-ISAS = [name for name in ("avx512", "avx2", "portable") if _C.cpu_has_isa(getattr(_C.Isa, name))]
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-on_isas = pytest.mark.parametrize("isa", ISAS)
 
 # Sizes beyond a vector, a tile, a chunk: in turn channels, rows, pixels.
 KINDS = {
@@ -55,11 +55,11 @@ def native(args, isa):
     return kernel.conv_wgrad(dy, x, weight, rows, int(count), bias, Conv.of(*geometry), isa)
 
 
-def check(case, isa, dtype=torch.float32):
+def assert_exact_on(case, isa, dtype=torch.float32):
     dy, x, weight, *rest = case.args()
     sums = torch.float64 if dtype is torch.float64 else torch.float32
     expected = reference.conv_wgrad(dy.to(sums), x.to(sums), weight.to(sums), *rest)
-    same(native((dy.to(dtype), x.to(dtype), weight.to(sums), *rest), isa), expected, isa)
+    assert_same(native((dy.to(dtype), x.to(dtype), weight.to(sums), *rest), isa), expected, isa)
 
 
 @on_isas
@@ -67,7 +67,7 @@ def check(case, isa, dtype=torch.float32):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_exact(isa, case, layout):
     weight_layout = "contiguous" if layout == "expanded" else layout
-    check(replace(case, layouts=(layout, layout, weight_layout)), isa)
+    assert_exact_on(replace(case, layouts=(layout, layout, weight_layout)), isa)
 
 
 @on_isas
@@ -75,7 +75,7 @@ def test_exact(isa, case, layout):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_dtypes(isa, case, dtype, layout):
-    check(replace(case, layouts=(layout,) * 3), isa, dtype)
+    assert_exact_on(case.laid_out(layout), isa, dtype)
 
 
 @on_isas
@@ -86,7 +86,7 @@ def test_dtypes(isa, case, dtype, layout):
 def test_threads(isa, case, layout, deterministic, number, threads):
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     threads(number)
-    check(replace(case, layouts=(layout,) * 3), isa)
+    assert_exact_on(case.laid_out(layout), isa)
 
 
 @st.composite
@@ -96,13 +96,10 @@ def cases(draw):
     groups = draw(st.sampled_from([1, 1, 1, 2, 5]))
     inputs = draw(st.integers(1, 70) if groups == 1 else st.integers(1, 20)) * groups
     neurons = draw(st.integers(1, 40) if groups == 1 else st.integers(1, 9)) * groups
-    most = {1: 400, 2: 24, 3: 7}[spatial]
-    dims = []
-    for _ in range(spatial):
-        kernel, dilation, stride = (draw(st.integers(1, n)) for n in (5, 2, 3))
-        padding = draw(st.integers(0, 3))
-        least = max(1, dilation * (kernel - 1) + 1 - 2 * padding)
-        dims.append((least + draw(st.integers(0, most)), kernel, stride, padding, dilation))
+    dims = [
+        draw(dimensions(kernels=5, paddings=3, more={1: 400, 2: 24, 3: 7}[spatial]))
+        for _ in range(spatial)
+    ]
     size, kernel, stride, padding, dilation = zip(*dims, strict=True)
     x = (draw(st.integers(1, 4)), inputs, *size)
     active = draw(some_of(neurons))
@@ -116,7 +113,7 @@ def cases(draw):
 @on_isas
 @on_random(cases())
 def test_random(isa, case):
-    check(case, isa)
+    assert_exact_on(case, isa)
 
 
 @on_isas
@@ -124,22 +121,22 @@ def test_random(isa, case):
 @pytest.mark.parametrize("name", ["many lines", "one pixel", "whole vectors"])
 def test_same_bits_again(isa, deterministic, name, threads):
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
-    dy, x, *rest = replace(CASES[name], layouts=("channels_last",) * 3).args()
+    dy, x, *rest = CASES[name].laid_out("channels_last").args()
     args = (torch.randn_like(dy), torch.randn_like(x), *rest)
     threads(2)
     once = native(args, isa)
-    same(native(args, isa), once)
+    assert_same(native(args, isa), once)
     if deterministic:
         for number in (1, 3, 8, 11):
             threads(number)
-            same(native(args, isa), once)
+            assert_same(native(args, isa), once)
 
 
 @on_isas
 @in_cases
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_error_against_float64(isa, case, layout):
-    dy, x, weight, *rest = replace(case, layouts=(layout,) * 3).args()
+    dy, x, weight, *rest = case.laid_out(layout).args()
     dy, x = torch.randn_like(dy), torch.randn_like(x)
     exact = reference.conv_wgrad(dy.double(), x.double(), weight.double(), *rest)
     vendor = reference.conv_wgrad(dy, x, weight, *rest)
@@ -152,10 +149,10 @@ def test_error_against_float64(isa, case, layout):
 @in_cases
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_nothing_of_frozen_rows_is_used(isa, case, layout):
-    args = replace(case, layouts=(layout,) * 3).args()
+    args = case.laid_out(layout).args()
     expected = native(args, isa)
     args[0][:, case.frozen] = torch.nan
-    same(native(args, isa), expected)
+    assert_same(native(args, isa), expected)
 
 
 @on_isas
@@ -163,7 +160,7 @@ def test_nothing_of_frozen_rows_is_used(isa, case, layout):
 def test_more_sums_than_a_cache_holds(isa, layout):
     rows = set(range(600)) - set(range(0, 600, 9))
     case = conv_case((2, 2100, 15, 10), (1, 1), 600, rows, layouts=(layout,) * 3)
-    check(case, isa)
+    assert_exact_on(case, isa)
 
 
 @pytest.mark.parametrize("backend", ["native", "pack"])
@@ -176,10 +173,10 @@ def test_a_gradient_fresh_from_the_system_comes_in_large_pages(backend, active):
             _C, "cpu_prefer_large_pages", wraps=_C.cpu_prefer_large_pages
         ) as large_pages,
     ):
-        same(linear_wgrad(*args), reference.linear_wgrad(*args))
+        assert_same(linear_wgrad(*args), reference.linear_wgrad(*args))
         large_pages.assert_called_once()
         small = linear_case((3,), 30, 30, range(7)).args()
-        same(linear_wgrad(*small), reference.linear_wgrad(*small))
+        assert_same(linear_wgrad(*small), reference.linear_wgrad(*small))
         large_pages.assert_called_once()
 
 
@@ -272,7 +269,7 @@ def test_samples_of_many_dimensions(shape, views):
     dy, x = (view((*shape, size)) for view, size in zip(views, (6, 20), strict=True))
     args = dy, x, torch.empty(6, 20), torch.tensor([1, 3, 4, 0, 2, 5])
     mine = kernel.linear_wgrad(*args, 3, True)
-    same(mine, reference.linear_wgrad(*args, torch.tensor(3), True))
+    assert_same(mine, reference.linear_wgrad(*args, torch.tensor(3), True))
 
 
 def test_the_search_for_races_compiles():

@@ -10,12 +10,11 @@ from torch._subclasses import FakeTensorMode
 
 from neq_kernels.device import extension as compiled
 from neq_kernels.device.extension import pack_columns
+from tests.support.tensors import FLOATS, integers, on_devices
 
 if compiled.why_not("cpu"):
     raise RuntimeError(compiled.why_not("cpu"))
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SHAPES = [  # samples, neurons, k
     (0, 5, 2),
     (1, 1, 1),
@@ -34,11 +33,6 @@ SHAPES = [  # samples, neurons, k
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
-def small_integers(samples, neurons, dtype, device):
-    """Their sums are exact in every dtype that sums are taken in, whatever the order."""
-    return torch.randint(-8, 9, (samples, neurons), device=device).to(dtype)
-
-
 def ascending(neurons, k, device="cpu"):
     return torch.randperm(neurons)[:k].sort().values.to(device)
 
@@ -54,12 +48,14 @@ def check_exactly(dy, rows):
     assert sums is None
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@on_devices
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_exact(shape, dtype, device):
     samples, neurons, k = shape
-    check_exactly(small_integers(samples, neurons, dtype, device), ascending(neurons, k, device))
+    check_exactly(
+        integers((samples, neurons), dtype, device, most=8), ascending(neurons, k, device)
+    )
 
 
 def by_cuda_on_host(module, dy, rows, want_sums=True):
@@ -73,10 +69,10 @@ def by_cuda_on_host(module, dy, rows, want_sums=True):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_the_cuda_kernel_exact_on_a_cpu(cuda_on_host, shape, dtype):
     samples, neurons, k = shape
-    dy, rows = small_integers(samples, neurons, dtype, "cpu"), ascending(neurons, k)
+    dy, rows = integers((samples, neurons), dtype, "cpu", most=8), ascending(neurons, k)
     packed, sums = by_cuda_on_host(cuda_on_host, dy, rows)
     assert torch.equal(packed, dy.index_select(1, rows))
     assert torch.equal(sums.double(), dy.double().sum(0)[rows])
@@ -88,16 +84,16 @@ def geometries(draw, device="cpu"):
     samples, neurons = draw(st.integers(0, 200)), draw(st.integers(1, 150))
     left, right = draw(st.integers(0, 9)), draw(st.integers(0, 9))
     step = draw(st.integers(1, 3))
-    dtype = draw(st.sampled_from(DTYPES))
+    dtype = draw(st.sampled_from(FLOATS))
     rows = draw(st.lists(st.integers(0, neurons - 1), unique=True))
     if draw(st.booleans()):
         rows.sort()
-    dy = small_integers(samples * step, left + neurons + right, dtype, device)
+    dy = integers((samples * step, left + neurons + right), dtype, device, most=8)
     dy = dy[::step, left : left + neurons]
     return dy, torch.tensor(rows, dtype=torch.int64, device=device)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@on_devices
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_exact_at_any_geometry(data, device):
@@ -116,7 +112,7 @@ def test_the_cuda_kernel_exact_at_any_geometry(cuda_on_host, geometry):
     assert sums.isnan().all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_the_cuda_kernel_gives_the_same_bits_however_scheduled(cuda_on_host, dtype):
     """Its warps and threads take turns in another random order each time."""
     dy, rows = torch.randn(700, 70).to(dtype), ascending(70, 41)
@@ -127,25 +123,27 @@ def test_the_cuda_kernel_gives_the_same_bits_however_scheduled(cuda_on_host, dty
         assert torch.equal(again[1], sums)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@on_devices
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_active_rows_followed_by_frozen_ones(dtype, device):
     rows = torch.randperm(100)
     rows = torch.cat([rows[:40].sort().values, rows[40:].sort().values])[:48].to(device)
-    check_exactly(small_integers(50, 100, dtype, device), rows)
+    check_exactly(integers((50, 100), dtype, device, most=8), rows)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@on_devices
 def test_layouts_that_autograd_makes(device):
     rows = ascending(20, 9, device)
     check_exactly(torch.ones((), device=device).expand(30, 20), rows)  # of y.sum()
-    check_exactly(small_integers(1, 20, torch.float32, device).expand(30, 20), rows)
-    check_exactly(small_integers(20, 30, torch.float32, device).t(), rows)
-    check_exactly(small_integers(30, 20, torch.float32, device), torch.stack([rows, rows], 1)[:, 0])
+    check_exactly(integers((1, 20), torch.float32, device, most=8).expand(30, 20), rows)
+    check_exactly(integers((20, 30), torch.float32, device, most=8).t(), rows)
+    check_exactly(
+        integers((30, 20), torch.float32, device, most=8), torch.stack([rows, rows], 1)[:, 0]
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("device", DEVICES)
+@on_devices
 def test_every_bit_pattern(dtype, device):
     dy = torch.arange(-(2**15), 2**15, dtype=torch.int16, device=device).view(dtype)[None]
     packed, sums = pack_columns(dy, torch.arange(dy.shape[1], device=device), True)
@@ -154,7 +152,7 @@ def test_every_bit_pattern(dtype, device):
     assert torch.equal(sums.nan_to_num(nan=0), dy[0].float().nan_to_num(nan=0))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_same_bits_for_any_number_of_threads(dtype, threads):
     dy, rows = torch.randn(3000, 130).to(dtype), ascending(130, 61)
     results = []
@@ -167,7 +165,7 @@ def test_same_bits_for_any_number_of_threads(dtype, threads):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_same_bits_twice(dtype):
     dy = torch.randn(30000, 130, device="cuda").to(dtype)
     rows = ascending(130, 61, "cuda")
@@ -176,7 +174,7 @@ def test_same_bits_twice(dtype):
     assert torch.equal(first[1], second[1])
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@on_devices
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_sums_are_as_good_as_torch(dtype, device):
     dy = (torch.randn(40000, 50, device=device) + 1).to(dtype)
@@ -205,7 +203,7 @@ def test_shares_the_threads_of_torch():
     assert len(run.stdout.split()) == 1, run.stdout
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@on_devices
 def test_tensors_that_do_not_fit(device):
     dy, rows = torch.ones(4, 6, device=device), torch.arange(3, device=device)
     with pytest.raises(ValueError, match=r"dy must be \[samples, neurons\], got \[4, 6, 1\]"):
@@ -284,7 +282,7 @@ def test_follows_the_current_stream():
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(100_000_000)  # a launch on any other stream would see the zeros
-        dy.copy_(small_integers(4096, 512, torch.float32, "cuda"))
+        dy.copy_(integers((4096, 512), torch.float32, "cuda", most=8))
         packed, sums = pack_columns(dy, rows, True)
     stream.synchronize()
     assert torch.equal(packed, dy[:, rows])
@@ -294,7 +292,7 @@ def test_follows_the_current_stream():
 @pytest.mark.gpu
 def test_neither_waits_nor_allocates():
     """A graph's capture fails where something does."""
-    dy = small_integers(20000, 96, torch.bfloat16, "cuda")
+    dy = integers((20000, 96), torch.bfloat16, "cuda", most=8)
     rows = ascending(96, 40, "cuda")
     pack_columns(dy, rows, True)
     graph = torch.cuda.CUDAGraph()
@@ -309,7 +307,7 @@ def test_neither_waits_nor_allocates():
 @pytest.mark.gpu
 def test_more_than_two_to_the_31_elements():
     dy = torch.zeros(2**26 + 3, 33, dtype=torch.bfloat16, device="cuda")
-    dy[-5:] = small_integers(5, 33, dy.dtype, "cuda")
+    dy[-5:] = integers((5, 33), dy.dtype, "cuda", most=8)
     rows = torch.arange(33, device="cuda")
     packed, sums = pack_columns(dy, rows, True)
     assert torch.equal(packed[-5:], dy[-5:])

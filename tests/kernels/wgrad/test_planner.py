@@ -16,7 +16,7 @@ from neq_kernels.wgrad.geometry import Conv
 from neq_kernels.wgrad.problem import Problem
 from tests.support.cases import conv_case, linear_case
 from tests.support.checks import problem_of
-from tests.support.planning import CONV, LINEAR, choose, measure, op_of
+from tests.support.planning import CONV, LINEAR, choose, measure
 
 pytestmark = pytest.mark.usefixtures("one_thread", "fresh_planner")
 
@@ -24,11 +24,11 @@ STRIDED = conv_case((4, 8, 10, 10), (3, 3), 32, range(8), stride=2)
 LARGE = linear_case((2048,), 2048, 1024, range(128))  # where packing is sure to pay
 
 
-@pytest.mark.parametrize("case", [LINEAR, CONV], ids=op_of)
+@pytest.mark.parametrize("case", [LINEAR, CONV], ids=lambda case: case.op)
 def test_all_rows_are_dense(backends, case):
     backends(dense=(1.0, 1), other=(0.1, 1))
     assert choose(case) == "other"
-    assert choose(replace(case, active=frozenset(range(32)))) == "dense"
+    assert choose(case.with_rows(range(32))) == "dense"
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_prediction_is_the_lowest_cost_if_it_gains_the_margin(backends, costs, c
 @mock.patch.object(planner.BACKENDS["native"], "cost", return_value=inf)
 def test_pack_is_predicted_for_few_rows_of_a_large_layer_only(native):
     assert choose(LARGE) == "pack"
-    assert choose(replace(LARGE, active=frozenset(range(1000)))) == "dense"
+    assert choose(LARGE.with_rows(range(1000))) == "dense"
     assert choose(LINEAR) == "dense"
 
 
@@ -65,10 +65,13 @@ def transposed(samples, active):
 @pytest.mark.parametrize("active", [230, 1152, 1728, 2303])
 def test_transposed_weights_are_dense_for_few_samples_only(active):
     """To write dW, and the sums elsewhere first, takes longer than the vendor takes for all."""
-    for samples in (1, 2, 8) if active < 1152 else (1, 2, 8, 32):
-        assert planner.predict(transposed(samples, active)) == "dense"
-    if active < 2303 and compiled.why_not("cpu") is None:
-        assert planner.predict(transposed(512, active)) == "native"
+    for_many = {"AVX2": "native", "AVX512": "native" if active < 1152 else "pack"}
+    for capability, choice in for_many.items():
+        with mock.patch("torch.backends.cpu.get_cpu_capability", return_value=capability):
+            for samples in (1, 2, 8) if active < 1152 else (1, 2, 8, 32):
+                assert planner.predict(transposed(samples, active)) == "dense"
+            if active < 2303 and compiled.why_not("cpu") is None:
+                assert planner.predict(transposed(512, active)) == choice
 
 
 @pytest.mark.parametrize(("device", "groups"), [("cpu", 2), ("cuda", 2), ("cuda", 32)])
@@ -91,7 +94,7 @@ def test_uneven_groups_never_go_to_pack(device, groups):
 def test_depthwise_prediction(kernel, active, layout, choice):
     shape, padding = (4, 64, 28, 28), kernel // 2
     case = conv_case(shape, (kernel,) * 2, 64, range(active), padding=padding, groups=64)
-    assert choose(replace(case, layouts=(layout,) * 3)) == choice
+    assert choose(case.laid_out(layout)) == choice
 
 
 @mock.patch("torch.backends.cpu.get_cpu_capability", return_value="AVX512")
@@ -105,7 +108,7 @@ def test_transposed_weight_prediction(capability):
 def test_prediction_knows_the_vector_instructions(capability, choice):
     case = conv_case((4, 256, 28, 28), (1, 1), 256, range(240))
     with mock.patch("torch.backends.cpu.get_cpu_capability", return_value=capability):
-        assert choose(replace(case, layouts=("channels_last",) * 3)) == choice
+        assert choose(case.laid_out("channels_last")) == choice
 
 
 def test_an_unknown_device_is_dense():
@@ -120,7 +123,7 @@ def test_an_empty_batch_is_dense():
 def test_nothing_is_timed_outside_of_tuning(clock):
     for case in LINEAR, CONV, LARGE:
         for rows in case.active, [0], range(case.neurons):
-            args = replace(case, active=frozenset(rows)).args()
+            args = case.with_rows(rows).args()
             (linear_wgrad if case.conv is None else conv_wgrad)(*args)
     assert clock.readings == 0
 
@@ -133,7 +136,6 @@ def test_plans_of_ever_new_sizes_do_not_pile_up(backends, monkeypatch):
         assert len(planner._plans) <= 3
 
 
-CHANNELS_LAST = ("channels_last",) * 3
 OTHERS = {
     "dtype": (LINEAR, LINEAR, {"dtypes": (torch.float64, torch.float32)}),
     "device": (LINEAR, LINEAR, {"device": "meta"}),
@@ -141,8 +143,8 @@ OTHERS = {
     "many more samples": (LINEAR, linear_case((257,), 8, 32, range(8)), {}),
     "inputs": (LINEAR, linear_case((64,), 9, 32, range(8)), {}),
     "neurons": (LINEAR, linear_case((64,), 8, 31, range(7)), {}),
-    "bucket": (LINEAR, replace(LINEAR, active=frozenset(range(9))), {}),
-    "layout": (CONV, replace(CONV, layouts=CHANNELS_LAST), {}),
+    "bucket": (LINEAR, LINEAR.with_rows(range(9)), {}),
+    "layout": (CONV, CONV.laid_out("channels_last"), {}),
     # as stride 2 rounds, dy's shape is the same
     "pixels": (STRIDED, replace(STRIDED, x=(4, 8, 9, 10)), {}),
     "kernel": (STRIDED, replace(STRIDED, weight=(32, 8, 4, 4)), {}),

@@ -1,7 +1,6 @@
 """What the planner measures, keeps in tables, and takes from them."""
 
 import json
-from dataclasses import replace
 from math import inf
 from unittest import mock
 
@@ -13,7 +12,7 @@ from neq_kernels.device import names as machine
 from neq_kernels.wgrad import planner
 from tests.support.cases import conv_case
 from tests.support.checks import problem_of
-from tests.support.planning import CONV, LINEAR, choose, measure, of_samples, op_of, ship
+from tests.support.planning import CONV, LINEAR, choose, measure, of_samples, ship
 
 pytestmark = pytest.mark.usefixtures("one_thread", "fresh_planner")
 
@@ -25,7 +24,7 @@ def test_tuning_tries_no_backend_that_is_unable():
     pack.assert_not_called()
 
 
-@pytest.mark.parametrize("case", [LINEAR, CONV], ids=op_of)
+@pytest.mark.parametrize("case", [LINEAR, CONV], ids=lambda case: case.op)
 def test_tuning_takes_what_is_faster_than_dense(backends, case):
     calls = backends(dense=(1.0, 5), quick=(3.0, 2), slow=(0.1, 9), unable=(inf, 1))
     assert choose(case) == "slow"
@@ -48,7 +47,7 @@ def test_tuning_measures_a_problem_once(backends):
         choose(LINEAR)
         once = len(calls)
         choose(LINEAR)
-        choose(replace(LINEAR, active=frozenset(range(7))))  # in the same sixteenth
+        choose(LINEAR.with_rows(range(7)))  # in the same sixteenth
     with planner.tuning():
         choose(LINEAR)
     assert len(calls) == once > 0

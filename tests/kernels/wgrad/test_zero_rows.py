@@ -7,7 +7,7 @@ import torch
 
 from neq_kernels.device.extension import _C
 from neq_kernels.wgrad import dense
-from tests.support.cases import LAYOUTS
+from tests.support.tensors import FLOATS, LAYOUTS, equal_with_nan
 
 ROWS = torch.tensor([0, 3, 4, 8])
 SHAPES = [(9, 40), (9, 6, 3, 3), (9, 5, 2, 3, 4), (9, 33), (9, 16, 1), (700, 400)]
@@ -27,11 +27,7 @@ def zeroed(t, rows=ROWS, dim=0):
     return t.clone().index_fill_(dim, rows, 0)
 
 
-def same(a, b):
-    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_in_memory(shape, dtype, layout):
@@ -39,21 +35,21 @@ def test_in_memory(shape, dtype, layout):
     expected = zeroed(t)
     assert zero_rows_(t, ROWS, 0) == (t.stride(0) * t.element_size() >= 64)
     if t.stride(0) * t.element_size() >= 64:
-        assert same(t, expected)
+        assert equal_with_nan(t, expected)
 
 
 def test_a_middle_dimension():
     t = values((7, 9, 5, 5))
     expected = zeroed(t, dim=1)
     assert zero_rows_(t, ROWS, 1)
-    assert same(t, expected)
+    assert equal_with_nan(t, expected)
 
 
 def test_no_rows_and_all_rows():
     t = values((9, 40))
     before = t.clone()
     assert zero_rows_(t, ROWS[:0], 0)
-    assert same(t, before)
+    assert equal_with_nan(t, before)
     assert zero_rows_(t, torch.arange(9), 0)
     assert not t.any()
 
@@ -73,7 +69,7 @@ def test_no_rows_and_all_rows():
 def test_what_is_left_to_torch(t):
     before = t.clone()
     assert not zero_rows_(t, ROWS, 0)
-    assert same(t, before)
+    assert equal_with_nan(t, before)
 
 
 def test_mistakes_are_named():
@@ -95,7 +91,7 @@ def by_compiled_code(t):
     expected = zeroed(t.detach())
     with mock.patch.object(_C, "cpu_zero_rows", wraps=_C.cpu_zero_rows) as kernel:
         dense.zero_frozen_(t, ROWS, 0)
-    assert same(t.detach(), expected)
+    assert equal_with_nan(t.detach(), expected)
     return kernel.called
 
 
@@ -103,7 +99,7 @@ def test_rows_with_gaps_in_memory():
     t = values((9, 40))
     expected = zeroed(t)
     dense.zero_frozen_(t, torch.stack([ROWS, ROWS + 1], 1)[:, 0], 0)
-    assert same(t, expected)
+    assert equal_with_nan(t, expected)
 
 
 def test_a_change_that_autograd_notices():
@@ -122,7 +118,7 @@ class Special(torch.Tensor):
     pass
 
 
-def test_only_where_nobody_looks():
+def test_only_where_nothing_observes():
     assert not by_compiled_code(values((9, 40)).as_subclass(Special))
     assert not by_compiled_code(torch.ones(9, 40, requires_grad=True) * 2)
     assert not by_compiled_code(torch._neg_view(values((9, 40))))

@@ -94,7 +94,7 @@ def test_saved_tensors_hooks_see_float_tensors_only(model, hook):
     ids=["narrower", "wider", "samples", "inputs", "device"],
 )
 def test_another_tensor_than_was_saved_is_an_error(backend, unpack):
-    """Where kernels read by address, nobody else would notice."""
+    """Where kernels read by address, nothing else would notice."""
     layer = neq.NEqLinear(6, 8)
     layer.set_active([1, 2])
     with mock.patch.object(planner, "planned", return_value=backend):

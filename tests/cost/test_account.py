@@ -113,7 +113,7 @@ def test_dgrad_is_pruned_below_the_first_layer_that_trains():
     assert [layer.now.dgrad.flops for layer in result.layers.values()] == [0, 0, 0, flops]
     assert [layer.active for layer in result.layers.values()] == [0, 0, 4, 4]
 
-    x = torch.randn(2, 4, requires_grad=True)  # somebody wants all of it
+    x = torch.randn(2, 4, requires_grad=True)  # all of it is wanted
     pruned = [layer.now.dgrad.flops for layer in account(model, x).layers.values()]
     assert pruned == [flops] * 4
 
