@@ -1,0 +1,112 @@
+"""Rules of the house that a machine can read: how long files and functions are, and which words are
+not used in them."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.support import ROOT
+
+LINES_OF_A_FILE = 400
+LINES_OF_A_FUNCTION = 60
+TEXT = {".py", ".pyi", ".md", ".h", ".cpp", ".cu", ".inc", ".toml", ".yml"}
+# neurons are active or frozen, and kernels are called by their names
+RETIRED = ["rests", "resting", "rested", "at rest", "who", "whoever", "whose turn", "in no file"]
+
+
+def tracked(*suffixes: str) -> list[Path]:
+    command = ["git", "-c", f"safe.directory={ROOT}", "ls-files", "-z"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    files = (ROOT / name for name in run.stdout.split("\0") if name)
+    return [file for file in files if file.suffix in suffixes and file.exists()]
+
+
+def place(file: Path, line: int) -> str:
+    return f"{file.relative_to(ROOT)}:{line}"
+
+
+def lines_of(function) -> int:
+    return function.end_lineno - function.lineno + 1
+
+
+def has_its_reason(function, lines: list[str]) -> bool:
+    """A line "# long: why" above the function or its first decorator."""
+    starts = [function.lineno, *(decorator.lineno for decorator in function.decorator_list)]
+    above = (lines[start - 2].strip() for start in starts if start > 1)
+    return any(re.match(r"# long: \w", line) for line in above)
+
+
+def long_functions(file: Path) -> list[str]:
+    text = file.read_text()
+    functions = (
+        node
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    )
+    return [
+        f"{place(file, function.lineno)}: {function.name} has {lines_of(function)} lines"
+        for function in functions
+        if lines_of(function) > LINES_OF_A_FUNCTION
+        if not has_its_reason(function, text.splitlines())
+    ]
+
+
+def retired_words(file: Path) -> list[str]:
+    words = "|".join(word.replace(" ", r"\s+") for word in RETIRED)
+    text = file.read_text()
+    return [
+        f"{place(file, text.count(chr(10), 0, found.start()) + 1)}: {' '.join(found[0].split())}"
+        for found in re.finditer(rf"\b(?:{words})\b", text, re.IGNORECASE)
+    ]
+
+
+def test_no_file_is_long():
+    lengths = {file: len(file.read_text().splitlines()) for file in tracked(".py")}
+    long = [
+        f"{place(file, 1)} has {lines} lines"
+        for file, lines in lengths.items()
+        if lines > LINES_OF_A_FILE
+    ]
+    assert not long, "\n".join(["longer than 400 lines:", *long])
+
+
+def test_no_function_is_long_without_its_reason():
+    long = [function for file in tracked(".py") for function in long_functions(file)]
+    assert not long, "\n".join(['say why above it, as "# long: ...", or shorten it:', *long])
+
+
+def test_no_retired_word_is_used():
+    files = (file for file in tracked(*TEXT) if file != Path(__file__).resolve())
+    found = [word for file in files for word in retired_words(file)]
+    assert not found, "\n".join(["retired words:", *found])
+
+
+FUNCTION = "@decorator\ndef function():\n" + "    pass\n" * LINES_OF_A_FUNCTION
+
+
+@pytest.mark.parametrize(
+    ("text", "long"),
+    [
+        (FUNCTION, True),
+        (FUNCTION.replace("    pass\n", "", 1), False),
+        (f"# long: one step after the other\n{FUNCTION}", False),
+        (FUNCTION.replace("def", "# long: one step after the other\ndef"), False),
+        (f"# long:\n{FUNCTION}", True),
+    ],
+    ids=["long", "not long", "with its reason", "with its reason inside", "without a reason"],
+)
+def test_long_functions_are_found(text, long, tmp_path, monkeypatch):
+    monkeypatch.setattr("tests.project.test_house.ROOT", tmp_path)
+    file = tmp_path / "file.py"
+    file.write_text(text)
+    assert bool(long_functions(file)) == long
+
+
+def test_retired_words_are_found(tmp_path, monkeypatch):
+    monkeypatch.setattr("tests.project.test_house.ROOT", tmp_path)
+    file = tmp_path / "file.md"
+    file.write_text("It\nwas At\nrest, whole; who_steps restless. WHO rested?")
+    assert retired_words(file) == ["file.md:2: At rest", "file.md:3: WHO", "file.md:3: rested"]
