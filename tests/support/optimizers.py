@@ -3,7 +3,6 @@
 import inspect
 
 import torch
-import torch.nn.utils.prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import neq
@@ -19,8 +18,6 @@ EVERY = {
 # it cannot train a layer: see test_sparse_adam_takes_no_dense_gradient
 OPTIMIZERS = [kind for kind in EVERY.values() if kind is not torch.optim.SparseAdam]
 ARGUMENTS = {kind: inspect.signature(kind).parameters for kind in OPTIMIZERS}
-
-# the tensors are so small that threads would only wait for each other
 
 
 def bits(t):

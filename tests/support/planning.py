@@ -14,18 +14,21 @@ CONV = conv_case((4, 8, 10, 10), (3, 3), 32, range(8), padding=1)
 
 
 def choose(case, dtypes=FLOAT32, device="cpu"):
+    """The planner's choice."""
     args = meta(case.args(dtypes)) if device == "meta" else case.args(dtypes)
     dy, x, weight, rows, count, bias, *_ = args
     return planner.choose(dy, x, weight, rows, int(count), bias, case.conv)
 
 
 def measure(case, backend):
+    """As if tuning had found this backend to be the fastest here."""
     table = planner._measured.setdefault(machine.name(torch.device("cpu")), {})
     problem = problem_of(case.op, *case.args())
     table.setdefault(problem.key, {})[problem.samples] = backend
 
 
 def ship(case, backend, device=None):
+    """As if a table that says so were part of the package."""
     device = device or machine.name(torch.device("cpu"))
     planner.TABLES.mkdir(exist_ok=True)
     problem = problem_of(case.op, *case.args())

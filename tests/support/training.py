@@ -6,8 +6,6 @@ from torch import nn
 
 import neq
 
-# everything here is too small for two
-
 
 class Net(nn.Module):
     """Convolution, norms, tokens, a layer used twice, one unused, dropout, and a classifier."""

@@ -1,3 +1,5 @@
+"""``conv_wgrad`` by every backend."""
+
 from dataclasses import replace
 from unittest import mock
 

@@ -1,3 +1,5 @@
+"""``linear_wgrad`` by every backend."""
+
 from dataclasses import replace
 from unittest import mock
 

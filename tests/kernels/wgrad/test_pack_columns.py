@@ -1,3 +1,5 @@
+"""Columns packed and summed: on a CPU, on a GPU, and by the CUDA kernel compiled for a CPU."""
+
 import os
 import subprocess
 import sys
