@@ -28,8 +28,8 @@ sanitize: export CXXFLAGS = -g -fsanitize=address,undefined -fno-sanitize-recove
 sanitize: $(VENV)/.deps build/sanitize/races
 	NEQ_CUDA=0 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
-		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize/lib PYTHONSAFEPATH=1 \
-		$(BIN)/python -m pytest --capture=sys tests/kernels/step/test_native.py \
+		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize/lib:$(CURDIR) PYTHONSAFEPATH=1 \
+		$(BIN)/python -m pytest -o pythonpath= --capture=sys tests/kernels/step/test_native.py \
 		tests/kernels/step/test_ops.py tests/kernels/similarity/test_native.py tests/optim/test_by_rows*.py \
 		tests/kernels/wgrad/test_native.py tests/kernels/wgrad/test_pack_columns.py \
 		tests/kernels/wgrad/test_zero_rows.py tests/kernels/wgrad/test_cuda_bindings.py \

@@ -5,6 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
+from hypothesis import assume
 
 from neq_kernels import conv_wgrad
 from neq_kernels.wgrad import pack
@@ -58,11 +59,18 @@ def exact_vendor():
         yield
 
 
+def has_lines_shorter_than_a_stride(case):
+    pixels = case.dy if case.conv.transposed else case.x
+    return pixels[-1] < case.conv.stride[-1]
+
+
 @exactly
 @on_devices
 @in_dtypes
 @on_random(conv_cases())
 def test_exact(device, dtypes, case):
+    # of such a line oneDNN 3.12 reads in 16 bits, now and then, what lies behind it in memory
+    assume(dtypes[0].itemsize > 2 or not has_lines_shorter_than_a_stride(case))
     assert_exact(OP, case.args(dtypes, device))
 
 
