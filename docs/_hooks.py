@@ -1,7 +1,7 @@
 """Hooks of mkdocs: results that pages link to, under bench/results, are part of the site.
 
-On GitHub a page links to them where they are, ``../bench/results/...``. The site has no folder above
-docs/, so there they lie in ``results/``.
+On GitHub a page links to them where they are, ``../bench/results/...``. The site has no folder
+above docs/, so there they lie in ``results/``.
 """
 
 import re
