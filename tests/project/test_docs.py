@@ -71,7 +71,8 @@ def epochs_told(capsys):
 
 
 def test_readme(capsys):
-    loop, by_hand = blocks("README.md", "neq")
+    (loop,) = blocks("README.md", "neq")
+    (by_hand,) = blocks("README.md", "What you get")
     setting = Setting(convolutional())
     setting.run(loop)
     assert epochs_told(capsys) == 3
@@ -84,17 +85,17 @@ def test_readme(capsys):
 
 def test_choosing_which_neurons_train(capsys):
     setting = Setting(perceptron())
-    for code in blocks("docs/equilibrium.md", "Who trains"):
+    for code in blocks("docs/training.md", "Choosing which neurons train"):
         setting.run(code)
     assert epochs_told(capsys) == 3
 
-    (resume,) = blocks("docs/equilibrium.md", "Stop and resume")
+    (resume,) = blocks("docs/training.md", "Stop and resume")
     setting.run(resume)
 
 
 def test_a_policy_of_your_own():
     setting = Setting(perceptron())
-    (code,) = blocks("docs/equilibrium.md", "Who decides")
+    (code,) = blocks("docs/training.md", "A policy of your own")
     setting.run(code)
     given = {name: setting[name] for name in ("model", "optimizer")}
     control = neq.Controller(**given, probe=setting["images"], policy=setting["FasterHalf"]())
