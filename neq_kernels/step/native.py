@@ -15,8 +15,9 @@ DTYPES = {torch.float32, torch.float64} & extension.DTYPES
 
 
 def sgd_rows_(lists: SGDLists, options: SGD) -> None:
-    lr, *others = options
-    _C.cpu_sgd_rows(lists, lr.item(), *others, torch.get_num_threads())
+    lr, momentum, dampening, weight_decay, nesterov, maximize, first = options
+    numbers = lr.item(), momentum, dampening, weight_decay
+    _C.cpu_sgd_rows(lists, *numbers, nesterov, maximize, first, torch.get_num_threads())
     torch.autograd.graph.increment_version([*lists.params, *lists.momentum_buffers])
 
 

@@ -226,25 +226,6 @@ def replay_beside_steps(replay, mine, eager):
     alike(mine.state(), eager.state())
 
 
-def two_of(name, device):
-    """Alike, with the same rows frozen and the same batch to take."""
-    pair = Training(name, device), Training(name, device)
-    for training in pair:
-        training.freeze(0)
-        training.take(0)
-    return pair
-
-
-def replay_beside_steps(replay, mine, eager):
-    """Batches by a graph's replay, and the same by ordinary steps."""
-    for batch in range(10, 13):
-        mine.take(batch)
-        replay()
-        eager.take(batch)
-        eager.step()
-    alike(mine.state(), eager.state())
-
-
 @on_devices
 @by_both
 def test_replays_are_steps_and_so_are_those_of_a_new_graph_after_other_masks(device, name):
