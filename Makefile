@@ -14,6 +14,7 @@ test: $(VENV)/.built
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 # For a machine with a GPU, as it is: installs nothing and needs no network.

@@ -26,7 +26,7 @@ _NO_MATPLOTLIB = "drawing a report needs matplotlib, which is not installed: pip
 
 
 def add_command(commands: "_SubParsersAction[argparse.ArgumentParser]") -> None:
-    text = "draw the history of a run: who was frozen, how fast neurons moved, what it saved"
+    text = "draw the history of a run: what was frozen, how fast neurons moved, what it saved"
     parser = commands.add_parser("report", help=text, description=text)
     parser.add_argument("history", type=Path, help="the JSONL file that a Controller wrote")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""Who trains: one protocol (``Policy``), and what is known to be worth trying."""
+"""Which neurons train: one protocol (``Policy``), and what is known to be worth trying."""
 
 from neq.policies.base import Motion, Policy
 from neq.policies.baselines import Everything, Fixed, LowestVelocity, Random

@@ -87,6 +87,7 @@ def sgd(
     tl.store(p_at, (p - rate.to(WIDE) * g).to(DTYPE), mask=there)
 
 
+# long: one pass over memory, whose arguments alone take a third of it
 @triton.jit
 def adamw(
     starts,

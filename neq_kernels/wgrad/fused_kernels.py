@@ -16,6 +16,7 @@ import triton.language as tl
 
 
 # other masks find the kernels compiled
+# long: one loop, whose set-up is of no use apart from it
 @triton.jit(do_not_specialize=["k"])
 def product(
     dy,  # [T, n], neurons adjacent; T counts the output's pixels: image, row, column

@@ -5,7 +5,7 @@ lane, one neuron at one pixel of a tile, reads a value of dY once and then, tap 
 that pixel saw; neighbours see nearly the same, so most of it comes from the first-level cache. The
 lanes lie next to each other as memory does, along the neurons or along the pixels.
 
-The sum over pixels is cut into parts, which ``triton_wgrad.finish`` adds up and scatters.
+The sum over pixels is cut into parts, which ``fused_kernels.finish`` adds up and scatters.
 """
 
 import triton
@@ -13,6 +13,7 @@ import triton.language as tl
 
 
 # other masks and batches find the kernel compiled
+# long: one loop, whose set-up is of no use apart from it
 @triton.jit(do_not_specialize=["T", "n", "k", "padded", "part"])
 def correlate(
     dy,  # [images, n, height, width]
