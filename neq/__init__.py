@@ -28,6 +28,7 @@ from neq.layers import (
 )
 from neq.layers.conversion import convert, revert
 from neq.layers.summary import summary
+from neq.measure.base import Measure
 from neq.measure.equilibrium import Velocity, similarity
 from neq.measure.probes import NoiseProbe, Probe, WeightProbe
 from neq.policies import (
@@ -52,6 +53,7 @@ __all__ = [
     "Fixed",
     "History",
     "LowestVelocity",
+    "Measure",
     "Motion",
     "NEqBatchNorm1d",
     "NEqBatchNorm2d",
