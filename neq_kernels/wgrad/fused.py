@@ -105,7 +105,7 @@ def conv_wgrad(
 def weight_strides(dw: Tensor) -> tuple[int, ...]:
     """Of a weight [n, C, kernel height, kernel width], in the kernels' order: C comes last.
 
-    Along a dimension of one nobody steps; a zero tells the compiler so.
+    A dimension of size one is never stepped along; a zero tells the compiler so.
     """
     by_tap = dw.permute(0, 2, 3, 1)
     sizes = zip(by_tap.shape, by_tap.stride(), strict=True)
@@ -149,12 +149,12 @@ def _wgrad(
     x_size, dy_size = tuple(x.shape[1:3]), tuple(dy.shape[1:3])
     x, dy = _adjacent(x), _adjacent(dy.reshape(-1, dy.shape[-1]))  # [T, n]
     x_strides = x.stride()[:3]
-    if even:  # nobody asks for rows and images: other ones are to compile nothing new
+    if even:  # rows and images make no difference: other ones are to compile nothing new
         x_size, dy_size, x_strides = (1, 1), (1, 1), (0, 0, x.stride(2))
     (T, n), C = dy.shape, x.shape[-1]
     columns = height * width * C
 
-    # nobody asks for that of 16-bit values: the switch is to compile nothing new
+    # of 16-bit values it makes no difference: the switch is to compile nothing new
     precision = "tf32" if precision == "tf32" and dy.dtype is torch.float32 else "ieee"
     arch, processors = gpu(dy.device)
     pairs = dy.element_size() == 2 and n % 2 == 0 and dy.stride(0) % 2 == 0 == dy.data_ptr() % 4
