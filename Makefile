@@ -2,20 +2,29 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+DOCS := build/docs-venv
 CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inc' -o -name '*.cu')
 
-.PHONY: bench test gpu sanitize format clean
+.PHONY: bench test check docs gpu sanitize format clean
 
 bench: $(VENV)/.built
 	$(BIN)/python bench/backward_speed.py
 
-test: $(VENV)/.built
+test: check $(VENV)/.built
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+# What needs nothing compiled, the quickest first.
+check: $(VENV)/.deps
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
-	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/mypy
+
+# The site, into build/site. It reads the sources without importing them: no torch in its environment.
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(DOCS)/.deps
+	$(DOCS)/bin/mkdocs build --strict
 
 # For a machine with a GPU, as it is: installs nothing and needs no network.
 gpu: export PYTHONPATH := $(CURDIR)
@@ -24,14 +33,19 @@ gpu:
 	python3 bench/gpu_check.py $(ARGS)
 
 # The tests that reach compiled code, with every bad access and undefined operation an error; then the
-# kernels' threads, with every race an error (tests/support/races.cpp).
-sanitize: export CXXFLAGS = -g -fsanitize=address,undefined -fno-sanitize-recover=all
+# kernels' threads, with every race an error (tests/support/races.cpp). ./neq_kernels/_C is not
+# instrumented, so nothing may put this folder before build/sanitize/lib: neither pytest's pythonpath
+# nor `python -m`. tests/project/test_sanitize.py fails if something does.
+SANITIZED := build/sanitize/lib
 sanitize: $(VENV)/.deps build/sanitize/races
-	NEQ_CUDA=0 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
+	rm -rf $(SANITIZED)
+	NEQ_CUDA=0 CXXFLAGS="-g -fsanitize=address,undefined -fno-sanitize-recover=all" \
+		$(BIN)/python setup.py -q build --build-base build/sanitize --build-lib $(SANITIZED)
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
-		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize/lib:$(CURDIR) PYTHONSAFEPATH=1 \
-		$(BIN)/python -m pytest -o pythonpath= --capture=sys tests/kernels/step/test_native.py \
-		tests/kernels/step/test_ops.py tests/kernels/similarity/test_native.py tests/optim/test_by_rows*.py \
+		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(CURDIR)/$(SANITIZED):$(CURDIR) PYTHONSAFEPATH=1 \
+		$(BIN)/pytest -o pythonpath= --capture=sys tests/project/test_sanitize.py \
+		tests/kernels/step/test_native.py tests/kernels/step/test_ops.py \
+		tests/kernels/similarity/test_native.py tests/optim/test_by_rows*.py \
 		tests/kernels/wgrad/test_native.py tests/kernels/wgrad/test_pack_columns.py \
 		tests/kernels/wgrad/test_zero_rows.py tests/kernels/wgrad/test_cuda_bindings.py \
 		tests/kernels/wgrad/test_narrow.py::test_exact_however_cut \
@@ -40,6 +54,7 @@ sanitize: $(VENV)/.deps build/sanitize/races
 
 # Linked without libgomp: the file brings what of it the kernels need.
 build/sanitize/races: tests/support/races.cpp $(shell find csrc -type f)
+	rm -rf build/sanitize/threads
 	mkdir -p build/sanitize/threads
 	cd build/sanitize/threads && printf '%s\n' $(CURDIR)/csrc/cpu/*/*.cpp $(CURDIR)/tests/support/races.cpp | \
 		xargs -P 2 -I{} c++ -std=c++20 -O2 -g -fopenmp -fno-math-errno -fsanitize=thread \
@@ -60,6 +75,11 @@ $(VENV)/.deps: requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) "$$(grep ^torch== requirements-dev.txt)"
 	$(PIP) -r requirements-dev.txt
+	touch $@
+
+$(DOCS)/.deps: requirements-docs.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet --disable-pip-version-check -r requirements-docs.txt
 	touch $@
 
 $(VENV)/.built: $(VENV)/.deps pyproject.toml setup.py $(shell find csrc -type f)

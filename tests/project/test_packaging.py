@@ -6,6 +6,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -15,16 +16,11 @@ from tests.support import ROOT
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 OFFLINE = ["--no-deps", "--no-index", "--no-build-isolation"]
 
-USE = """
-import torch, neq
-from neq_kernels.device import extension as compiled
-from neq_kernels.wgrad import planner, tables
-assert tables.shipped("A device", frozenset(planner.BACKENDS)) == {"a problem": {64: "pack"}}
-model = neq.convert(torch.nn.Linear(4, 6))
-model.set_active([1, 4])
-model(torch.ones(3, 4)).sum().backward()
-assert model.weight.grad.sum(1).tolist() == [0, 12, 0, 0, 12, 0], model.weight.grad
-print(neq.__file__, neq.__version__, compiled.why_not("cpu"), sep="\\n")
+INSTALLED = ROOT / "tests/project/installed.py"
+TABLE = "neq_kernels/wgrad/tables/a-device.json"
+READ_TABLE = """
+from neq_kernels.wgrad import tables
+assert tables.shipped("A device", frozenset({"pack"})) == {"a problem": {64: "pack"}}
 """
 
 
@@ -44,9 +40,8 @@ def sdist(tmp_path_factory):
     # what earlier builds left in the tree would find its way into this one
     left = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "*.so", "__pycache__")
     shutil.copytree(ROOT, tree, ignore=left, dirs_exist_ok=True)
-    tables = tree / "neq_kernels/wgrad/tables"
-    tables.mkdir(exist_ok=True)
-    (tables / "a-device.json").write_text('{"A device": {"a problem": {"64": "pack"}}}')
+    (tree / TABLE).parent.mkdir(exist_ok=True)
+    (tree / TABLE).write_text('{"A device": {"a problem": {"64": "pack"}}}')
     run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", folder, tree)
     (path,) = folder.iterdir()
     return path
@@ -71,11 +66,19 @@ def wheel_of(source, folder, env):
     return wheel
 
 
-def install_and_use(wheel, clean, cwd):
+def install_and_use(wheel, clean, cwd, *options):
     python, lend = clean
     run(*PIP, "--python", python, "install", "--no-deps", "--no-index", wheel)
     lend()
-    return run(python, "-c", USE, cwd=cwd).splitlines()
+    run(python, "-c", READ_TABLE, cwd=cwd)
+    return run(python, INSTALLED, *options, cwd=cwd).splitlines()
+
+
+def belongs_in_a_wheel():
+    """The packages' files, wherever a new one appears."""
+    kept = {".py", ".pyi", ".typed", ".json"}
+    files = (file for name in ("neq", "neq_kernels") for file in (ROOT / name).rglob("*"))
+    return {file.relative_to(ROOT).as_posix() for file in files if file.suffix in kept}
 
 
 def test_sdist_to_wheel_to_installation(sdist, clean, tmp_path):
@@ -84,6 +87,11 @@ def test_sdist_to_wheel_to_installation(sdist, clean, tmp_path):
     assert Path(file).is_relative_to(tmp_path / "venv")
     assert version in wheel.name
     assert why_not == "None"
+    names = zipfile.ZipFile(wheel).namelist()
+    packed = {name for name in names if ".dist-info/" not in name}
+    (extension,) = {name for name in packed if name.startswith("neq_kernels/_C.cpython-")}
+    assert packed == belongs_in_a_wheel() | {extension, TABLE}
+    assert any(name.endswith("/licenses/LICENSE") for name in names)
 
 
 def test_without_a_compiler(sdist, clean, tmp_path):
@@ -93,7 +101,7 @@ def test_without_a_compiler(sdist, clean, tmp_path):
     (source,) = tmp_path.glob("neq-*")
     env = {name: value for name, value in os.environ.items() if name not in ("CXX", "CUDA_HOME")}
     wheel = wheel_of(source, tmp_path / "wheels", env | {"PATH": ""})
-    *_, why_not = install_and_use(wheel, clean, tmp_path)
+    *_, why_not = install_and_use(wheel, clean, tmp_path, "--uncompiled")
     assert "for want of a C++ compiler" in why_not
     assert f"no: {why_not}" in run(clean[0], "-m", "neq", "doctor", cwd=tmp_path)
 
