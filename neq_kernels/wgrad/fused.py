@@ -72,7 +72,7 @@ def _is_safe(problem: Problem) -> bool:
     if problem.dtype is not torch.float32:  # which goes without tensor cores
         return all(map(fenced, archs()))
     if problem.conv is None:
-        return torch.backends.cuda.matmul.fp32_precision != "tf32"
+        return str(torch.backends.cuda.matmul.fp32_precision) != "tf32"
     return str(torch.backends.cudnn.conv.fp32_precision) != "tf32"  # type: ignore[attr-defined]
 
 
