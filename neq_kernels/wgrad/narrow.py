@@ -7,7 +7,7 @@ picked there.
 """
 
 from collections.abc import Iterator
-from functools import cache
+from functools import lru_cache
 from itertools import product
 from math import prod
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from neq_kernels import _torch
 from neq_kernels.device import extension
-from neq_kernels.device.gpu import gpu
+from neq_kernels.device.gpu import MOST_KEPT, gpu
 from neq_kernels.shapes import INT32, ceil_div
 from neq_kernels.wgrad.geometry import Conv, in_two_dimensions
 from neq_kernels.wgrad.problem import Problem
@@ -72,7 +72,7 @@ def cost(problem: Problem) -> float:
     return 1.0
 
 
-@cache
+@lru_cache(MOST_KEPT)
 def plan(
     images: int,
     output: tuple[int, int],

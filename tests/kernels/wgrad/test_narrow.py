@@ -30,6 +30,7 @@ from tests.support.gpu import (
     assert_counts_beyond_an_int32,
     assert_follows_the_current_stream,
     assert_replays_in_a_graph,
+    assert_same_bits_ten_thousand_times,
 )
 from tests.support.tensors import on_devices, pair
 
@@ -277,3 +278,13 @@ def test_plans_fill_the_gpu_and_fit():
     assert plan(1, 8, 16, 16).parts <= 8
     assert plan(8, 32, 128, 128).slices == 4
     assert plan(8, 32, 128, 40).octets == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels", [32, 64])
+def test_same_bits_ten_thousand_times(channels):
+    case = conv_case(
+        (32, channels, 28, 28), (3, 3), channels, range(0, channels, 2), padding=1,
+        layouts=CHANNELS_LAST,
+    )  # fmt: skip
+    assert_same_bits_ten_thousand_times(conv_wgrad, case)
