@@ -158,6 +158,8 @@ def _in_pieces(t: Tensor) -> Tensor:
     """In channels_last, with every pixel at a multiple of 16 bytes."""
     pixels = zip((t.shape[0], *t.shape[2:]), (t.stride(0), *t.stride()[2:]), strict=True)
     even = all(size == 1 or stride % PIECE == 0 for size, stride in pixels)
-    if t.stride(1) == 1 and even and t.data_ptr() % 16 == 0:
+    # 32 bits count inside an image: a slice of a wider tensor may be too far apart for them
+    far = 2 * sum(size * stride for size, stride in zip(t.shape[2:], t.stride()[2:], strict=True))
+    if t.stride(1) == 1 and even and t.data_ptr() % 16 == 0 and far < INT32:
         return t
     return t.clone(memory_format=torch.channels_last)

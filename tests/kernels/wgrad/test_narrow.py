@@ -288,3 +288,13 @@ def test_same_bits_ten_thousand_times(channels):
         layouts=CHANNELS_LAST,
     )  # fmt: skip
     assert_same_bits_ten_thousand_times(conv_wgrad, case)
+
+
+@pytest.mark.parametrize(("wider", "copied"), [(2**11, True), (2**9, False)])
+def test_a_slice_whose_strides_32_bits_do_not_count_is_copied(wider, copied):
+    shape, side = (2, 32, 2**10, 2**10), 2**10
+    strides = side**2 * wider, 1, side * wider, wider
+    x = torch.empty_strided(shape, strides, dtype=torch.bfloat16, device="meta")
+    got = narrow._in_pieces(x)
+    assert (got is not x) == copied
+    assert got.stride(2) * side < 2**30
