@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from neq._version import __version__
 from neq.cost.account import Account
 from neq.cost.flops import account
 from neq.cost.units import Unit, parameters, wgrad_flops, wgrad_ms
@@ -18,7 +19,7 @@ from neq.integrations.wrapped import model_in, optimizer_in
 from neq.layers.active import as_mask
 from neq.layers.groups import LeaveAlone, groups_of, left_alone
 from neq.measure.base import Where
-from neq.measure.evaluating import Inputs, as_inputs
+from neq.measure.evaluating import Inputs, as_inputs, forgetting
 from neq.measure.probes import Probe
 from neq.optim import Guard, OnThaw, RowOptimizer
 from neq.policies import Equilibrium, Motion, Policy
@@ -105,7 +106,8 @@ class Controller:
             self._inputs = self.probe.example(self.model)
         self._account: Account | None = None
         if self._inputs is not None:
-            self._account = account(self.model, self._inputs)
+            with forgetting():
+                self._account = account(self.model, self._inputs)
         self.policy.attach(self)
         self._samples = _on_host(self._observe())
         if warmup == 0:
@@ -189,6 +191,10 @@ class Controller:
         Previous outputs of other samples than this probe's (another rank's, say), or sketched where
         this one's are not, are not taken, but measured anew.
         """
+        if missing := sorted({*self.state_dict(outputs=False)} - state.keys()):
+            raise ValueError(
+                f"this is no state of a Controller of neq {__version__}: it lacks {missing}"
+            )
         self._check_layers(state["masks"])
         self.epoch = state["epoch"]
         for name, mask in state["masks"].items():

@@ -4,6 +4,7 @@ Names bind torch's own functions where they exist, since a call in between would
 they do, and compilers know them by identity.
 """
 
+import sys
 from typing import Any
 
 import torch
@@ -17,6 +18,13 @@ dispatch_modes = torch._C._len_torch_dispatch_stack
 profiler_enabled = torch._C._autograd._profiler_enabled
 # Is autocast on for any device?
 any_autocast = torch._C._is_any_autocast_enabled
+# Add to each tensor of a list, in place and at once.
+foreach_add_ = torch._foreach_add_
+
+
+def compiler_loaded() -> bool:
+    """Can anything be compiled? Asked without loading the compiler."""
+    return "torch._dynamo" in sys.modules
 
 
 def forward_ad_active() -> bool:

@@ -105,3 +105,16 @@ def test_outputs_kept_otherwise_are_not_taken_but_measured_anew(change, monkeypa
     measured = other.scores["phi"][~other.scores["phi"].isnan()]
     assert len(measured) == 24
     assert (measured == 1).all()
+
+
+def test_a_foreign_state_is_refused_before_anything_is_set():
+    _, _, control = build()
+    before = masks(control)
+    state = control.state_dict()
+    del state["scores"]
+    state["masks"] = {name: ~mask for name, mask in state["masks"].items()}
+    with pytest.raises(
+        ValueError, match=r"no state of a Controller of neq .*: it lacks \['scores'\]"
+    ):
+        control.load_state_dict(state)
+    assert all(torch.equal(mask, masks(control)[name]) for name, mask in before.items())

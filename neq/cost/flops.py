@@ -94,10 +94,7 @@ def _calls(model: nn.Module, names: Iterable[str], example_inputs: Any) -> dict[
         example_inputs = tuple(example_inputs)
     elif not isinstance(example_inputs, tuple | Mapping):
         example_inputs = (example_inputs,)
-    # nothing is kept for the backward that never comes
-    nothing = torch.empty(0)
-    forget = torch.autograd.graph.saved_tensors_hooks(lambda _: nothing, lambda _: nothing)
-    with evaluating(model), hooked(hooks), torch.enable_grad(), forget:
+    with evaluating(model), hooked(hooks), torch.enable_grad():
         call(model, example_inputs)
     return calls
 

@@ -5,9 +5,9 @@ and state_dict are the torch module's own, and with all neurons active so is the
 """
 
 import copy
+import inspect
 from collections.abc import Sequence
-from functools import wraps
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ class NeuronLayer(nn.Module):
     # Is it among the layers whose FLOPs the NEq paper counts?
     in_published_count: ClassVar[bool] = False
 
+    __signature__: ClassVar[inspect.Signature]  # what ``help`` and notebooks show
     layer_name: str = ""  # where ``convert`` found it, for messages
     weight: Any  # the torch module's own, as it declares them
     bias: Any
@@ -39,8 +40,19 @@ class NeuronLayer(nn.Module):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if "plain" in vars(cls):
-            cls.__init__ = _with_neurons(cls, cls.plain)  # type: ignore[method-assign]
+        if "__init__" in vars(cls):  # a class of the user's
+            _, *own = inspect.signature(cls.__init__).parameters.values()
+            cls.__signature__ = inspect.Signature(own)
+        elif "plain" in vars(cls):
+            cls.__signature__ = inspect.signature(cls.plain)
+
+    if not TYPE_CHECKING:  # so that editors find the torch module's
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            if self.weight is None or self.weight.numel() == 0:
+                raise ValueError(f"{type(self).__name__}: without a weight it has no neurons")
+            self.active = ActiveSet(self.n_neurons, self.weight.device)
 
     def _get_name(self) -> str:
         return self.plain.__name__  # so that repr(model) stays as it was
@@ -195,19 +207,6 @@ class NeuronLayer(nn.Module):
         vars(other).update(vars(self), weight=weight, bias=bias)
         out: Tensor = self.plain.forward(other, *args, **kwargs)
         return out
-
-
-def _with_neurons(kind: type[NeuronLayer], plain: type[nn.Module]) -> Any:
-    """The torch module's ``__init__``, with its signature, which also makes the neurons."""
-
-    @wraps(plain.__init__)
-    def init(self: NeuronLayer, *args: Any, **kwargs: Any) -> None:
-        super(kind, self).__init__(*args, **kwargs)
-        if self.weight is None or self.weight.numel() == 0:
-            raise ValueError(f"{type(self).__name__}: without a weight it has no neurons")
-        self.active = ActiveSet(self.n_neurons, self.weight.device)
-
-    return init
 
 
 def samples_first(output: Tensor, channel_dim: int) -> tuple[Tensor, int]:

@@ -1,7 +1,6 @@
 """The layers of a model that share a weight, and so the decision on its neurons: a group."""
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import overload
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -12,17 +11,17 @@ from neq.layers.conversion import convert
 LeaveAlone = Iterable[str] | Callable[[nn.Module, str], bool] | None
 
 
-class Group(Sequence[NeuronLayer]):
+class Group(list[NeuronLayer]):
     """Layers that share one weight, mostly a single layer. Named after the first of them."""
 
     def __init__(self, name: str, layers: Iterable[NeuronLayer]) -> None:
+        super().__init__(layers)
         self.name = name
-        self._layers = tuple(layers)
 
     @property
     def first(self) -> NeuronLayer:
         """Whichever: weight, bias and active neurons are the same for all."""
-        return self._layers[0]
+        return self[0]
 
     @property
     def n_neurons(self) -> int:
@@ -41,16 +40,6 @@ class Group(Sequence[NeuronLayer]):
     def set_active(self, mask: Tensor | None) -> None:
         """Choose the neurons that train, by a bool mask [n_neurons] or None for all."""
         self.first.set_active(mask)
-
-    @overload
-    def __getitem__(self, i: int) -> NeuronLayer: ...
-    @overload
-    def __getitem__(self, i: slice) -> tuple[NeuronLayer, ...]: ...
-    def __getitem__(self, i: int | slice) -> NeuronLayer | tuple[NeuronLayer, ...]:
-        return self._layers[i]
-
-    def __len__(self) -> int:
-        return len(self._layers)
 
 
 def groups_of(model: nn.Module) -> dict[str, Group]:

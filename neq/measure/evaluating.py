@@ -2,7 +2,6 @@
 
 import inspect
 import random
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
@@ -10,6 +9,9 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from neq_kernels import _torch
 
 Inputs = tuple[Any, ...] | Mapping[str, Any]
 Module = TypeVar("Module", bound=nn.Module)
@@ -36,7 +38,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                 torch.autocast(kind, enabled=cast[0], dtype=cast[1], cache_enabled=False)
             )
         # compiled code would skip new hooks; without that module nothing is compiled
-        if "torch._dynamo" in sys.modules:
+        if _torch.compiler_loaded():
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
             for m in modules:
@@ -45,6 +47,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         finally:
             for m, flag in zip(modules, training, strict=True):
                 m.training = flag
+
+
+def forgetting() -> saved_tensors_hooks:
+    """Inside, autograd keeps nothing for a backward pass, which must not come."""
+    nothing = torch.empty(0)
+    return saved_tensors_hooks(lambda _: nothing, lambda _: nothing)
 
 
 @contextmanager

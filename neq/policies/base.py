@@ -27,7 +27,9 @@ class Motion:
     phi: Tensor  # float64: likeness of outputs to the epoch before; NaN where not measured
     velocity: Tensor  # float64; NaN where not measured
     active: Tensor  # bool: which trained
-    scores: Mapping[str, Tensor] = field(default_factory=dict)  # by name, all that was measured
+    scores: Mapping[str, Tensor] = field(
+        default_factory=dict, compare=False
+    )  # by name, all that was measured
 
     @classmethod
     def of(cls, group: Group, scores: Mapping[str, Tensor], active: Tensor) -> "Motion":

@@ -24,6 +24,8 @@ else:
     )
     devices = frozenset(("cpu", "cuda") if _C.has_cuda else ("cpu",))
 
+__all__ = ["DTYPES", "LARGEST_KEPT", "_C", "devices", "fresh_like", "sum_dtype", "why_not"]
+
 # what the kernels take
 DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16} if devices else set()
 

@@ -10,7 +10,7 @@ from neq_kernels.device import extension
 from neq_kernels.similarity import in_torch
 
 if extension.why_not("cpu") is None:
-    from neq_kernels import _C
+    from neq_kernels.device.extension import _C
 
 
 def row_similarity(y: Tensor, y_: Tensor, isa: str = "best") -> Tensor:

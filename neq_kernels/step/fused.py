@@ -15,6 +15,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from neq_kernels import _torch
 from neq_kernels.shapes import ceil_div
 from neq_kernels.step import fused_kernels
 from neq_kernels.step.options import SGD, AdamW, AdamWLists, SGDLists
@@ -44,7 +45,7 @@ def sgd_rows_(lists: SGDLists, options: SGD) -> None:
 def adamw_rows_(lists: AdamWLists, options: AdamW) -> None:
     params, grads, *moments, steps, orders, counts = lists
     o, rate = options, _rate(options.lr, params[0])
-    torch._foreach_add_(steps, 1)
+    _torch.foreach_add_(steps, 1)
     taken = [_taken(step) for step in steps]
     with torch.cuda.device_of(params[0]):
         for launch in _launches(orders, counts, params, grads, *moments, alike=taken):

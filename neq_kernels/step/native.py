@@ -5,11 +5,12 @@ Packing them would move each twice more.
 
 import torch
 
+from neq_kernels import _torch
 from neq_kernels.device import extension
 from neq_kernels.step.options import SGD, AdamW, AdamWLists, SGDLists
 
 if extension.why_not("cpu") is None:
-    from neq_kernels import _C
+    from neq_kernels.device.extension import _C
 
 DTYPES = {torch.float32, torch.float64} & extension.DTYPES
 
@@ -22,7 +23,7 @@ def sgd_rows_(lists: SGDLists, options: SGD) -> None:
 
 
 def adamw_rows_(lists: AdamWLists, options: AdamW) -> None:
-    torch._foreach_add_(lists.steps, 1)
+    _torch.foreach_add_(lists.steps, 1)
     lr, beta1, beta2, eps, weight_decay, _, maximize = options
     numbers = lr.item(), beta1, beta2, eps, weight_decay
     _C.cpu_adamw_rows(lists, *numbers, maximize, torch.get_num_threads())

@@ -10,7 +10,7 @@ from neq_kernels import _torch
 from neq_kernels.device import extension
 
 if extension.devices:
-    from neq_kernels import _C
+    from neq_kernels.device.extension import _C
 
 
 def pack_columns(dy: Tensor, rows: Tensor, want_sums: bool) -> tuple[Tensor, Tensor | None]:

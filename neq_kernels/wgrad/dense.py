@@ -15,7 +15,7 @@ from neq_kernels.wgrad.geometry import Conv
 from neq_kernels.wgrad.problem import Problem
 
 if extension.why_not("cpu") is None:
-    from neq_kernels import _C
+    from neq_kernels.device.extension import _C
 
 # Arithmetic that a CPU does while a byte of dW is written; is zeroed with its row; or is in a
 # matrix some columns of which are zeroed (docs/notes/cpu-wgrad.md).

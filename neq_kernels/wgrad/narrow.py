@@ -23,7 +23,7 @@ from neq_kernels.wgrad.geometry import Conv, in_two_dimensions
 from neq_kernels.wgrad.problem import Problem
 
 if extension.devices:
-    from neq_kernels import _C
+    from neq_kernels.device.extension import _C
 
 DTYPES = (torch.bfloat16, torch.float16)
 PIECE = 8  # channels that are copied at a time

@@ -16,7 +16,7 @@ from neq_kernels.wgrad.geometry import Conv
 from neq_kernels.wgrad.problem import Problem
 
 if extension.why_not("cpu") is None:
-    from neq_kernels import _C
+    from neq_kernels.device.extension import _C
 
 LANES = 16  # of a vector, which channels fill or waste
 BUSY = 8  # products that a core needs under way at once

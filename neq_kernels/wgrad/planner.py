@@ -63,8 +63,10 @@ def linear_wgrad(
     backend: what ``choose`` said to the same tensors, if it was asked.
     """
     args = (dy, x, weight, order, k, bias)
-    backend = backend or choose(x, weight, len(order), k) or _measure(*args)
-    return LINEAR[backend].linear_wgrad(*args)
+    chosen = LINEAR.get(backend or "")  # one of ``only`` may be gone
+    if chosen is None:
+        chosen = LINEAR[choose(x, weight, len(order), k) or _measure(*args)]
+    return chosen.linear_wgrad(*args)
 
 
 def conv_wgrad(
@@ -79,8 +81,10 @@ def conv_wgrad(
 ) -> tuple[Tensor, Tensor]:
     """dy [N, n, *pixels], x [N, inputs, *pixels]; else as ``linear_wgrad``."""
     args = (dy, x, weight, order, k, bias, conv)
-    backend = backend or choose(x, weight, len(order), k, conv) or _measure(*args)
-    return BACKENDS[backend].conv_wgrad(*args)
+    chosen = BACKENDS.get(backend or "")
+    if chosen is None:
+        chosen = BACKENDS[choose(x, weight, len(order), k, conv) or _measure(*args)]
+    return chosen.conv_wgrad(*args)
 
 
 def choose(x: Tensor, weight: Tensor, neurons: int, k: int, conv: Conv | None = None) -> str | None:
@@ -149,7 +153,7 @@ def only(backend: str | LinearBackend) -> Iterator[None]:
     """Inside, this backend computes every gradient that it supports, and ``dense`` the others.
 
         with neq_kernels.planner.only("pack"):
-            loss.backward()
+            model(x).sum().backward()
 
     backend: a name in ``BACKENDS``, or a module or object of your own that is a backend. A layer
         asks in its forward: that has to be inside too.

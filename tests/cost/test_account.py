@@ -258,3 +258,17 @@ def test_bad_arguments():
         account(model, torch.randn(2, 4), optimizer=torch.optim.Rprop(model.parameters()))
     with pytest.raises(ValueError, match="example_inputs: there is no tensor among them"):
         account(nn.Identity(), (1, 2))
+
+
+def test_a_model_that_differentiates_in_its_forward():
+    class Energy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 4)
+
+        def forward(self, x):
+            x = x.requires_grad_()
+            (dx,) = torch.autograd.grad(self.layer(x).square().sum(), x, create_graph=True)
+            return dx
+
+    assert neq.account(Energy(), torch.randn(2, 3)).layers["layer"].calls == 1

@@ -19,10 +19,10 @@ pytestmark = [
 ]
 
 
-@each("plan", ["pack", "native"])
-def test_gradients_whose_values_are_not_those_in_memory(plan, monkeypatch):
-    monkeypatch.setattr(planner, "choose", lambda *sizes: plan)
-    monkeypatch.setattr(planner, "_measure", lambda *args: plan)
+@each("backend", ["pack", "native"])
+def test_gradients_whose_values_are_not_those_in_memory(backend, monkeypatch):
+    monkeypatch.setattr(planner, "choose", lambda *sizes: backend)
+    monkeypatch.setattr(planner, "_measure", lambda *args: backend)
     layer = neq.NEqLinear(6, 8)
     layer.set_active([1, 4])
     x = torch.randn(5, 6)

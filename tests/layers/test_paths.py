@@ -92,19 +92,19 @@ def test_the_operator_is_called_where_something_observes(case, monkeypatch):
     assert all(torch.equal(p.grad, seen[name]) for name, p in layer.named_parameters())
 
 
-@each("plan", ["dense", "pack", None])
+@each("backend", ["dense", "pack", None])
 @each("case", first_of_each(MATRIX), ids=repr)
-def test_some_rows_active_runs_one_operator_unless_dense_is_planned(case, plan, monkeypatch):
+def test_some_rows_active_runs_one_operator_unless_dense_is_chosen(case, backend, monkeypatch):
     """Then the vendor's joint backward runs, as in the plain layer, and the rows are zeroed."""
-    monkeypatch.setattr(planner, "choose", lambda *sizes: plan)
-    monkeypatch.setattr(planner, "_measure", lambda *args: plan or "dense")
+    monkeypatch.setattr(planner, "choose", lambda *sizes: backend)
+    monkeypatch.setattr(planner, "_measure", lambda *args: backend or "dense")
     plain, layer = case.twins()
     layer.set_active([0])
     x = case.input()
     dy = torch.randn(plain(x, **case.forward).shape)
     with Operators() as ops:
         run(layer, x, dy, **case.forward)
-    if plan != "dense":
+    if backend != "dense":
         assert len(ops.of_neq) == 1
         return
     assert not ops.of_neq
@@ -143,11 +143,11 @@ def test_the_planner_is_asked_before_the_forward_what_it_is_asked_after(case, mo
     assert set(asked) == {early}
 
 
-@each("plan", ["dense", "pack"])
+@each("backend", ["dense", "pack"])
 @pytest.mark.usefixtures("fresh_planner")
-def test_tuning_waits_for_the_backward(plan, monkeypatch):
+def test_tuning_waits_for_the_backward(backend, monkeypatch):
     """What is timed there decides between the paths of the next forward."""
-    monkeypatch.setattr(planner, "_fastest", lambda *args: plan)
+    monkeypatch.setattr(planner, "_fastest", lambda *args: backend)
     layer = neq.convert(nn.Linear(6, 8))
     layer.set_active([1])
     ran = []
@@ -156,4 +156,4 @@ def test_tuning_waits_for_the_backward(plan, monkeypatch):
             with Operators() as ops:
                 layer(torch.ones(3, 6)).sum().backward()
             ran.append(len(ops.of_neq))
-    assert ran == [1, 0 if plan == "dense" else 1]
+    assert ran == [1, 0 if backend == "dense" else 1]

@@ -110,3 +110,17 @@ def test_retired_words_are_found(tmp_path, monkeypatch):
     file = tmp_path / "file.md"
     file.write_text("It\nwas At\nrest, whole; who_steps restless. WHO rested?")
     assert retired_words(file) == ["file.md:2: At rest", "file.md:3: WHO", "file.md:3: rested"]
+
+
+def test_torchs_private_api_has_one_door():
+    private = re.compile(r"\b(torch|forward_ad)\._(?!_)\w+|\btorch\.\w+\._C\b")
+    allowed = ROOT / "neq_kernels/_torch.py"
+    found = [
+        f"{place(file, number)}: {line.strip()}"
+        for file in tracked(".py")
+        if file.is_relative_to(ROOT / "neq") or file.is_relative_to(ROOT / "neq_kernels")
+        if file != allowed
+        for number, line in enumerate(file.read_text().splitlines(), 1)
+        if private.search(line)
+    ]
+    assert not found, "\n".join(["use neq_kernels/_torch.py:", *found])

@@ -70,6 +70,19 @@ def test_a_backend_of_ones_own():
     assert [*planner.BACKENDS] == known
 
 
+def test_a_backward_pass_after_its_end():
+    """It computes by what is there."""
+    layer = neq.NEqLinear(6, 8)
+    layer.set_active([1, 4])
+    x, own = torch.randn(5, 6), Counting()
+    with planner.only(own):
+        y = layer(x)
+    y.sum().backward()
+    assert own.calls == []
+    expected = torch.zeros(8, 6).index_copy_(0, torch.tensor([1, 4]), x.sum(0).expand(2, -1))
+    torch.testing.assert_close(layer.weight.grad, expected)
+
+
 def test_it_ends_with_an_error_too():
     before = chosen(LINEAR)
     with pytest.raises(KeyError), planner.only("pack"):

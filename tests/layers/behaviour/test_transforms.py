@@ -147,7 +147,7 @@ def test_forward_mode(grad):
 
 
 @each(
-    ("plan", "name", "shape"),
+    ("backend", "name", "shape"),
     [
         ("pack", "hidden", (2, 6)),
         ("pack", "conv", (2, 3, 5, 5)),
@@ -155,8 +155,8 @@ def test_forward_mode(grad):
         ("dense", "norm", (2, 8, 5, 5)),
     ],
 )
-def test_double_backward_says_that_it_does_not_work(model, monkeypatch, plan, name, shape):
-    monkeypatch.setattr(planner, "choose", lambda *sizes: plan)
+def test_double_backward_says_that_it_does_not_work(model, monkeypatch, backend, name, shape):
+    monkeypatch.setattr(planner, "choose", lambda *sizes: backend)
     x = torch.randn(shape, requires_grad=True)
     y = model.get_submodule(name)(x)
     with pytest.raises(RuntimeError, match=r"second derivative.*use torch\.func\.grad, or set_act"):

@@ -145,9 +145,9 @@ def test_anomaly_mode(plain, model):
 
 
 @pytest.mark.filterwarnings("ignore:Error detected in")
-@each(("plan", "node"), [("dense", "AddmmBackward0"), ("pack", "RowGradBackward")])
-def test_anomaly_mode_names_the_layer_of_a_bad_gradient(model, plan, node, monkeypatch):
-    monkeypatch.setattr(planner, "choose", lambda *sizes: plan)
+@each(("backend", "node"), [("dense", "AddmmBackward0"), ("pack", "RowGradBackward")])
+def test_anomaly_mode_names_the_layer_of_a_bad_gradient(model, backend, node, monkeypatch):
+    monkeypatch.setattr(planner, "choose", lambda *sizes: backend)
     layer = model.hidden
     x = torch.full((2, 6), torch.inf)
     with torch.autograd.set_detect_anomaly(True):
