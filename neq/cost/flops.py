@@ -18,6 +18,7 @@ from neq.layers.conversion import convertible
 from neq.measure.evaluating import call, evaluating, hooked
 
 
+# long: its docstring is half of it
 def account(
     model: nn.Module, example_inputs: Any, *, optimizer: Optimizer | None = None
 ) -> Account:

@@ -1,4 +1,4 @@
-"""A direct kernel of our own for the CPU, for which picking rows costs nothing.
+"""A direct CPU kernel, for which picking rows costs nothing.
 
 csrc/cpu/wgrad/conv_wgrad.cpp: a value of dY enters as a broadcast scalar, wherever it lies.
 """
@@ -18,36 +18,37 @@ from neq_kernels.wgrad.problem import Problem
 if extension.why_not("cpu") is None:
     from neq_kernels import _C
 
-# All times are counted in arithmetic of the vendor's dense kernels (docs/measured-facts.md): what
-# they do while a byte of X or dY arrives; while one of dW is written, where it lies row by row or
-# in columns, whose sums are made elsewhere first; and during a call, and since dX comes from
-# another one.
+# Times are counted in FLOPs that the vendor's dense kernels do meanwhile
+# (docs/notes/cpu-wgrad.md#the-cost-models): in the time to read a byte of X or dY; to write a byte
+# of dW, which in a column-major weight is added up elsewhere first; and in the time of a call,
+# including that dX needs another call.
 X_FLOPS, DY_FLOPS, DW_FLOPS, COLUMN_MAJOR_DW_FLOPS, COLUMN_MAJOR_SUMS_FLOPS = 9, 2.5, 5, 14, 20
-CONTIGUOUS_X_FLOPS = 11  # where pixels of images are transposed on the way, and little else happens
+CONTIGUOUS_X_FLOPS = 11  # X_FLOPS for 1 x 1 kernels on contiguous images, which are rearranged
 CALL_FLOPS = 10e6
 LANES = 16  # of a vector, which channels fill or waste
-BUSY = 8  # products that a core needs under way at once
+BUSY = 8  # products that a core needs under way at a time
 
 
 class RelativeTime(NamedTuple):
-    """Time of the kernel's arithmetic, in units of the vendor's for as many rows."""
+    """Time of the kernel's arithmetic; 1.0 is the vendor's for the same number of rows."""
 
-    taps: float  # convolutions with several taps, which vendors are not best at
+    taps: float  # convolutions of several taps, at which vendors' kernels are slow
     one_tap: float  # other convolutions
     linear: float
-    column_major: float  # linear layers whose weight is stored so
+    column_major: float  # linear layers with a column-major weight
 
 
-# by torch's name for the vector instructions
+# by torch's name for the CPU's vector instructions
 RELATIVE_TIMES = {"AVX512": RelativeTime(0.85, 0.85, 1.1, 1.25)}
-OTHER_TIMES = RelativeTime(0.55, 0.95, 1.0, 1.07)  # as with AVX2
-# Linear layers with a large dW, which costs the vendor a trap for each page that it writes first.
+OTHER_TIMES = RelativeTime(0.55, 0.95, 1.0, 1.07)  # measured with AVX2
+# Linear layers with a large dW: the vendor pays a page fault for each new page of it.
 LARGE_LINEAR_TIME = 0.85
-# The same where the vendor has matrix instructions for 16 bits.
+# In 16 bits all times are multiplied by this: the vendor may have matrix instructions.
 HALF_PRECISION_TIME = 4.5
 
 
 def supports(problem: Problem) -> bool:
+    """On a CPU with the extension: all but transposed convolutions."""
     return (
         problem.device == "cpu"
         and not extension.why_not("cpu")
@@ -58,7 +59,7 @@ def supports(problem: Problem) -> bool:
 
 
 def cost(problem: Problem) -> float:
-    """The share of rows and what a tile wastes on them, and the time to read X and dY, write dW."""
+    """The time to compute the active rows, to read X and dY, and to write dW."""
     conv = problem.conv or Conv((1,), (0,), (1,), False, (0,), 1)
     slower = HALF_PRECISION_TIME if problem.dtype.itemsize < 4 else 1
     times = RELATIVE_TIMES.get(torch.backends.cpu.get_cpu_capability(), OTHER_TIMES)
@@ -67,14 +68,14 @@ def cost(problem: Problem) -> float:
     one_tap = prod(problem.weight[2:]) == 1
     if conv.groups > 1 and (one_tap or channels < LANES):
         return _of_groups(problem, share, slower)
-    taps = 1 if one_tap or conv.dilation[-1] > 1 else problem.weight[-1]  # that share vectors
+    taps = 1 if one_tap or conv.dilation[-1] > 1 else problem.weight[-1]  # taps that share vectors
     vectors = min(ceil_div(channels * taps, LANES), ceil_div(channels, LANES) * taps)
     waste = vectors * LANES / (channels * taps)
     idle = max(1.0, BUSY / (max(1, problem.k) * min(vectors, 4)))
     patches = prod(problem.dy) // problem.neurons * conv.groups * prod(problem.weight[1:])
     transposes_x = one_tap and problem.conv is not None and not problem.channels_last
     moving: float = CONTIGUOUS_X_FLOPS if transposes_x else X_FLOPS
-    moving *= min(prod(problem.x), patches)  # strides may leave some of X out
+    moving *= min(prod(problem.x), patches)  # with strides, not all of X is read
     moving += DY_FLOPS * prod(problem.dy)
     if problem.column_major:
         moving += (COLUMN_MAJOR_DW_FLOPS + share * COLUMN_MAJOR_SUMS_FLOPS) * prod(problem.weight)
@@ -93,9 +94,9 @@ def cost(problem: Problem) -> float:
 
 
 def _of_groups(problem: Problem, share: float, slower: float) -> float:
-    """Vendors are good at depthwise kernels up to 3x3, and nowhere near their speed elsewhere.
+    """The cost of grouped convolutions. Vendors' depthwise kernels are fast up to 3x3 only.
 
-    What a small group takes depends on more than this tells; these are the worst that were seen.
+    The time for small groups varies; these are the largest that were measured.
     """
     _, channels, *kernel = problem.weight
     if channels > 1 and prod(kernel) == 1:
@@ -110,12 +111,13 @@ def _of_groups(problem: Problem, share: float, slower: float) -> float:
 def linear_wgrad(
     dy: Tensor, x: Tensor, weight: Tensor, order: Tensor, k: int, bias: bool
 ) -> tuple[Tensor, Tensor]:
+    """dW and db; the bits are as for ``conv_wgrad``."""
     if dy.dim() > 5:
         dy, x = as_matrix(dy), as_matrix(x)
     dw, db = _sums(dy, weight, bias)
     converts = dw.dtype is not weight.dtype
     _C.cpu_linear_wgrad(dy, x, dw, db, order.contiguous(), k, *_threads())
-    # no Python from here on that isn't needed: after the kernel each line takes microseconds
+    # as little Python as possible from here on: after the kernel each line takes microseconds
     return (dw.to(weight.dtype), db.to(weight.dtype)) if converts else (dw, db)
 
 
@@ -129,7 +131,10 @@ def conv_wgrad(
     conv: Conv,
     isa: str = "best",
 ) -> tuple[Tensor, Tensor]:
-    """The same bits for the same number of threads, or with deterministic algorithms for any."""
+    """dW and db. The same number of threads gives the same bits.
+
+    With ``torch.use_deterministic_algorithms``, any number of threads gives the same bits.
+    """
     dw, db = _sums(dy, weight, bias)
     converts = dw.dtype is not weight.dtype
     geometry = conv.stride, conv.padding, conv.dilation, conv.groups
@@ -139,12 +144,12 @@ def conv_wgrad(
 
 
 def _sums(dy: Tensor, weight: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
-    """dW like ``weight`` and db [n], or [0] without bias: not yet computed."""
+    """Empty tensors for dW, like ``weight``, and for db [n], or [0] without bias."""
     dw = extension.fresh_like(weight, extension.sum_dtype(dy))
     return dw, dw.new_empty(weight.shape[0] if bias else 0)
 
 
 def _threads() -> tuple[int, int]:
-    """How many there are, and for how many to split the work, on which the bits depend."""
+    """How many threads there are, and for how many the work is split, which fixes the bits."""
     threads = torch.get_num_threads()
     return threads, 8 if torch.are_deterministic_algorithms_enabled() else threads
