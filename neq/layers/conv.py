@@ -1,4 +1,4 @@
-"""Convolutions and their transposes, in one to three dimensions."""
+"""Convolutions and transposed convolutions, in one to three dimensions."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar, cast
@@ -14,7 +14,7 @@ from neq_kernels.wgrad.geometry import Conv
 
 
 class NEqConv(NeuronLayer, nn.modules.conv._ConvNd):
-    """Convolutions and their transposes, of any dimension."""
+    """Convolutions and transposed convolutions, of any dimension."""
 
     in_published_count = True
     vendor: ClassVar[Callable[..., Tensor]]  # torch's function for this convolution

@@ -4,7 +4,7 @@ A backend is a module of this folder, listed in ``planner.BACKENDS``. Its functi
 
     dy      [..., n], or images [N, n, *pixels]
     x       [..., inputs], or images [N, inputs, *pixels]
-    weight  [n, inputs], or [n, inputs / groups, *kernel], or transposed
+    weight  [n, inputs], or [n, inputs / groups, *kernel]; of a transposed convolution
             [inputs, n / groups, *kernel]; only its dtype, shape and strides are read
     order   int64 [n]: the first k neurons are active
     k       at least 1

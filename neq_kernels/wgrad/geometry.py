@@ -42,7 +42,7 @@ class Conv(NamedTuple):
 
     def channels(self, weight: Tensor) -> tuple[int, int]:
         """(neurons, inputs): how many channels come out and go in."""
-        # weight: [neurons, inputs/groups, *kernel]; transposed [inputs, neurons/groups, *kernel]
+        # weight [neurons, inputs/groups, *kernel]; if transposed [inputs, neurons/groups, *kernel]
         if self.transposed:
             return weight.shape[1] * self.groups, weight.shape[0]
         return weight.shape[0], weight.shape[1] * self.groups

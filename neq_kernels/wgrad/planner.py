@@ -93,8 +93,8 @@ def conv_wgrad(
     Args:
         dy: [N, n, *pixels].
         x: [N, inputs, *pixels].
-        weight: [n, inputs / groups, *kernel], or transposed [inputs, n / groups, *kernel]. Only its
-            dtype, shape and strides are read.
+        weight: [n, inputs / groups, *kernel]; of a transposed convolution
+            [inputs, n / groups, *kernel]. Only its dtype, shape and strides are read.
         order: int64 [n]: the first k neurons are active.
         k: How many neurons are active; at least 1.
         bias: Is db wanted?
@@ -114,14 +114,14 @@ def choose(x: Tensor, weight: Tensor, neurons: int, k: int, conv: Conv | None = 
 
     Args:
         x: The input of the layer, [..., inputs] or [N, inputs, *pixels].
-        weight: The weight, [n, ...], or transposed [inputs, n / groups, *kernel].
+        weight: The weight, [n, ...]; of a transposed convolution [inputs, n / groups, *kernel].
         neurons: How many neurons there are.
         k: How many of them are active.
         conv: The geometry of a convolution; None for a linear layer.
 
     Returns:
         A name in ``BACKENDS``. None inside ``tuning()`` if the problem has yet to be timed, for
-            which a dY is needed.
+        which a dY is needed.
 
     Examples:
         >>> x, weight = torch.randn(64, 32), torch.randn(16, 32)

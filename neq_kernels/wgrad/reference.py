@@ -78,8 +78,8 @@ def conv_wgrad(
     Args:
         dy: The gradient of the output, [N, n, *pixels] with one to three dimensions of pixels.
         x: The input, [N, inputs, *pixels], in the same dtype.
-        weight: [n, inputs / groups, *kernel], or transposed [inputs, n / groups, *kernel]. Only its
-            dtype, shape and strides are read.
+        weight: [n, inputs / groups, *kernel]; of a transposed convolution
+            [inputs, n / groups, *kernel]. Only its dtype, shape and strides are read.
         order: int64 [n]: a permutation of the neurons, the active ones first.
         count: int64 [], on the CPU: how many neurons are active.
         bias: Is db wanted?
