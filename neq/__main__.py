@@ -1,4 +1,4 @@
-"""``python -m neq COMMAND``"""
+"""``python -m neq COMMAND``."""
 
 import argparse
 

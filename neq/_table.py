@@ -1,4 +1,4 @@
-"""Columns aligned, for what users print."""
+"""Tables in text, for what users print."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Measure, then decide which neurons train: once per epoch."""
+"""Measure, then choose the neurons that train: once per epoch."""
 
 import time
 from collections.abc import Iterable
@@ -26,36 +26,60 @@ from neq.policies import Equilibrium, Motion, Policy
 
 
 class Controller:
-    """Decides after each epoch which neurons train in the next.
-
-    Example:
-        >>> control = neq.Controller(model, probe=images, optimizer=optimizer)
-        >>> for epoch in range(epochs):
-        ...     train(...)
-        ...     print(control.step())
+    """Chooses after each epoch the neurons that train in the next.
 
     Args:
-        model: Converted in place, unless some of its layers are converted already. May be wrapped
-            (DDP, DataParallel, ``torch.compile``). It is measured once right here, so it has to be
-            on its device and hold the weights with which training starts.
-        optimizer: One or several. Frozen neurons are guarded against what an optimizer does beside
-            the gradient (momentum, weight decay). ``neq.optim``'s own are told which neurons are
-            frozen, unless they were given ``layers`` before. ``()`` for none.
-        probe: What to measure on: samples, a loader, or a ``Probe``. None only where the policy
-            doesn't measure. Under ``torch.distributed`` each rank may hold its own part.
-        policy: Decides which neurons train; by default ``Equilibrium()``.
-        on_thaw: What becomes of an optimizer's state when a neuron trains again: see
-            ``neq.optim.Guard``.
-        warmup: So many epochs train everything. With 0, the policy is asked before the first.
-        leave_alone: Layers that neither are measured nor change: names (of layers, or of modules
-            that contain them), or ``leave_alone(module, name) -> bool``. By default the last
+        model: The model, on its device and with the weights with which training starts: the
+            Controller measures it once when it is made. It may be wrapped in DDP, DataParallel or
+            ``torch.compile``. It is converted in place if none of its layers is converted yet.
+        optimizer: One or several; ``()`` for none. A ``Guard`` keeps frozen neurons from momentum
+            and weight decay. Optimizers of ``neq.optim`` need no guard: they are told which neurons
+            are frozen, unless they were given ``layers`` before.
+        probe: What to measure on: samples, a loader, or a ``Probe``. It may be None if the policy
+            does not measure. Under ``torch.distributed`` each rank may hold its own part.
+        policy: Chooses the neurons that train; by default ``Equilibrium()``.
+        on_thaw: What a neuron's optimizer state is when it trains again: see ``neq.optim.Guard``.
+        warmup: How many epochs train all neurons. With 0 the policy chooses before the first epoch.
+        leave_alone: Layers that are neither measured nor changed: names of layers or of modules
+            that contain them, or ``leave_alone(module, name) -> bool``. By default the model's last
             Linear, the classifier, as published; ``()`` for none.
-        memory: Where outputs wait for the next epoch: ``"device"`` beside the model, ``"host"`` in
-            main memory, ``"sketch"`` beside the model, a sample of their positions.
+        memory: Where outputs are kept for the next epoch. ``"device"``: beside the model.
+            ``"host"``: in main memory. ``"sketch"``: beside the model, a sample of their positions.
         history: A ``History``, or the path of a JSONL file.
-        example_inputs: A batch like those of training, for what is counted or timed per step; by
-            default the probe's first.
+        example_inputs: A batch like those of training, on which the costs of a step are counted or
+            timed; by default the probe's first.
         process_group: The ranks that train copies of this model; by default all.
+
+    Attributes:
+        model: The model without wrappers.
+        layers: The groups of layers to choose for, by name: a ``Group`` is the layers that share
+            one weight.
+        optimizers: The torch optimizers without wrappers.
+        policy: The policy.
+        history: The ``History``.
+        epoch: How many epochs are over.
+        scores: What the measure found for each neuron: by name, float64 [n] each. The neurons of
+            all groups come one group after the other.
+
+    Raises:
+        ValueError: If the policy measures and there is no probe, or no layer is left to choose for.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> x = torch.randn(32, 8)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> control = neq.Controller(
+        ...     model, optimizer=optimizer, probe=x[:4], policy=neq.LowestVelocity(0.25)
+        ... )
+        >>> for _ in range(3):  # epochs
+        ...     optimizer.zero_grad()
+        ...     model(x).square().mean().backward()
+        ...     optimizer.step()
+        ...     record = control.step()
+        >>> record.epoch, record.frozen_share
+        (3, 0.75)
+        >>> model[0].active_fraction
+        0.25
     """
 
     def __init__(
@@ -83,7 +107,6 @@ class Controller:
         self.warmup = warmup
         self.history = history if isinstance(history, History) else History(history)
         self.epoch = 0
-        # what the measure says of each neuron: by name, float64 [n], all groups one after the other
         self.scores: dict[str, Tensor] = {}
 
         groups = groups_of(self.model)
@@ -115,14 +138,17 @@ class Controller:
         self._since = time.perf_counter()
 
     def step(self) -> EpochRecord:
-        """After an epoch: measure how each neuron moved in it, and set which train in the next.
+        """After an epoch: measure how its neurons moved, and choose those that train in the next.
 
         Returns:
-            What happened. As a string, one line to print.
+            The record of the epoch. As a string, one line to print.
+
+        Raises:
+            ValueError: If the probe gives other samples than before.
         """
         stopwatch = _Stopwatch(self._device)
         samples = self._observe()
-        sums = self._ranks.sum_(self.measure.sums()).cpu()  # here the host waits for the device
+        sums = self._ranks.sum_(self.measure.sums()).cpu()  # the host waits here for the device
         trained = self._active()
         if not torch.equal(_on_host(samples), self._samples):
             raise ValueError(
@@ -143,11 +169,14 @@ class Controller:
         return record
 
     def costs(self, unit: Unit) -> dict[str, float]:
-        """What it costs to train all neurons of each layer.
+        """What it costs to train all neurons of each group, by its name.
 
         Args:
-            unit: ``"parameters"``, or ``"flops"`` or ``"ms"`` of the dense weight gradients in one
-                step on the example inputs.
+            unit: ``"parameters"`` counts parameters. ``"flops"`` and ``"ms"`` are the FLOPs and the
+                milliseconds of the dense weight gradients in one step on the example inputs.
+
+        Raises:
+            ValueError: If the unit needs example inputs and there are none.
         """
         if unit == "parameters":
             return parameters(self.layers)
@@ -161,7 +190,7 @@ class Controller:
         return wgrad_ms(self.model, self.layers, self._inputs)
 
     def remove(self) -> None:
-        """Leave model and optimizers: all neurons train again, and nothing is guarded."""
+        """Let go of model and optimizers: all neurons train again, and nothing is guarded."""
         for guard in self._guards:
             guard.remove()
         self.policy.detach()
@@ -169,11 +198,12 @@ class Controller:
             group.set_active(None)
 
     def state_dict(self, *, outputs: bool = True) -> dict[str, Any]:
-        """All that ``load_state_dict`` needs to go on as if nothing had happened.
+        """What ``load_state_dict`` needs to continue with the same bits.
 
         Args:
-            outputs: Include the previous outputs, the bulk of it. Without them they are measured
-                anew when loading, which gives the same if the model's weights are those of now.
+            outputs: Include the previous outputs, which are most of the state. Without them, the
+                model is measured when the state is loaded. That gives the same outputs if the
+                model then has the weights that it has now.
         """
         masks = dict(zip(self.layers, self._active().split(self._sizes), strict=True))
         return {
@@ -186,10 +216,16 @@ class Controller:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where ``state_dict`` was taken. Load model and optimizers before.
+        """Continue from a state. Load model and optimizers first.
 
-        Previous outputs of other samples than this probe's (another rank's, say), or sketched where
-        this one's are not, are not taken, but measured anew.
+        Previous outputs can't be used if they are of other samples than this probe's (those of
+        another rank, say), or if only one side is a sketch. Then the model is measured instead.
+
+        Args:
+            state: What ``state_dict`` returned.
+
+        Raises:
+            ValueError: If the state is of other layers.
         """
         if missing := sorted({*self.state_dict(outputs=False)} - state.keys()):
             raise ValueError(
@@ -222,7 +258,7 @@ class Controller:
                 )
 
     def _guard(self, on_thaw: OnThaw) -> list[Guard]:
-        """Guard the optimizers, but for those that leave frozen neurons alone by themselves."""
+        """Guard the optimizers that do not leave frozen neurons alone by themselves."""
         guards = []
         for one in self.optimizers:
             if isinstance(one, RowOptimizer):
@@ -234,14 +270,14 @@ class Controller:
         return guards
 
     def _observe(self) -> list[Tensor]:
-        """Run the probe; what it says about its samples."""
+        """Run the probe. Returns marks that tell its samples from others."""
         if self.probe is None:
             return []
         self.measure.start()
         return self.probe.run(self.model, list(self.layers.values()), self.measure.observe)
 
     def _decide(self, active: Tensor) -> None:
-        """Ask the policy, and set what it says."""
+        """Ask the policy, and set what it chose. ``active``: bool [all neurons], as now."""
         motions = self._motions(active)
         kind = type(self.policy).__name__
         chosen = list(self.policy.choose(motions, self.epoch))
@@ -254,14 +290,14 @@ class Controller:
             as_mask(rows, len(motion), f"{kind}.choose, layer {motion.name!r}")
             for motion, rows in zip(motions, chosen, strict=True)
         ]
-        # a policy that draws or times may choose otherwise on another rank
+        # a policy that draws or times may choose differently on another rank
         decided = self._ranks.from_first(torch.cat(masks), self._device).split(self._sizes)
         for motion, mask in zip(motions, decided, strict=True):
             if not torch.equal(motion.active, mask):
                 motion.layer.set_active(mask)
 
     def _motions(self, active: Tensor) -> list[Motion]:
-        """What the policy is told. ``active``: bool, all neurons of all groups."""
+        """What the policy is given. ``active``: bool [all neurons], group after group."""
         masks = active.split(self._sizes)
         scores = {name: values.split(self._sizes) for name, values in self.scores.items()}
         return [
@@ -270,7 +306,7 @@ class Controller:
         ]
 
     def _active(self) -> Tensor:
-        """bool, on the CPU: all neurons of all groups."""
+        """Which neurons are active: bool [all neurons], group after group, on the CPU."""
         masks = [group.first.active_mask for group in self.layers.values()]
         return torch.cat([mask.to(masks[0].device) for mask in masks]).cpu()
 
@@ -302,7 +338,7 @@ def _on_host(marks: list[Tensor]) -> Tensor:
 
 
 class _Stopwatch:
-    """Seconds since it was made. On a GPU: without what was still queued then."""
+    """Seconds since it was made. On a GPU, work that was queued before does not count."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"

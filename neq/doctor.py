@@ -1,4 +1,4 @@
-"""What this machine has for neq: versions, devices, and which backends work or why not."""
+"""``python -m neq doctor``: versions, devices, and which backends work or why they don't."""
 
 import argparse
 import importlib.metadata
@@ -40,7 +40,7 @@ def versions() -> dict[str, str]:
     return {
         "neq": __version__,
         "python": platform.python_version(),
-        "torch": torch.__version__,  # and which build of it
+        "torch": torch.__version__,  # with the name of its build
         **{name: _installed(name) for name in ("triton", "numpy")},
         "c++": _compiler("c++", "g++", "clang++"),
         "nvcc": _compiler("nvcc"),
@@ -63,7 +63,7 @@ def backends() -> dict[str, str]:
     gpu_less = None if torch.cuda.is_available() else "torch sees no CUDA device"
     reasons = {
         "dense": None,
-        "pack": None,  # in plain torch where the compiled kernels are missing
+        "pack": None,  # plain torch, if the compiled kernels are missing
         "native": extension.why_not("cpu"),
         "fused": _triton_lacks() or gpu_less,
         "narrow": extension.why_not("cuda") or gpu_less,
@@ -90,7 +90,7 @@ def _installed(package: str) -> str:
 
 
 def _compiler(*names: str) -> str:
-    """Where the first of them is, and the line of its --version that holds the number."""
+    """The path of the first that is found, and the line of its --version with the number."""
     path = next(filter(None, map(shutil.which, names)), None)
     if path is None:
         return "not found"

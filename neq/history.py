@@ -1,4 +1,4 @@
-"""What happened, epoch by epoch: kept in memory, in a file, and with the logger of your choice."""
+"""Records of each epoch: kept in memory, in a file, and sent to a logger."""
 
 import json
 from collections.abc import Sequence
@@ -11,55 +11,79 @@ from torch import Tensor
 
 from neq.policies.base import Motion
 
-# |v| is counted between these powers of ten; what is slower or faster falls into the end bins
 SPEED_EXPONENTS = tuple(e / 2 for e in range(-12, 1))
+"""Speeds |v| are counted between these powers of ten. Slower and faster ones go to the end bins."""
 
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """One layer in one epoch."""
+    """One layer in one epoch.
+
+    Attributes:
+        name: Its name in the model.
+        kind: The name of its torch class.
+        neurons: How many neurons it has.
+        trained: How many of them were active in the epoch just over.
+        active: How many of them are active in the next epoch.
+        phi: The mean φ of its neurons; None if nothing was measured.
+        speed: The median speed |v| of its neurons; None if nothing was measured.
+        speeds: How many neurons fall into each bin of ``SPEED_EXPONENTS``, 14 in all; empty if
+            nothing was measured.
+        wgrad_flops: The FLOPs of its weight gradient in one dense step; 0 if not counted.
+    """
 
     name: str
     kind: str
     neurons: int
-    trained: int  # in the epoch just over
-    active: int  # will train in the next one
-    phi: float | None  # the mean over its neurons; None where nothing was measured
-    speed: float | None  # the median of |v|
-    speeds: list[int]  # how many neurons in each bin of SPEED_EXPONENTS, 14 in all; [] likewise
-    wgrad_flops: float  # of all its neurons, in one dense step; 0 where not counted
+    trained: int
+    active: int
+    phi: float | None
+    speed: float | None
+    speeds: list[int]
+    wgrad_flops: float
 
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """One epoch. As a string, a line to show beside a progress bar."""
+    """One epoch. As a string, one line to print.
+
+    Attributes:
+        epoch: How many epochs are over.
+        seconds: The time from the Controller's previous step to this one.
+        probe_seconds: The time to measure and to choose.
+        step_flops: The FLOPs of a whole dense step; 0 if not counted.
+        layers: One record for each layer.
+    """
 
     epoch: int
-    seconds: float  # from the step of the Controller before to this one
-    probe_seconds: float  # to measure and decide
-    step_flops: float  # of a dense step, all told; 0 where not counted
+    seconds: float
+    probe_seconds: float
+    step_flops: float
     layers: tuple[LayerRecord, ...]
 
     @property
     def neurons(self) -> int:
+        """How many neurons all layers have."""
         return sum(layer.neurons for layer in self.layers)
 
     @property
     def active(self) -> int:
+        """How many of them are active in the next epoch."""
         return sum(layer.active for layer in self.layers)
 
     @property
     def frozen_share(self) -> float:
+        """The share of all neurons that is frozen in the next epoch."""
         return 1 - self.active / self.neurons
 
     @property
     def wgrad_saved(self) -> float:
-        """The share of the layers' wgrad FLOPs that the next epoch saves."""
+        """The share of the layers' wgrad FLOPs that is skipped in the next epoch."""
         return _saved(self.layers, "active", sum(layer.wgrad_flops for layer in self.layers))
 
     @property
     def step_saved(self) -> float:
-        """The share of a dense step's FLOPs that the epoch just over saved."""
+        """The share of a dense step's FLOPs that was skipped in the epoch just over."""
         return _saved(self.layers, "trained", self.step_flops)
 
     def __str__(self) -> str:
@@ -70,16 +94,42 @@ class EpochRecord:
 
     @classmethod
     def from_json(cls, line: str) -> "EpochRecord":
+        """Read a record back.
+
+        Args:
+            line: One line of a file that a ``History`` wrote.
+        """
         fields = json.loads(line)
         layers = tuple(LayerRecord(**layer) for layer in fields.pop("layers"))
         return cls(**fields, layers=layers)
 
 
 class History:
-    """The records of a run.
+    """Keeps the records of a run.
 
-    path: a JSONL file, one line per epoch, written as it happens.
-    writer: a TensorBoard ``SummaryWriter`` or a W&B run, to which the main figures go.
+    Args:
+        path: A JSONL file. Each epoch is written to it as one line.
+        writer: A TensorBoard ``SummaryWriter`` or a W&B run, which gets the main figures.
+
+    Attributes:
+        records: The records so far.
+
+    Raises:
+        TypeError: If ``writer`` has neither ``add_scalar`` nor ``log``.
+
+    Examples:
+        >>> history = neq.History()
+        >>> control = neq.Controller(
+        ...     nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2)),
+        ...     optimizer=(),
+        ...     policy=neq.Random(0.5),
+        ...     history=history,
+        ... )
+        >>> record = control.step()
+        >>> history.records == [record]
+        True
+        >>> record.frozen_share
+        0.5
     """
 
     def __init__(self, path: str | Path | None = None, writer: Any = None) -> None:
@@ -93,7 +143,14 @@ class History:
         self.records: list[EpochRecord] = []
 
     def append(self, record: EpochRecord) -> None:
-        """Add an epoch. What the file has of that epoch and later is of a run given up: it goes."""
+        """Add a record.
+
+        Records of the same epoch or of later ones are dropped, from the file too: they belong to
+        a run that was stopped and resumed before them.
+
+        Args:
+            record: The record of an epoch.
+        """
         known = self.records
         if self.path is not None and not known and self.path.exists():
             known = read(self.path)
@@ -120,12 +177,18 @@ class History:
             for tag, value in figures.items():
                 self.writer.add_scalar(tag, value, record.epoch)
         else:
-            # a run has one count of steps, most likely batches, and drops what is logged for less
+            # a run has one count of steps, usually of batches, and drops figures of earlier ones
             self.writer.log({"neq/epoch": record.epoch, **figures})
 
 
 def layer_record(motion: Motion, active: Tensor, wgrad_flops: float) -> LayerRecord:
-    """Sum up a layer's neurons. ``motion.active``: which trained; ``active``: which will."""
+    """Sum up a layer's neurons.
+
+    Args:
+        motion: How they moved in the epoch just over, and which of them trained in it.
+        active: Which of them train in the next: bool [n].
+        wgrad_flops: The FLOPs of the layer's dense weight gradient.
+    """
     measured = ~motion.velocity.isnan()
     speed = motion.velocity[measured].abs()
     edges = 10.0 ** torch.tensor(SPEED_EXPONENTS, dtype=speed.dtype)
@@ -149,7 +212,14 @@ def _saved(layers: Sequence[LayerRecord], which: str, of: float) -> float:
 
 
 def read(path: str | Path) -> list[EpochRecord]:
-    """The records in a file that a ``History`` wrote."""
+    """Read the records in a file that a ``History`` wrote.
+
+    Args:
+        path: The JSONL file.
+
+    Raises:
+        ValueError: If a line is not a record.
+    """
     records = []
     for number, line in enumerate(Path(path).read_text().splitlines(), start=1):
         try:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.ticker import Formatter
 
 _LABELS = 100  # layers named beside the heat map, at most
-_FEW_LABELS = 21  # where it has to be low
-_SLOWEST = 0.5  # what took longer than a dense step by more than this share of it is off the scale
+_FEW_LABELS = 21  # in a picture of page size
+_SLOWEST = 0.5  # the scale ends where an epoch is slower than a dense one by this share
 _NO_MATPLOTLIB = "drawing a report needs matplotlib, which is not installed: pip install matplotlib"
 
 
@@ -65,7 +65,7 @@ def write(records: Sequence[EpochRecord], output: Path, *, shares_only: bool = F
 
 
 def draw(records: Sequence[EpochRecord], *, shares_only: bool = False) -> "Figure":
-    """The frozen share per layer, the speeds, and the saving, over the epochs."""
+    """Draw the frozen share of each layer, the speeds, and the saving, over the epochs."""
     if not records:
         raise ValueError("the history holds no epoch yet")
     try:
@@ -92,9 +92,10 @@ def draw(records: Sequence[EpochRecord], *, shares_only: bool = False) -> "Figur
 
 
 def step_saving(records: Sequence[EpochRecord]) -> tuple[list[float], list[float] | None]:
-    """For each epoch, the share of a dense step saved: predicted from FLOPs, and measured.
+    """For each epoch the share of a dense step that was saved: predicted, and measured.
 
-    Measured against the epochs in which everything trained; None where there was none.
+    The prediction is of FLOPs. The time is compared with that of the epochs in which all neurons
+    trained; None if there was no such epoch.
     """
     predicted = [record.step_saved for record in records]
     dense = [r.seconds for r in records if all(x.trained == x.neurons for x in r.layers)]
@@ -172,7 +173,7 @@ def _draw_saving(axes: "Axes", records: Sequence[EpochRecord]) -> None:
 
 
 def _draw_measured(axes: "Axes", epochs: Sequence[int], measured: Sequence[float]) -> None:
-    """Epochs in which the machine was busy otherwise lie on the edge: the rest is to be seen."""
+    """Draw the measured saving. Epochs beyond the scale lie on its edge, so the others show."""
     shown = [max(value, -_SLOWEST) for value in measured]
     (dots,) = axes.plot(epochs, shown, ".", label="measured by the clock")
     beyond = [epoch for epoch, value in zip(epochs, measured, strict=True) if value < -_SLOWEST]
@@ -189,7 +190,7 @@ def _percent() -> "Formatter":
 
 
 def _ceiling(records: Sequence[EpochRecord]) -> float:
-    """The share of a dense step that is wgrad of the layers decided on; 0 where not counted."""
+    """The share of a dense step's FLOPs that is wgrad of the layers; 0 if not counted."""
     last = records[-1]
     return sum(x.wgrad_flops for x in last.layers) / last.step_flops if last.step_flops else 0.0
 

@@ -1,6 +1,6 @@
-# Functions check of tensors what a wrong one would break: devices, dtypes, sizes; on the CPU also
-# that rows and orders are in range. rows [k] are the indices of active neurons; order [n] is the
-# permutation of all, the k active ones first.
+# The functions check devices, dtypes and sizes of tensors, and on the CPU the range of rows and
+# orders. rows [k] are the indices of the active neurons; order [n] is the permutation of all, with
+# the k active ones first.
 
 from collections.abc import Sequence
 

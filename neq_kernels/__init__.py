@@ -1,7 +1,7 @@
 """Weight gradients, similarities and optimizer steps for the active neurons of a layer only.
 
-Importing this package registers the ``neq::`` operators. It knows nothing of training: which
-neurons are active is the caller's business.
+Importing this package registers the ``neq::`` operators. It knows nothing of training: the caller
+chooses which neurons are active.
 """
 
 from neq_kernels import ops, reference

@@ -1,7 +1,7 @@
-"""torch's private API that neq uses: all of it, so that a torch upgrade has one door.
+"""All of torch's private API that neq uses, so that an upgrade of torch concerns one file.
 
-Names bind torch's own functions where they exist, since a call in between would cost as much as
-they do, and compilers know them by identity.
+Names are bound to torch's own functions. A wrapper would cost as much as they do, and compilers
+know them by identity.
 """
 
 import sys
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-# Is a function transform (torch.func) at work?
+# Is a function transform (torch.func) active?
 transforms_active = torch._C._are_functorch_transforms_active
 # How many modes of torch.utils._python_dispatch are on?
 dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -28,29 +28,30 @@ def compiler_loaded() -> bool:
 
 
 def forward_ad_active() -> bool:
-    """Inside ``forward_ad.dual_level()``?"""
+    """Is forward-mode differentiation active: inside ``forward_ad.dual_level()``?"""
     return forward_ad._current_level >= 0
 
 
 def dispatch_keys(t: Tensor) -> int:
-    """What the dispatcher goes by, as bits."""
+    """The keys by which the dispatcher chooses an implementation, as bits."""
     keys: int = torch._C._dispatch_keys(t).raw_repr()
     return keys
 
 
 def saved_tensors_hooks_forbidden() -> bool:
+    """Are hooks on saved tensors disabled here?"""
     return torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is not None
 
 
 def will_execute(node: Any) -> bool:
-    """Is this node part of the backward pass under way? Only asked inside of one."""
+    """Is this node part of the present backward pass? To be called inside of one."""
     try:
         return torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # which is how it says that autograd.grad was asked for this very leaf
+    except RuntimeError:  # torch's answer if autograd.grad was called for this very leaf
         return True
 
 
 def current_stream(device: int) -> int:
-    """The handle of CUDA's current stream; the public function takes microseconds."""
+    """The handle of CUDA's current stream. torch's public function takes microseconds."""
     stream: int = torch._C._cuda_getCurrentRawStream(device)
     return stream

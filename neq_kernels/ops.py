@@ -1,8 +1,8 @@
-"""The five operators, and where each is: a folder for each family.
+"""The five operators, from a folder for each family.
 
-In a family, ``ops.py`` holds schema, checks and fake, ``reference.py`` the meaning, ``planner.py``
-the choice of a backend. Each other file is a backend; ``fused_kernels.py`` holds what ``fused.py``
-launches.
+In a family, ``ops.py`` holds schemas, checks and fakes, ``reference.py`` the meaning, and
+``planner.py`` the choice of a backend. The backends are ``in_torch``, ``pack``, ``dense``,
+``native``, ``fused``, ``narrow`` and ``grouped``; ``*_kernels.py`` hold Triton kernels.
 """
 
 from neq_kernels.similarity.ops import row_similarity

@@ -1,4 +1,4 @@
-"""What the five operators mean, in plain torch: under one name each, as in ``ops.py``."""
+"""What the five operators mean, in plain torch, under their names."""
 
 from neq_kernels.similarity.reference import row_similarity
 from neq_kernels.step.reference import adamw_rows_, sgd_rows_

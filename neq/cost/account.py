@@ -1,13 +1,13 @@
 """What a training step costs, layer by layer: dense, and with the neurons that train now.
 
-One multiply-add is two FLOPs. Forward, dgrad and wgrad of a matrix layer cost its multiply-adds
-each; of a norm two multiply-adds per element each, as the published code has it. Adding biases is
-not counted, nor are modules without a weight. Bytes are the least that have to move: every operand
-read once, every result written once.
+One multiply-add is two FLOPs. Forward, dgrad and wgrad of a matrix layer each cost its
+multiply-adds. In a norm each costs two multiply-adds per element, as the published code counts
+them. Biases and modules without a weight are not counted. Bytes are the least that have to move:
+every operand is read once, and every result is written once.
 
-Of a layer with frozen neurons, wgrad and the optimizer's step cost their active share. That is what
-``neq.optim.SGD`` and ``AdamW`` pay, and not torch's under a ``Guard``. A norm pays for its whole
-wgrad as long as one of its neurons trains.
+In a layer with frozen neurons, wgrad and the optimizer's step cost the active share. For the step
+this is true of ``neq.optim.SGD`` and ``AdamW``, but not of torch's under a ``Guard``. A norm costs
+its whole wgrad unless all of its neurons are frozen.
 """
 
 from collections.abc import Mapping
@@ -18,6 +18,13 @@ from neq._table import aligned
 
 @dataclass(frozen=True)
 class Work:
+    """An amount of work.
+
+    Attributes:
+        flops: Operations on floating-point numbers.
+        bytes: Bytes moved, at least.
+    """
+
     flops: int = 0
     bytes: int = 0
 
@@ -27,18 +34,27 @@ class Work:
 
 @dataclass(frozen=True)
 class Costs:
-    """Of one training step, on the example inputs."""
+    """What one training step on the example inputs costs.
+
+    Attributes:
+        forward: The forward pass.
+        dgrad: The gradients of the layers' inputs.
+        wgrad: The gradients of the layers' parameters.
+        optimizer: The optimizer's step.
+        published_backprop_flops: The "backprop FLOPs" of the NEq paper: 2 · forward multiply-adds
+            of one sample · share of active neurons, over convolutions and batch norms. They include
+            no dgrad.
+    """
 
     forward: Work = Work()
     dgrad: Work = Work()
     wgrad: Work = Work()
     optimizer: Work = Work()
     published_backprop_flops: float = 0
-    """What the NEq paper calls backprop FLOPs: 2 x the forward multiply-adds of one sample x the
-    share of active neurons, over convolutions and batch norms. It holds no dgrad."""
 
     @property
     def total(self) -> Work:
+        """All four together."""
         return self.forward + self.dgrad + self.wgrad + self.optimizer
 
     def __add__(self, other: "Costs") -> "Costs":
@@ -47,10 +63,22 @@ class Costs:
 
 @dataclass(frozen=True)
 class LayerAccount:
+    """What one layer costs in a training step.
+
+    Attributes:
+        kind: The name of its class.
+        calls: How often one forward of the model calls it.
+        converted: Is it a layer of neq?
+        neurons: How many neurons it has; 0 if it is not converted.
+        active: How many of them are active.
+        dense: The costs with all neurons active.
+        now: The costs with the neurons that are active now.
+    """
+
     kind: str
-    calls: int  # in one forward
+    calls: int
     converted: bool
-    neurons: int  # 0 where it is not converted
+    neurons: int
     active: int
     dense: Costs
     now: Costs
@@ -58,7 +86,13 @@ class LayerAccount:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds per step: what the skipped weight gradients promise, and what came of it."""
+    """Seconds per step: predicted from the skipped weight gradients, and measured.
+
+    Attributes:
+        dense: With all neurons active, measured.
+        predicted: With the neurons that train now, predicted.
+        measured: With the neurons that train now, measured.
+    """
 
     dense: float
     predicted: float
@@ -66,7 +100,7 @@ class StepTime:
 
     @property
     def realised(self) -> float:
-        """The share of the predicted saving that is wall-clock; NaN where none was predicted."""
+        """The share of the predicted saving that was measured; NaN if none was predicted."""
         promised = self.dense - self.predicted
         return (self.dense - self.measured) / promised if promised else float("nan")
 
@@ -80,31 +114,41 @@ class StepTime:
 
 @dataclass(frozen=True)
 class Account:
-    """``print`` it; or read ``layers``, ``dense`` and ``now``."""
+    """What ``neq.account`` counted. As a string, a table.
+
+    Attributes:
+        layers: The costs of each layer, by its name in the model.
+        uncounted: The names of other modules that own parameters. Their costs are not counted.
+    """
 
     layers: Mapping[str, LayerAccount]
-    uncounted: tuple[str, ...]  # modules with parameters of their own that are not in ``layers``
+    uncounted: tuple[str, ...]
 
     @property
     def dense(self) -> Costs:
+        """The costs of a step with all neurons active."""
         return sum((layer.dense for layer in self.layers.values()), Costs())
 
     @property
     def now(self) -> Costs:
+        """The costs of a step with the neurons that are active now."""
         return sum((layer.now for layer in self.layers.values()), Costs())
 
     @property
     def skipped(self) -> float:
-        """The share of the converted layers' wgrad FLOPs that is not computed now."""
+        """The share of the converted layers' wgrad FLOPs that is skipped now."""
         converted = [layer for layer in self.layers.values() if layer.converted]
         dense = sum(layer.dense.wgrad.flops for layer in converted)
         return 1 - sum(layer.now.wgrad.flops for layer in converted) / dense if dense else 0.0
 
     def step_time(self, *, dense: float, no_wgrad: float, measured: float) -> StepTime:
-        """Predicted beside measured, from three times of the same step.
+        """Compare the measured time of a step with the predicted one.
 
-        dense: with every neuron active. no_wgrad: without the weight gradients of the converted
-        layers, and with every dgrad. measured: with the neurons that train now.
+        Args:
+            dense: Seconds with all neurons active.
+            no_wgrad: Seconds without the weight gradients of the converted layers, but with every
+                dgrad.
+            measured: Seconds with the neurons that train now.
         """
         return StepTime(dense, dense - self.skipped * (dense - no_wgrad), measured)
 

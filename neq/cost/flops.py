@@ -1,4 +1,4 @@
-"""Counting what a training step costs: by a forward pass, and what each layer says of itself."""
+"""Counts what a training step costs, from a forward pass and the multiply-adds of each layer."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,20 +18,37 @@ from neq.layers.conversion import convertible
 from neq.measure.evaluating import call, evaluating, hooked
 
 
+# long: its docstring is half of it
 def account(
     model: nn.Module, example_inputs: Any, *, optimizer: Optimizer | None = None
 ) -> Account:
-    """Run ``model`` on ``example_inputs`` and count what a training step on them costs.
+    """Count what a training step costs, layer by layer.
 
-    The model runs forward in eval mode, with gradients enabled: which inputs need a gradient is
-    what autograd says, so a dgrad that it prunes is not counted. Random number generators, modes
-    and buffers are left as they were.
+    The model runs forward once, in eval mode with gradients enabled. Autograd says which inputs
+    need a gradient, so a dgrad that it prunes is not counted. Random states, training flags and
+    buffers are left as they were.
 
     Args:
-        model: Converted or not.
-        example_inputs: A tensor, a tuple of positional arguments or a dict of keyword arguments.
+        model: A model, converted or not.
+        example_inputs: A batch like those of training: a tensor, a tuple of positional arguments or
+            a dict of keyword arguments.
         optimizer: SGD, Adam or AdamW, of torch or neq; by default SGD with momentum and weight
             decay.
+
+    Returns:
+        The costs, dense and now. ``print`` shows them as a table.
+
+    Raises:
+        ValueError: If there is no tensor among the inputs, or the optimizer is of another class.
+
+    Examples:
+        >>> model = neq.convert(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)))
+        >>> model[0].set_active(range(4))
+        >>> costs = neq.account(model, torch.randn(32, 8))
+        >>> costs.dense.wgrad.flops, costs.now.wgrad.flops
+        (12288, 6144)
+        >>> costs.skipped
+        0.5
     """
     samples = len(_first_tensor(example_inputs))
     known = convertible()
@@ -72,7 +89,7 @@ def account(
 
 @dataclass(frozen=True)
 class _Call:
-    """Of one call of a layer: sizes of its input and output, and whether there is a dgrad."""
+    """One call of a layer: the sizes of its input x and output y, and whether it has a dgrad."""
 
     x: int
     x_bytes: int
@@ -82,7 +99,7 @@ class _Call:
 
 
 def _calls(model: nn.Module, names: Iterable[str], example_inputs: Any) -> dict[str, list[_Call]]:
-    """What a forward pass calls those modules with."""
+    """The calls of each named module in a forward pass."""
     calls: dict[str, list[_Call]] = {name: [] for name in names}
 
     def record(name: str, layer: nn.Module, args: Any, kwargs: Any, y: Tensor) -> None:
@@ -111,7 +128,7 @@ def _first_tensor(inputs: Any) -> Tensor:
 
 @contextmanager
 def _all_active(model: nn.Module) -> Iterator[bool]:
-    """Inside, every neuron trains. Yields whether that makes a difference."""
+    """Inside, all neurons are active. Yields whether some were frozen before."""
     layers = [m for m in model.modules() if isinstance(m, NeuronLayer)]
     kept = [layer.active for layer in layers]
     try:
@@ -133,7 +150,7 @@ def _costs(
 ) -> Costs:
     weight, bias = cast(Tensor, layer.weight), getattr(layer, "bias", None)
     parameter_bytes: int = weight.nbytes + (0 if bias is None else bias.nbytes)
-    # where rows can't be skipped, a kernel computes all of the gradient or, with none active, none
+    # where rows can't be skipped, wgrad is computed for all neurons, or for none if all are frozen
     part = share if kind.by_rows else Fraction(share > 0)
     forward, dgrad, wgrad, macs = Work(), Work(), Work(), 0
     for one in calls:
@@ -141,7 +158,7 @@ def _costs(
         macs += macs_of_call
         flops = 2 * macs_of_call
         forward += Work(flops, one.x_bytes + parameter_bytes + one.y_bytes)
-        if one.dgrad:  # a norm's reads its input too
+        if one.dgrad:  # that of a norm reads the input too
             read = one.y_bytes + weight.nbytes + (0 if kind.by_rows else one.x_bytes)
             dgrad += Work(flops, read + one.x_bytes)
         if weight.requires_grad and part:
@@ -156,7 +173,7 @@ def _costs(
 
 
 def _updates(model: nn.Module, optimizer: Optimizer | None) -> dict[Tensor, tuple[int, int]]:
-    """For each parameter that is stepped: FLOPs for an element, and how often one is moved."""
+    """For each parameter that is stepped, of one element: FLOPs, and numbers moved."""
     if optimizer is None:
         step = _update(SGD([torch.empty(0)], momentum=0.9, weight_decay=5e-4).param_groups[0])
         return {p: step for p in model.parameters() if p.requires_grad}
@@ -170,11 +187,12 @@ def _updates(model: nn.Module, optimizer: Optimizer | None) -> dict[Tensor, tupl
 
 
 def _update(group: dict[str, Any]) -> tuple[int, int]:
+    """The same for a parameter of this group."""
     decay = group["weight_decay"] != 0
     if "momentum" in group:  # SGD
         momentum = group["momentum"] != 0
         flops = 2 + 2 * decay + (2 + 2 * group["nesterov"]) * momentum
-        return flops, 3 + 2 * momentum  # read p and g, write p; the buffer both
+        return flops, 3 + 2 * momentum  # read p and g, write p; read and write the buffer
     # 3 for the first moment, 4 for the second, 3 for the denominator, 3 for the step
     flops = 13 + decay * (1 if group["decoupled_weight_decay"] else 2) + group["amsgrad"]
     return flops, 7 + 2 * group["amsgrad"]

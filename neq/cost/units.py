@@ -1,4 +1,4 @@
-"""What it costs to train all neurons of a layer, in parameters, FLOPs or milliseconds."""
+"""What it costs to train all neurons of a group, in parameters, FLOPs or milliseconds."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -14,10 +14,12 @@ from neq.layers.groups import Group
 from neq.measure.evaluating import Inputs, call, evaluating, hooked
 
 Unit = Literal["parameters", "flops", "ms"]
+"""In which unit costs are counted: see ``neq.Controller.costs``."""
 Layers = Mapping[str, Group]  # by name
 
 
 def parameters(layers: Layers) -> dict[str, float]:
+    """The trained parameters of each group."""
     return {
         name: float(sum(p.numel() for p in _trained(group.first))) for name, group in layers.items()
     }
@@ -50,7 +52,7 @@ def _trained(layer: NeuronLayer) -> list[Tensor]:
 
 
 def _wgrad_ms(layer: NeuronLayer, args: Any, kwargs: Any) -> float:
-    """Of one call with these arguments, which need no gradient: only wgrad is left of backward."""
+    """Milliseconds of wgrad in one call. The arguments need no gradient, so there is no dgrad."""
     owned = _trained(layer)
     if not owned:
         return 0.0
@@ -64,7 +66,7 @@ def _wgrad_ms(layer: NeuronLayer, args: Any, kwargs: Any) -> float:
         torch.autograd.grad(y, owned, dy, retain_graph=True)
         _wait(dy.device)
         times.append(perf_counter() - start)
-    return 1e3 * min(times)  # what else the machine does only ever adds
+    return 1e3 * min(times)  # other load on the machine only adds to a time
 
 
 def _wait(device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""The processes that train copies of one model, and what they tell one another."""
+"""The processes that train copies of one model, and what they exchange."""
 
 from typing import Any
 
@@ -10,17 +10,23 @@ from neq_kernels.device.ranks import world_size
 
 
 class Ranks:
-    """The ranks of a process group, by default of the one of all; alone where there is none."""
+    """The ranks of a process group. Without process groups, there is a single rank.
+
+    Args:
+        group: The process group; by default the one of all ranks.
+    """
 
     def __init__(self, group: Any = None) -> None:
         self._group = group
 
     @property
     def several(self) -> bool:
+        """Is there more than one rank?"""
         return world_size(self._group) > 1
 
     @property
     def is_first(self) -> bool:
+        """Is this rank 0 of the group?"""
         return not self.several or dist.get_rank(self._group) == 0
 
     def sum_(self, values: Tensor) -> Tensor:
@@ -30,7 +36,7 @@ class Ranks:
         return values
 
     def from_first(self, mask: Tensor, device: torch.device) -> Tensor:
-        """Rank 0's bool ``mask`` on every rank; it travels by way of ``device``."""
+        """The bool ``mask`` of rank 0, on every rank. It is sent from ``device``."""
         if not self.several:
             return mask
         sent = mask.to(device, torch.uint8)

@@ -4,5 +4,5 @@ from torch import Tensor
 
 
 def is_dtensor(p: Tensor) -> bool:
-    """Asked without importing what DTensors take."""
+    """Is it a DTensor? Does not import DTensor, which takes long."""
     return type(p).__name__ == "DTensor"

@@ -1,1 +1,1 @@
-"""What other libraries put around models and optimizers."""
+"""Other libraries that train models."""

@@ -1,4 +1,4 @@
-"""What other libraries, and torch itself, put around models and optimizers."""
+"""Wrappers that torch and other libraries put around models and optimizers."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 
 def model_in(model: nn.Module) -> nn.Module:
-    """The model itself: names, and so checkpoints, are the same wrapped or not."""
+    """The model inside of wrappers. Its names, and so checkpoints, do not depend on them."""
     while True:
         if isinstance(model, (DistributedDataParallel, DataParallel)):
             model = model.module
@@ -17,7 +17,7 @@ def model_in(model: nn.Module) -> nn.Module:
             return model
 
 
-# libraries whose wrapper of an optimizer does no more than to hold torch's, and under which name
+# libraries whose wrapper only holds torch's optimizer, and the attribute that holds it
 _OPTIMIZER_IN = {
     "accelerate": "optimizer",
     "lightning": "_optimizer",
@@ -26,9 +26,9 @@ _OPTIMIZER_IN = {
 
 
 def optimizer_in(optimizer: Any) -> Any:
-    """torch's optimizer inside of what accelerate or Lightning put around it.
+    """torch's optimizer inside of a wrapper of accelerate or Lightning.
 
-    No others are opened: one that moves weights after its inner optimizer has to be guarded itself.
+    Other wrappers are not opened: one that itself moves weights has to be guarded itself.
     """
     name = _OPTIMIZER_IN.get(type(optimizer).__module__.partition(".")[0])
     return optimizer if name is None else getattr(optimizer, name)

@@ -1,6 +1,6 @@
 """Drop-in layers that train their active neurons only: one file for each kind.
 
-``LAYERS`` is the register: what stands in it, ``neq.convert`` can convert to.
+``LAYERS`` is the register: ``neq.convert`` converts to the layers listed there.
 """
 
 from neq.layers import conv, linear, norm

@@ -1,4 +1,4 @@
-"""Which neurons of a weight are active: one decision, for all layers that share the weight."""
+"""Which neurons of a weight are active: one choice for all layers that share the weight."""
 
 from typing import Any, ClassVar
 
@@ -7,32 +7,37 @@ from torch import Tensor
 
 
 class ActiveSet:
-    """The active ones of a weight's ``neurons``. All of them, to begin with."""
+    """The active neurons of a weight: all of them at first.
+
+    Args:
+        neurons: How many neurons the weight has.
+        device: Where the weight is.
+    """
 
     # Has any layer of this process ever been masked? Compiled graphs are specialised on this alone:
-    # the plain graph until the first mask, one more for all masks of all layers after it. They
-    # ask an instance for it: torch 2.11 doesn't guard what it reads off a class.
+    # one graph serves until the first mask, and one more serves all masks of all layers after it.
+    # Graphs read it from an instance, since torch 2.11 does not guard an attribute of a class.
     ever_masked: ClassVar[bool] = False
 
-    # A CUDA graph reads the addresses that it was captured with, and keeps nothing alive by itself.
-    _captured = False  # was one captured that reads today's tensors?
-    _kept: tuple[Tensor, ...] = ()  # what others read, for as long as this lives
+    # A CUDA graph reads the addresses that it was captured with, and keeps no tensor alive itself.
+    _captured = False  # does a captured graph read the present tensors?
+    _kept: tuple[Tensor, ...] = ()  # what earlier graphs read, kept as long as this set
 
-    # On the layer's device. Compiled graphs read these, whose shapes no mask changes:
+    # On the layer's device. Compiled graphs read these: no mask changes their shapes.
     mask: Tensor  # bool [neurons]
     order: Tensor  # int64 [neurons]: the active ones, ascending, then the frozen ones, ascending
     count: Tensor  # int64 [], on the CPU, so that no kernel waits for it: k as a tensor
-    # Eager layers read these, parts of ``order``:
+    # Eager layers read these, which are parts of ``order``.
     rows: Tensor  # int64 [k]: the active neurons
-    frozen: Tensor  # int64 [neurons - k]
+    frozen: Tensor  # int64 [neurons - k]: the frozen neurons
 
     def __init__(self, neurons: int, device: torch.device) -> None:
         self._device = device
         self.set(torch.ones(neurons, dtype=torch.bool, device="cpu"))
 
-    @torch.inference_mode(False)  # no backward pass can save a tensor made in inference mode
+    @torch.inference_mode(False)  # a backward pass can save no tensor made in inference mode
     def set(self, mask: Tensor) -> None:
-        """Take a bool mask [neurons]. New tensors each time: a backward pass keeps its own."""
+        """Take a bool mask [neurons]. Makes new tensors, since a backward pass keeps the old."""
         self._mask = mask.to("cpu", copy=True)
         self.neurons, self.k = len(mask), int(self._mask.sum())
         self.count = torch.tensor(self.k, device="cpu")
@@ -55,7 +60,7 @@ class ActiveSet:
         self.rows, self.frozen = self.order[: self.k], self.order[self.k :]
 
     def on(self, device: torch.device) -> "ActiveSet":
-        """The same, to be read now, moved after its layer if that has moved."""
+        """This set with its tensors on ``device``, where its layer is now, to be read at once."""
         if device != self._device:
             self._device = device
             self._place()
@@ -64,7 +69,7 @@ class ActiveSet:
         return self
 
     def __getstate__(self) -> list[bool]:
-        # not as tensors: ``torch.load`` could map those to any device
+        # a list and no tensor: ``torch.load`` could map that to any device
         mask: list[bool] = self._mask.tolist()
         return mask
 
@@ -74,8 +79,9 @@ class ActiveSet:
 
 
 def _is_capturing(device: torch.device) -> bool:
-    """Is what is launched on the device recorded for a CUDA graph, to run again and again?"""
-    # a compiled model's own graphs copy what they read; one captured by hand never comes here
+    """Is a CUDA graph being captured on the device?"""
+    # A compiled model's own graphs copy what they read. A graph captured by hand from compiled code
+    # does not run this function.
     return (
         device.type == "cuda"
         and not torch.compiler.is_compiling()
@@ -84,9 +90,16 @@ def _is_capturing(device: torch.device) -> bool:
 
 
 def as_mask(rows: Any, neurons: int, layer: str) -> Tensor:
-    """The bool mask [neurons] that ``rows`` means: indices, a bool mask, or None for all.
+    """The bool mask [neurons], on the CPU, that ``rows`` stands for.
 
-    ``layer`` names the layer in errors.
+    Args:
+        rows: Indices in any order, a bool mask [neurons], or None for all neurons.
+        neurons: How many neurons the layer has.
+        layer: How errors name the layer.
+
+    Raises:
+        TypeError: If ``rows`` holds neither integers nor bools.
+        ValueError: If a row is out of range or named twice, or the mask has another length.
     """
     if rows is None:
         return torch.ones(neurons, dtype=torch.bool, device="cpu")
@@ -94,7 +107,7 @@ def as_mask(rows: Any, neurons: int, layer: str) -> Tensor:
         raise ValueError(f"{layer}: rows are on the meta device, which holds no values")
     given = type(rows).__name__
     if hasattr(rows, "tolist") and not isinstance(rows, Tensor):
-        rows = rows.tolist()  # numpy has strides and dtypes that torch does not
+        rows = rows.tolist()  # numpy has strides and dtypes that torch lacks
     try:
         named: Tensor = torch.as_tensor(rows, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError) as error:

@@ -3,16 +3,16 @@
 y = F.linear(x, W.detach(), b.detach())      # the vendor's forward; its backward gives dX only
 y = row_grad(y, x, W, b, active, conv)       # the same y; its backward gives dW and db
 
-Where no backend beats the dense gradient, nothing beats the vendor's joint backward either:
+Where no backend beats the dense gradient, the vendor's joint backward is the fastest way:
 
 W, b = mask_grad(W, b, active)               # the same values; their gradients lose the frozen rows
 y = F.linear(x, W, b)                        # its backward gives dX, dW and db
 
-and where that is one node of the graph, which knows its weight's gradient, more cheaply:
+Where the layer is one node of autograd's graph, a hook on that node does the same and costs less:
 
 y = mask_node(F.conv2d(x, W, b), active)     # the same y; the node's dW and db lose the frozen rows
 
-``train_active`` decides between the three.
+``train_active`` chooses between the three.
 """
 
 from collections.abc import Callable
@@ -34,19 +34,27 @@ from neq_kernels.wgrad.geometry import Conv
 class Call(NamedTuple):
     """One call of the vendor's kernel, as a layer makes it."""
 
-    run: Callable[[Tensor, Tensor | None], Tensor]  # y [..., n] or [N, n, *pixels] of weight, bias
-    # What the kernel sees of the input: cast, padded, with a batch dimension. None where dW comes
-    # in the pass that computes dX, as in norms: then there are no rows to skip.
+    # run(weight, bias) gives y [..., n] or [N, n, *pixels]
+    run: Callable[[Tensor, Tensor | None], Tensor]
+    # The input as the kernel sees it: cast, padded, [..., inputs] or [N, inputs, *pixels]. None for
+    # layers such as norms, where one pass computes dW and dX and there are no rows to skip.
     x: Tensor | None = None
     weight: Tensor | None = None  # [n, ...] as neq's kernels take it; None: as the layer holds it
-    dim: int = 0  # of the layer's weight, along which its neurons lie
+    dim: int = 0  # the dimension of the layer's weight that counts its neurons
     conv: Conv | None = None
-    is_one_node: bool = False  # is y one node of autograd's graph, whose gradients are dX, dW, db?
+    is_one_node: bool = False  # is y one node of autograd's graph, with the gradients dX, dW, db?
     is_unbatched: bool = False  # has x a batch dimension that the layer's input lacks?
 
 
 def train_active(call: Call, weight: Tensor, bias: Tensor | None, active: ActiveSet) -> Tensor:
-    """y of the call, batched like its x; of weight and bias only the active neurons train."""
+    """y of the call, with a batch dimension if its x has one. Only active neurons get gradients.
+
+    Args:
+        call: The call of the vendor's kernel.
+        weight: The layer's weight, with its n neurons along ``call.dim``.
+        bias: [n], or None.
+        active: Which of the n neurons are active.
+    """
     run, x, matrix, dim, conv, is_one_node, _ = call
     if x is not None:
         matrix = weight if matrix is None else matrix
@@ -64,7 +72,14 @@ def choose_backend(
 ) -> str | None:
     """The backend of the weight gradient; "dense" stands for the vendor's joint backward.
 
-    None where it is open yet, as in a graph that must fit every mask.
+    None where it is chosen later: in a compiled graph, which has to fit every mask, and inside
+    ``planner.tuning()``.
+
+    Args:
+        x: [..., inputs] or [N, inputs, *pixels].
+        weight: [n, ...].
+        active: Which of the n neurons are active.
+        conv: The geometry of a convolution; None for a linear layer.
     """
     if torch.compiler.is_compiling():
         return None
@@ -72,34 +87,34 @@ def choose_backend(
 
 
 class RowGrad(torch.autograd.Function):
-    """Hands y and dY through; computes dW and db for the active rows only.
+    """Passes y and dY on; computes dW and db for the active rows only.
 
-    ``x`` is what the layer's kernel saw (cast, padded), or None when no row is active: then nothing
-    is saved and nothing is computed, and weight and bias only keep their place in the graph. They
-    get zeros: without a gradient in the first step, DDP's static graph would never reduce any.
+    ``x`` is what the layer's kernel saw (cast, padded), or None when no neuron is active. Without x
+    nothing is saved or computed, and weight and bias get zeros as gradients. DDP's static graph
+    needs them: it never reduces a parameter that had no gradient in the first step.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        y: Tensor,
-        x: Tensor | None,
-        weight: Tensor,
-        bias: Tensor | None,
-        order: Tensor,
-        count: Tensor,
+        y: Tensor,  # [..., n] or [N, n, *pixels]
+        x: Tensor | None,  # [..., inputs] or [N, inputs, *pixels]
+        weight: Tensor,  # [n, ...], or [inputs, n / groups, *kernel] if transposed
+        bias: Tensor | None,  # [n]
+        order: Tensor,  # int64 [n]
+        count: Tensor,  # int64 []
         conv: Conv | None,
         k: int | None,
         backend: str | None,
     ) -> Tensor:
-        # the rest stays out of the saved tensors: a saved_tensors_hook may round or offload those.
-        # The weight's values are not needed, only its layout
+        # Only x is a saved tensor, since a saved_tensors_hook may round or offload those. Of the
+        # weight the layout is needed, and no value.
         ctx.save_for_backward(x)
         ctx.weight, ctx.order, ctx.count, ctx.conv = weight, order, count, conv
         ctx.k, ctx.backend = k, backend
         ctx.shape = None if x is None else x.shape
         ctx.bias = bias if bias is not None and bias.requires_grad else None
-        # y itself would count as a view made here, and in-place activations are forbidden on those
+        # y itself would count as a view made here, on which torch forbids in-place activations
         return y.detach()
 
     @staticmethod
@@ -125,7 +140,7 @@ class RowGrad(torch.autograd.Function):
                 dw, db = planner.linear_wgrad(*args, ctx.backend)
             else:
                 dw, db = planner.conv_wgrad(*args, ctx.conv, ctx.backend)
-        else:  # the same, by the operators, which check what they are given
+        else:  # the same through the operators, which check their arguments
             args = (dy, x, ctx.weight, ctx.order, ctx.count, with_bias)
             if ctx.conv is None:
                 dw, db = ops.linear_wgrad(*args)
@@ -135,7 +150,7 @@ class RowGrad(torch.autograd.Function):
 
 
 def _may_bypass_dispatcher(dy: Tensor, x: Tensor, node: Any) -> bool:
-    # a hook on saved tensors may bring back another ``x``, which the operators would refuse
+    # a hook on saved tensors may bring back another ``x``, which the operators refuse
     as_saved = dy.dtype is x.dtype and dy.device == x.device and x.shape == node.shape
     return bool(node.k) and as_saved and may_bypass_dispatcher(dy, x)
 
@@ -149,22 +164,22 @@ def _refuse_second_derivative() -> None:
 
 
 def _wanted(node: Any) -> bool:
-    """False inside ``backward(inputs=...)`` or ``autograd.grad`` for neither weight nor bias."""
+    """Is a gradient of weight or bias asked for? Not so in some calls with ``inputs=``."""
     _, _, (weight, _), (bias, _), *_ = node.next_functions
     will = _torch.will_execute
     return (weight is not None and will(weight)) or (bias is not None and will(bias))
 
 
 class MaskGrad(torch.autograd.Function):
-    """Hands weight and bias through; zeroes the frozen rows of their gradients."""
+    """Passes weight and bias on; zeroes the frozen rows of their gradients."""
 
     @staticmethod
     def forward(
         ctx: Any,
         weight: Tensor,
-        bias: Tensor | None,
-        frozen: Tensor,
-        dim: int,
+        bias: Tensor | None,  # [n]
+        frozen: Tensor,  # int64 [n - k]
+        dim: int,  # of the weight, which counts its n neurons
         conv: Conv | None,
     ) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
@@ -183,15 +198,15 @@ def _masked(
     dw: Gradient, db: Gradient, frozen: Tensor, dim: int, conv: Conv | None
 ) -> tuple[Gradient, Gradient]:
     if dw is not None:
-        # in place: the vendor's backward has just made it for this one use of the weight
+        # in place, since the vendor's backward has just made dW for this use of the weight
         dw = dw.clone() if torch.is_grad_enabled() else dw
         zero_frozen_(dw, frozen, dim, conv)
-    if db is not None:  # of one sample it can be dY itself, which others read
+    if db is not None:  # not in place: of one sample it can be dY itself
         db = db.index_fill(0, frozen, 0)
     return dw, db
 
 
-# ``Function.apply`` spends 2 µs on function transforms, which never come here
+# ``Function.apply`` spends 2 µs on function transforms, which take another path
 _apply = super(torch.autograd.Function, RowGrad).apply
 _apply_mask: Any = super(torch.autograd.Function, MaskGrad).apply
 
@@ -205,15 +220,22 @@ def row_grad(
     conv: Conv | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """``y``, as an output of a layer with this weight and bias, of which only ``active`` train.
+    """``y``, with a backward that gives dW and db of the active neurons.
 
-    ``backend``: what ``choose_backend`` said.
+    Args:
+        y: The vendor's output [..., n] or [N, n, *pixels], from a detached weight and bias.
+        x: The input that made it, [..., inputs] or [N, inputs, *pixels]; None gives zeros.
+        weight: [n, ...], or [inputs, n / groups, *kernel] of a transposed convolution.
+        bias: [n], or None.
+        active: Which of the n neurons are active.
+        conv: The geometry of a convolution; None for a linear layer.
+        backend: The answer of ``choose_backend``; None lets the planner choose in the backward.
     """
-    x = detach(x)  # its gradient goes through y alone
+    x = detach(x)  # dX comes through y alone
     args = (y, x, weight, bias, active.order, active.count, conv)
     is_compiling = torch.compiler.is_compiling()
     apply: Any = RowGrad.apply if is_compiling else _apply
-    # a number would make a graph for this mask alone
+    # as a number, k would make a graph for this mask alone
     out: Tensor = apply(*args, None if is_compiling else active.k, backend)
     return out
 
@@ -225,7 +247,10 @@ def detach(p: Tensor | None) -> Tensor | None:
 def mask_grad(
     weight: Tensor, bias: Tensor | None, active: ActiveSet, dim: int = 0, conv: Conv | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """``weight`` and ``bias``, of which only ``active``, along the weight's ``dim``, train."""
+    """``weight`` and ``bias`` [n], with a backward that zeroes the frozen rows of dW and db.
+
+    ``dim`` is the dimension of the weight that counts its n neurons.
+    """
     if bias is None or bias.requires_grad:
         masked: tuple[Tensor, Tensor | None] = _apply_mask(weight, bias, active.frozen, dim, conv)
         return masked
@@ -233,14 +258,14 @@ def mask_grad(
 
 
 def mask_node(y: Tensor, active: ActiveSet, dim: int = 0, conv: Conv | None = None) -> Tensor:
-    """``y``, which one node made of (x, weight, bias); of the last two only ``active`` train."""
+    """``y``, which one node made of (x, weight, bias); a hook zeroes the node's frozen rows."""
     node: Any = y.grad_fn
     node.register_hook(partial(_mask_node, active.frozen, dim, conv))
     return y
 
 
 def is_one_node(x: Tensor, weight: Tensor) -> bool:
-    """Will torch's function of these be one? Tensors of other classes and modes may add some."""
+    """Will torch's function of these be one node? Tensor subclasses and modes may add nodes."""
     return not has_torch_function_variadic(x, weight)
 
 
@@ -251,6 +276,6 @@ def _mask_node(
     gradients: tuple[Gradient, Gradient, Gradient],
     of_outputs: object,
 ) -> tuple[Gradient, ...]:
-    _refuse_second_derivative()  # dX's node would hand W a gradient that comes by no hook
+    _refuse_second_derivative()  # W would get a gradient from dX's node, which has no hook
     dx, dw, db = gradients
     return dx, *_masked(dw, db, frozen, dim, conv)

@@ -1,7 +1,7 @@
 """What all layers share: the choice of the neurons that train, and what a forward does with it.
 
-A layer is the torch module of the same name with one thing added, ``set_active``: parameters, repr
-and state_dict are the torch module's own, and with all neurons active so is the forward, untouched.
+A layer is the torch module of the same name with ``set_active`` added. Parameters, repr and
+state_dict are the torch module's own. With all neurons active, so is the forward.
 """
 
 import copy
@@ -20,16 +20,34 @@ from neq_kernels.device.ranks import in_process_group
 
 
 class NeuronLayer(nn.Module):
-    """A layer that trains its active neurons only. A mixin: it comes before the torch module.
+    """A layer that trains its active neurons only: the base of all drop-in layers.
 
     A neuron is one output row of a Linear's weight, one output channel of a convolution, or one
-    affine element of a norm; its weight row and its bias are active or frozen together.
+    affine element of a norm. Its weight row and its bias are active or frozen together.
+
+    Among the bases of a drop-in layer it comes before the torch module.
+
+    Attributes:
+        plain: The torch class that the layer replaces.
+        by_rows: Can rows of the weight gradient be skipped? Not in a norm, where one pass computes
+            dW and dX.
+        in_published_count: Does the NEq paper count the FLOPs of such layers?
+        layer_name: The layer's name in the model that ``neq.convert`` converted; errors show it.
+        weight: The torch module's weight.
+        bias: The torch module's bias, or None.
+        active: Which neurons are active. Layers that share a weight share it.
+
+    Examples:
+        >>> layer = neq.NEqLinear(3, 4)
+        >>> layer.set_active([1, 3])
+        >>> layer.active_rows
+        tensor([1, 3])
+        >>> layer.active_fraction
+        0.5
     """
 
-    plain: ClassVar[type[nn.Module]]  # the torch module that this one stands for
-    # Does its weight gradient come row by row? That of a norm comes whole, in the pass for dX.
+    plain: ClassVar[type[nn.Module]]
     by_rows: ClassVar[bool] = True
-    # Is it among the layers whose FLOPs the NEq paper counts?
     in_published_count: ClassVar[bool] = False
 
     __signature__: ClassVar[inspect.Signature]  # what ``help`` and notebooks show
@@ -61,11 +79,12 @@ class NeuronLayer(nn.Module):
 
     @property
     def n_neurons(self) -> int:
+        """How many neurons the layer has."""
         return int(self.weight.shape[0])
 
     @property
     def neuron_dim(self) -> int | None:
-        """The dimension of the weight that counts its neurons; None where it takes several."""
+        """The dimension of the weight that counts its neurons; None if they lie along several."""
         return 0
 
     def spread(self, mask: Tensor) -> Tensor:
@@ -73,11 +92,11 @@ class NeuronLayer(nn.Module):
         return mask.view(-1, *(1,) * (self.weight.dim() - 1))
 
     def by_neuron(self, output: Tensor) -> tuple[Tensor, int]:
-        """An output with samples in dimension 0, and the dimension that counts its neurons."""
+        """The output with samples in dimension 0, and its dimension that counts the neurons."""
         return samples_first(output, -1)
 
     def parameter_rows(self) -> Tensor:
-        """[n_neurons, parameters]: the weight and bias of each neuron."""
+        """[n_neurons, parameters]: a row of weights for each neuron, then its bias."""
         return with_bias(self._weight_rows(), self.bias)
 
     def _weight_rows(self) -> Tensor:
@@ -89,48 +108,57 @@ class NeuronLayer(nn.Module):
 
     @staticmethod
     def macs(layer: nn.Module, x: int, y: int) -> int:
-        """The multiply-adds of one forward of ``layer``, which need not be converted.
+        """The multiply-adds of one forward.
 
-        x, y: how many elements its input and output have.
+        Args:
+            layer: A layer of this kind, converted or not.
+            x: How many elements its input has.
+            y: How many elements its output has.
         """
-        # [neurons, ...]: each weight meets each output pixel of its neuron
+        # weight [neurons, ...]: each weight meets each output pixel of its neuron
         weight = cast(Tensor, layer.weight)
         return y * weight.numel() // len(weight)
 
     def _call(self, *args: Any, **kwargs: Any) -> Call | None:
-        """How these arguments reach the vendor's kernel; None where no rows can be told apart."""
+        """The vendor's call for these arguments; None where rows can't be told apart."""
         return None
 
     def _none_active(
         self, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """The forward with parameters that are not in the graph."""
+        """The forward with a weight and a bias [n_neurons] that are not in the graph."""
         return self._vendor(weight, bias, *args, **kwargs)
 
     # -- the neurons that train -----------------------------------------------------------------
 
     @property
     def active_rows(self) -> Tensor:
-        """int64: the active neurons, ascending, on the layer's device."""
+        """The indices of the active neurons: int64 [k], ascending, on the layer's device."""
         return self.active.on(self.weight.device).rows.clone()
 
     @property
     def active_mask(self) -> Tensor:
-        """bool [n_neurons], on the layer's device."""
+        """Which neurons are active: bool [n_neurons], on the layer's device."""
         return self.active.on(self.weight.device).mask.clone()
 
     @property
     def active_fraction(self) -> float:
+        """The share of the neurons that is active."""
         return self.active.k / self.active.neurons
 
     def set_active(self, rows: Tensor | Sequence[int] | Sequence[bool] | None) -> None:
         """Choose the neurons that train, from the next forward on.
 
-        Not between a forward and its backward if that backward recomputes it (checkpointing).
+        With activation checkpointing, do not call it between a forward and its backward: the
+        backward computes the forward again.
 
         Args:
-            rows: Their indices in any order, or a bool mask with one entry per neuron, or None for
-                all of them.
+            rows: The active neurons: indices in any order, a bool mask [n_neurons], or None for
+                all.
+
+        Raises:
+            TypeError: If ``rows`` holds neither integers nor bools.
+            ValueError: If a row is out of range or named twice, or the mask has another length.
         """
         self.active.on(self.weight.device).set(as_mask(rows, self.n_neurons, self._described()))
 
@@ -140,15 +168,24 @@ class NeuronLayer(nn.Module):
 
     def _replicate_for_data_parallel(self) -> Any:
         replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
-        replica.active = copy.copy(self.active)  # each replica moves its own to its device
+        replica.active = copy.copy(self.active)  # each replica moves its copy to its device
         return replica
 
     # -- the forward ----------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The torch module's forward. Its backward gives gradients of the active neurons only.
+
+        Args:
+            *args: The arguments of the torch module's forward.
+            **kwargs: The same by name.
+
+        Raises:
+            TypeError: If some neurons are frozen and the weight is a DTensor.
+        """
         active = self.active
         if torch.compiler.is_compiling():
-            # a graph that depended on this layer's own mask would be recompiled at each change
+            # a graph that depends on this layer's own mask would be recompiled at each change
             everything, nothing = not active.ever_masked, False
         else:
             everything, nothing = active.k == active.neurons, active.k == 0
@@ -175,7 +212,10 @@ class NeuronLayer(nn.Module):
     def _off_the_graph(
         self, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """No neuron is active: what has nothing below it to train, backward does not visit."""
+        """The forward of a layer without active neurons.
+
+        Where nothing below it trains either, backward does not visit it.
+        """
         y = self._none_active(weight.detach(), detach(bias), *args, **kwargs)
         trains = weight.requires_grad or (bias is not None and bias.requires_grad)
         if not trains or not in_process_group() or _beyond_backward():
@@ -185,9 +225,10 @@ class NeuronLayer(nn.Module):
     def _element_wise(
         self, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """The same layer in plain torch operations: frozen elements enter it detached.
+        """The same layer in plain torch operations: frozen elements enter them detached.
 
-        Saves no work where the weight is a matrix, but differentiates in every way that torch does.
+        Where the weight is a matrix, this saves no work. It supports every kind of derivative that
+        torch has.
         """
         mask = self.active.mask
         weight = _freeze(weight, self.spread(mask))
@@ -195,9 +236,10 @@ class NeuronLayer(nn.Module):
         return self._vendor(weight, bias, *args, **kwargs)
 
     def _vendor(self, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
-        """The torch module's forward with other parameters, which a shallow copy of it holds."""
+        """The torch module's forward with other parameters, held by a shallow copy of it."""
         if torch.compiler.is_compiling():
-            # before torch 2.13 it can't trace a shallow copy; but no other code sees these changes
+            # Before torch 2.13 the compiler can't trace a shallow copy. The graph sees this change
+            # of the module, and the module itself stays as it was.
             own: Any = self._parameters
             self._parameters = cast(Any, {"weight": weight, "bias": bias})
             y: Tensor = self.plain.forward(self, *args, **kwargs)
@@ -210,31 +252,36 @@ class NeuronLayer(nn.Module):
 
 
 def samples_first(output: Tensor, channel_dim: int) -> tuple[Tensor, int]:
-    """``output``, whose ``channel_dim`` counts its neurons, with a dimension of samples before."""
+    """``output`` with samples in dimension 0, and its dimension that counts the neurons.
+
+    Args:
+        output: Any shape.
+        channel_dim: The dimension of ``output`` that counts the neurons.
+    """
     channel_dim %= output.dim()
     return (output, channel_dim) if channel_dim else (output.unsqueeze(0), 1)
 
 
 def with_bias(weight_rows: Tensor, bias: Tensor | None) -> Tensor:
-    """[n, weights], and one more column for the bias if there is one."""
+    """``weight_rows`` [n, weights], with one more column if there is a bias."""
     if bias is None:
         return weight_rows
     return torch.cat([weight_rows, bias.detach().reshape(-1, 1).to(weight_rows.dtype)], 1)
 
 
 def shaped_like(p: Tensor, mask: Tensor) -> Tensor:
-    """A mask [neurons] in the shape of ``p``, which has one element per neuron."""
+    """``mask`` [neurons] in the shape of ``p``, which has one element per neuron."""
     return mask if p.dim() == 1 else mask.view(p.shape)
 
 
 def _freeze(p: Tensor, active: Tensor) -> Tensor:
-    """``p`` with its frozen elements detached; ``active`` broadcasts against it."""
+    """``p`` with its frozen elements detached; the bool mask ``active`` broadcasts to it."""
     return torch.where(active, p, p.detach()) if p.requires_grad or _beyond_backward() else p
 
 
 def autocast(x: Tensor) -> Tensor:
-    """``x`` as autocast will cast it for the kernel, so that this one cast is what gets saved."""
-    if not _torch.any_autocast():  # the next line alone takes a microsecond
+    """``x`` in the dtype that autocast gives the kernel, so that backward saves this one cast."""
+    if not _torch.any_autocast():  # without this test, the next line costs a microsecond
         return x
     device = x.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
@@ -245,10 +292,10 @@ def autocast(x: Tensor) -> Tensor:
 
 
 def hooks_forbidden() -> bool:
-    """May no tensor that autograd saves be packed?"""
+    """Are hooks on saved tensors forbidden here?"""
     return _torch.saved_tensors_hooks_forbidden() or _beyond_backward()
 
 
 def _beyond_backward() -> bool:
-    """Is autograd asked for more than backward(): a function transform, a forward derivative?"""
+    """Is a function transform or forward-mode differentiation under way?"""
     return _torch.transforms_active() or _torch.forward_ad_active()

@@ -1,4 +1,4 @@
-"""Convolutions and their transposes, in one to three dimensions."""
+"""Convolutions and transposed convolutions, in one to three dimensions."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar, cast
@@ -14,10 +14,10 @@ from neq_kernels.wgrad.geometry import Conv
 
 
 class NEqConv(NeuronLayer, nn.modules.conv._ConvNd):
-    """Convolutions and their transposes, of any dimension."""
+    """Convolutions and transposed convolutions, of any dimension."""
 
     in_published_count = True
-    vendor: ClassVar[Callable[..., Tensor]]
+    vendor: ClassVar[Callable[..., Tensor]]  # torch's function for this convolution
 
     @property
     def n_neurons(self) -> int:
@@ -40,7 +40,7 @@ class NEqConv(NeuronLayer, nn.modules.conv._ConvNd):
         is_unbatched = input.dim() == weight.dim() - 1
         batch = input.unsqueeze(0) if is_unbatched else input
         if batch.dim() != weight.dim():
-            return None  # to torch's own error
+            return None  # torch raises its own error
         x, conv = self._prepare(batch, output_size)
         return Call(
             lambda weight, bias: self._convolve(x, weight, bias, conv),
@@ -57,11 +57,11 @@ class NEqConv(NeuronLayer, nn.modules.conv._ConvNd):
         if weight.is_complex() or hooks_forbidden():  # complex: several real convolutions
             return self._vendor(weight, bias, *args, **kwargs)
         weight = autocast(weight)
-        with _saving_only(weight):  # torch also saves x, though dX needs but its shape and layout
+        with _saving_only(weight):  # torch also saves x, of which dX needs only shape and layout
             return self._vendor(weight, bias, *args, **kwargs)
 
     def _prepare(self, x: Tensor, output_size: list[int] | None) -> tuple[Tensor, Conv]:
-        """The input as the kernel will see it, and the geometry that joins it to the output."""
+        """x [N, inputs, *pixels] as the kernel will see it, and the geometry of the call."""
         x, padding = self._pad(x)
         return x, self._geometry(padding, self.output_padding)  # zeros
 
@@ -70,27 +70,30 @@ class NEqConv(NeuronLayer, nn.modules.conv._ConvNd):
         return self.vendor(x, weight, bias, stride, padding, dilation, groups)
 
     def _pad(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        """Apply the padding that no kernel can, and return what is left for the kernel."""
+        """Apply the padding that kernels can't do; return x and the padding left for the kernel."""
         padding, mode = self.padding, self.padding_mode
         if mode == "zeros" and not isinstance(padding, str):
             return x, padding
-        sides = self._reversed_padding_repeated_twice  # (left, right) per dimension, the last first
+        # (left, right) of each dimension, the last one first
+        sides = self._reversed_padding_repeated_twice
         none = (0,) * len(self.stride)
         if mode != "zeros":
             return F.pad(x, sides, mode=mode), none
         if padding == "valid":
             return x, none
         left, right = sides[0::2], sides[1::2]
-        if left != right:  # "same" for an even kernel: one more on the right
+        if left != right:  # "same" for an even kernel pads one more on the right
             extra = [side for a, b in zip(left, right, strict=True) for side in (0, b - a)]
             x = F.pad(x, extra)
         return x, tuple(reversed(left))
 
 
 class NEqConvTranspose(NEqConv, nn.modules.conv._ConvTransposeNd):
+    """Transposed convolutions. Their weight is [inputs, neurons / groups, *kernel]."""
+
     @property
     def neuron_dim(self) -> int | None:
-        return 1 if self.groups == 1 else None  # [inputs, neurons / groups, *kernel]
+        return 1 if self.groups == 1 else None
 
     def _weight_rows(self) -> Tensor:
         weight = self.weight.detach()
@@ -101,12 +104,12 @@ class NEqConvTranspose(NEqConv, nn.modules.conv._ConvTransposeNd):
 
     @staticmethod
     def macs(layer: nn.Module, x: int, y: int) -> int:
-        # [inputs, ...]: each weight meets each input pixel
+        # weight [inputs, ...]: each weight meets each input pixel
         weight = cast(Tensor, layer.weight)
         return x * weight.numel() // len(weight)
 
     def _prepare(self, x: Tensor, output_size: list[int] | None) -> tuple[Tensor, Conv]:
-        spatial, padding = len(self.stride), cast(tuple[int, ...], self.padding)  # never a word
+        spatial, padding = len(self.stride), cast(tuple[int, ...], self.padding)  # never "same"
         sizes: Any = (self.stride, padding, self.kernel_size, spatial, self.dilation)
         output_padding = tuple(self._output_padding(x, output_size, *sizes))
         return x, self._geometry(padding, output_padding)
@@ -121,7 +124,7 @@ class NEqConv1d(NEqConv, nn.Conv1d):
 
     Takes the arguments of ``nn.Conv1d``. All neurons are active until ``set_active``.
 
-    Example:
+    Examples:
         >>> layer = neq.NEqConv1d(3, 16, 3)
         >>> layer.set_active(range(8))  # the gradients of the other channels are zero from here on
         >>> layer(torch.randn(8, 3, 32)).sum().backward()
@@ -137,7 +140,7 @@ class NEqConv2d(NEqConv, nn.Conv2d):
 
     Takes the arguments of ``nn.Conv2d``. All neurons are active until ``set_active``.
 
-    Example:
+    Examples:
         >>> layer = neq.NEqConv2d(3, 16, 3)
         >>> layer.set_active(range(8))  # the gradients of the other channels are zero from here on
         >>> layer(torch.randn(8, 3, 32, 32)).sum().backward()
@@ -153,7 +156,7 @@ class NEqConv3d(NEqConv, nn.Conv3d):
 
     Takes the arguments of ``nn.Conv3d``. All neurons are active until ``set_active``.
 
-    Example:
+    Examples:
         >>> layer = neq.NEqConv3d(3, 16, 3)
         >>> layer.set_active(range(8))  # the gradients of the other channels are zero from here on
         >>> layer(torch.randn(2, 3, 8, 8, 8)).sum().backward()
@@ -169,7 +172,7 @@ class NEqConvTranspose1d(NEqConvTranspose, nn.ConvTranspose1d):
 
     Takes the arguments of ``nn.ConvTranspose1d``. All neurons are active until ``set_active``.
 
-    Example:
+    Examples:
         >>> layer = neq.NEqConvTranspose1d(3, 16, 3)
         >>> layer.set_active(range(8))  # the gradients of the other channels are zero from here on
         >>> layer(torch.randn(8, 3, 32)).sum().backward()
@@ -185,7 +188,7 @@ class NEqConvTranspose2d(NEqConvTranspose, nn.ConvTranspose2d):
 
     Takes the arguments of ``nn.ConvTranspose2d``. All neurons are active until ``set_active``.
 
-    Example:
+    Examples:
         >>> layer = neq.NEqConvTranspose2d(3, 16, 3)
         >>> layer.set_active(range(8))  # the gradients of the other channels are zero from here on
         >>> layer(torch.randn(8, 3, 32, 32)).sum().backward()
@@ -201,7 +204,7 @@ class NEqConvTranspose3d(NEqConvTranspose, nn.ConvTranspose3d):
 
     Takes the arguments of ``nn.ConvTranspose3d``. All neurons are active until ``set_active``.
 
-    Example:
+    Examples:
         >>> layer = neq.NEqConvTranspose3d(3, 16, 3)
         >>> layer.set_active(range(8))  # the gradients of the other channels are zero from here on
         >>> layer(torch.randn(2, 3, 8, 8, 8)).sum().backward()
@@ -213,7 +216,10 @@ class NEqConvTranspose3d(NEqConvTranspose, nn.ConvTranspose3d):
 
 
 def _saving_only(weight: Tensor) -> saved_tensors_hooks:
-    """Inside, autograd keeps no values but ``weight``'s; it gets other tensors back unwritten."""
+    """Inside, autograd keeps the values of ``weight`` only.
+
+    Backward finds the other tensors it saved with their shapes and strides, but without values.
+    """
 
     version = weight._version
 

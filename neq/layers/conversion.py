@@ -1,8 +1,7 @@
 """Convert a model's layers in place, and back.
 
 A module is converted by giving it another class. It stays the same object, with the same
-parameters, buffers and hooks, so whatever refers to it (an optimizer, a checkpoint, a list of the
-user's) stays valid.
+parameters, buffers and hooks. So whatever refers to it stays valid: an optimizer, a checkpoint.
 """
 
 import sys
@@ -22,7 +21,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def convertible() -> dict[type[nn.Module], type[NeuronLayer]]:
-    """Each torch module that neq can stand in for, and the layer that does."""
+    """The layer of neq for each torch class that has one."""
     layers = {layer.plain: layer for layer in LAYERS}
     if "transformers.pytorch_utils" in sys.modules:  # else no module can be of its class
         from neq.layers.transformers import NEqTransformersConv1D
@@ -37,17 +36,27 @@ def convert(
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     classes: Iterable[type[nn.Module]] | None = None,
 ) -> Model:
-    """Make every layer that neq knows a layer with neurons, in place; all of them active.
+    """Convert a model's layers in place to those of neq, with all neurons active.
 
-    What is left as it was, and why, is in ``neq.summary(model)``.
+    ``neq.summary(model)`` lists the layers that were left as they were, with the reasons.
 
     Args:
         model: Any module.
-        filter_fn: Given a module and its name, says whether to convert it.
+        filter_fn: ``filter_fn(module, name)`` says whether to convert that module.
         classes: The torch classes to convert; by default all that neq knows.
 
     Returns:
         The same model.
+
+    Raises:
+        TypeError: If ``model`` is not a module, or ``classes`` is a single class.
+        ValueError: If neq has no layer for one of the ``classes``.
+
+    Examples:
+        >>> model = neq.convert(nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2)))
+        >>> model[0].set_active([0, 3])
+        >>> type(model[0])
+        <class 'neq.layers.linear.NEqLinear'>
     """
     check_module("convert", model)
     known = convertible()
@@ -78,7 +87,21 @@ def convert(
 def revert(model: Model) -> Model:
     """Give every layer its torch class back, in place. All neurons train again.
 
-    What was derived from a layer of neq since then (a parametrization does) keeps its class.
+    A layer that was parametrized after its conversion keeps its class.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: If ``model`` is not a module.
+
+    Examples:
+        >>> model = neq.convert(nn.Sequential(nn.Linear(8, 4)))
+        >>> type(neq.revert(model)[0])
+        <class 'torch.nn.modules.linear.Linear'>
     """
     check_module("revert", model)
     layers = set(convertible().values())
@@ -93,13 +116,14 @@ def revert(model: Model) -> Model:
 
 
 def same_neurons(layer: NeuronLayer, module: nn.Module) -> bool:
-    """Do both, which share a weight, mean the same by its neurons?"""
-    # each group of a transposed convolution has neurons of its own in the same column
+    """Do two modules that share a weight divide it into the same neurons?"""
+    # in a transposed convolution, a column of the weight holds one neuron of each group
     groups = getattr(layer, "groups", 1), getattr(module, "groups", 1)
     return layer.plain is type(module) and groups[0] == groups[1]
 
 
 def check_module(function: str, model: object) -> None:
+    """Raise a TypeError that names ``neq.<function>`` unless ``model`` is a module."""
     if not isinstance(model, nn.Module):
         given = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
         raise TypeError(f"neq.{function} takes a torch.nn.Module, got {given}")

@@ -1,4 +1,4 @@
-"""The layers of a model that share a weight, and so the decision on its neurons: a group."""
+"""Groups: layers of a model that share one weight, and so one choice of active neurons."""
 
 from collections.abc import Callable, Iterable
 
@@ -12,7 +12,22 @@ LeaveAlone = Iterable[str] | Callable[[nn.Module, str], bool] | None
 
 
 class Group(list[NeuronLayer]):
-    """Layers that share one weight, mostly a single layer. Named after the first of them."""
+    """Layers that share one weight: usually a single layer.
+
+    Args:
+        name: The name of the first layer in the model.
+        layers: The layers, in the model's order.
+
+    Examples:
+        >>> control = neq.Controller(
+        ...     nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2)),
+        ...     optimizer=(),
+        ...     probe=torch.randn(16, 8),
+        ... )
+        >>> group = control.layers["0"]
+        >>> group.name, len(group), group.n_neurons
+        ('0', 1, 4)
+    """
 
     def __init__(self, name: str, layers: Iterable[NeuronLayer]) -> None:
         super().__init__(layers)
@@ -20,30 +35,39 @@ class Group(list[NeuronLayer]):
 
     @property
     def first(self) -> NeuronLayer:
-        """Whichever: weight, bias and active neurons are the same for all."""
+        """The first layer. Weight, bias and active neurons are the same for all of them."""
         return self[0]
 
     @property
     def n_neurons(self) -> int:
+        """How many neurons the weight has."""
         return self.first.n_neurons
 
     @property
     def device(self) -> torch.device:
+        """Where the weight is."""
         device: torch.device = self.first.weight.device
         return device
 
     @property
     def mask(self) -> Tensor:
-        """bool [n_neurons], on the CPU: the active neurons."""
+        """Which neurons are active: bool [n_neurons], on the CPU."""
         return self.first.active_mask.cpu()
 
     def set_active(self, mask: Tensor | None) -> None:
-        """Choose the neurons that train, by a bool mask [n_neurons] or None for all."""
+        """Choose the neurons that train.
+
+        Args:
+            mask: bool [n_neurons], or None for all.
+        """
         self.first.set_active(mask)
 
 
 def groups_of(model: nn.Module) -> dict[str, Group]:
-    """The groups of a model by name, in its order. Converts it if none of its layers is yet."""
+    """The groups of a model by name, in the model's order.
+
+    Converts the model if none of its layers is converted yet.
+    """
     if not any(isinstance(m, NeuronLayer) for m in model.modules()):
         convert(model)
     layers: dict[int, list[NeuronLayer]] = {}

@@ -13,7 +13,7 @@ class NEqLinear(NeuronLayer, nn.Linear):
 
     Takes the arguments of ``nn.Linear``. All neurons are active until ``set_active``.
 
-    Example:
+    Examples:
         >>> layer = neq.NEqLinear(64, 10)
         >>> layer.set_active([0, 3])  # the gradients of other rows are zero from here on
         >>> layer(torch.randn(8, 64)).sum().backward()

@@ -10,8 +10,10 @@ from neq.layers.base import NeuronLayer, samples_first, shaped_like
 
 
 class NEqNorm(NeuronLayer):
-    """Affine norms. Their kernels compute all of dW and db in the pass that computes dX, so there
-    is no row to skip: frozen elements enter the forward detached, which copies two vectors.
+    """Norms with affine parameters.
+
+    Their kernels compute dW and db in the pass that computes dX, so there are no rows to skip.
+    Frozen elements enter the forward detached, which copies two vectors.
     """
 
     by_rows = False
@@ -36,11 +38,11 @@ class NEqNorm(NeuronLayer):
 
     @staticmethod
     def macs(layer: nn.Module, x: int, y: int) -> int:
-        return 2 * y  # as the published code has it
+        return 2 * y  # as the published code counts them
 
 
 class LastDimsNorm(NEqNorm):
-    """Norms whose neurons are the elements of the last dimensions, often several."""
+    """Norms whose neurons are the elements of the last dimensions, of one or of several."""
 
     def by_neuron(self, output: Tensor) -> tuple[Tensor, int]:
         shape = cast(tuple[int, ...], self.normalized_shape)
@@ -48,7 +50,7 @@ class LastDimsNorm(NEqNorm):
 
 
 class NEqInstanceNorm(NEqNorm, nn.modules.instancenorm._InstanceNorm):
-    """Instance norms, which also take a sample without a batch."""
+    """Instance norms, which also take a single sample without a batch dimension."""
 
     def by_neuron(self, output: Tensor) -> tuple[Tensor, int]:
         no_batch = self._get_no_batch_dim()  # type: ignore[no-untyped-call]
@@ -56,7 +58,7 @@ class NEqInstanceNorm(NEqNorm, nn.modules.instancenorm._InstanceNorm):
 
 
 class OneNodeNorm(NEqNorm):
-    """Norms that are one node of autograd's graph, at which frozen elements lose their gradient."""
+    """Norms that are one node of autograd's graph: a hook there zeroes the frozen gradients."""
 
     def _call(self, input: Tensor) -> Call | None:
         if torch.compiler.is_compiling() or self.neuron_dim is None:
@@ -72,7 +74,7 @@ class NEqBatchNorm1d(OneNodeNorm, nn.BatchNorm1d):
 
     Takes the arguments of ``nn.BatchNorm1d``. All neurons are active until ``set_active``.
 
-    Example:
+    Examples:
         >>> layer = neq.NEqBatchNorm1d(16)
         >>> layer.set_active([0, 3])  # the gradients of other elements are zero from here on
         >>> layer(torch.randn(8, 16)).square().sum().backward()
@@ -89,7 +91,7 @@ class NEqBatchNorm2d(OneNodeNorm, nn.BatchNorm2d):
 
     Takes the arguments of ``nn.BatchNorm2d``. All neurons are active until ``set_active``.
 
-    Example:
+    Examples:
         >>> layer = neq.NEqBatchNorm2d(16)
         >>> layer.set_active([0, 3])  # the gradients of other elements are zero from here on
         >>> layer(torch.randn(8, 16, 4, 4)).square().sum().backward()
@@ -106,7 +108,7 @@ class NEqBatchNorm3d(OneNodeNorm, nn.BatchNorm3d):
 
     Takes the arguments of ``nn.BatchNorm3d``. All neurons are active until ``set_active``.
 
-    Example:
+    Examples:
         >>> layer = neq.NEqBatchNorm3d(16)
         >>> layer.set_active([0, 3])  # the gradients of other elements are zero from here on
         >>> layer(torch.randn(2, 16, 4, 4, 4)).square().sum().backward()
@@ -123,7 +125,7 @@ class NEqSyncBatchNorm(NEqNorm, nn.SyncBatchNorm):
 
     Takes the arguments of ``nn.SyncBatchNorm``. All neurons are active until ``set_active``.
 
-    Example:
+    Examples:
         >>> layer = neq.NEqSyncBatchNorm(16)
         >>> layer.set_active([0, 3])  # the gradients of other elements are zero from here on
         >>> layer(torch.randn(8, 16, 4, 4)).square().sum().backward()
@@ -140,7 +142,7 @@ class NEqGroupNorm(OneNodeNorm, nn.GroupNorm):
 
     Takes the arguments of ``nn.GroupNorm``. All neurons are active until ``set_active``.
 
-    Example:
+    Examples:
         >>> layer = neq.NEqGroupNorm(4, 16)
         >>> layer.set_active([0, 3])  # the gradients of other elements are zero from here on
         >>> layer(torch.randn(8, 16, 4, 4)).square().sum().backward()
@@ -156,7 +158,7 @@ class NEqLayerNorm(OneNodeNorm, LastDimsNorm, nn.LayerNorm):
 
     Takes the arguments of ``nn.LayerNorm``. All neurons are active until ``set_active``.
 
-    Example:
+    Examples:
         >>> layer = neq.NEqLayerNorm(16)
         >>> layer.set_active([0, 3])  # the gradients of other elements are zero from here on
         >>> layer(torch.randn(8, 16)).square().sum().backward()
@@ -172,7 +174,7 @@ class NEqInstanceNorm1d(NEqInstanceNorm, nn.InstanceNorm1d):
 
     Takes the arguments of ``nn.InstanceNorm1d``. All neurons are active until ``set_active``.
 
-    Example:
+    Examples:
         >>> layer = neq.NEqInstanceNorm1d(16, affine=True)
         >>> layer.set_active([0, 3])  # the gradients of other elements are zero from here on
         >>> layer(torch.randn(8, 16, 4)).square().sum().backward()
@@ -188,7 +190,7 @@ class NEqInstanceNorm2d(NEqInstanceNorm, nn.InstanceNorm2d):
 
     Takes the arguments of ``nn.InstanceNorm2d``. All neurons are active until ``set_active``.
 
-    Example:
+    Examples:
         >>> layer = neq.NEqInstanceNorm2d(16, affine=True)
         >>> layer.set_active([0, 3])  # the gradients of other elements are zero from here on
         >>> layer(torch.randn(8, 16, 4, 4)).square().sum().backward()
@@ -204,7 +206,7 @@ class NEqInstanceNorm3d(NEqInstanceNorm, nn.InstanceNorm3d):
 
     Takes the arguments of ``nn.InstanceNorm3d``. All neurons are active until ``set_active``.
 
-    Example:
+    Examples:
         >>> layer = neq.NEqInstanceNorm3d(16, affine=True)
         >>> layer.set_active([0, 3])  # the gradients of other elements are zero from here on
         >>> layer(torch.randn(2, 16, 4, 4, 4)).square().sum().backward()
@@ -220,7 +222,7 @@ class NEqRMSNorm(LastDimsNorm, nn.RMSNorm):
 
     Takes the arguments of ``nn.RMSNorm``. All neurons are active until ``set_active``.
 
-    Example:
+    Examples:
         >>> layer = neq.NEqRMSNorm(16)
         >>> layer.set_active([0, 3])  # the gradients of other elements are zero from here on
         >>> layer(torch.randn(8, 16)).square().sum().backward()

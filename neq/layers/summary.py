@@ -1,4 +1,4 @@
-"""A table of a model's layers: neurons, active share, and what was not converted."""
+"""A table of a model's layers: neurons, active share, and why a layer was not converted."""
 
 from dataclasses import dataclass
 
@@ -11,27 +11,41 @@ from neq.layers.conversion import check_module, convertible, obstacle, same_neur
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One module that owns parameters."""
+    """One module that owns parameters.
+
+    Attributes:
+        name: Its name in the model.
+        kind: The name of its class.
+        neurons: How many neurons it has; 0 if it is not converted.
+        active: How many of them are active.
+        reason: Why it is not converted; empty if it is.
+    """
 
     name: str
     kind: str
-    neurons: int  # 0 where it is not converted
+    neurons: int
     active: int
-    reason: str  # why it is not converted; empty where it is
+    reason: str
 
 
 @dataclass(frozen=True)
 class Summary:
-    """``print`` it; or read ``layers``."""
+    """What ``neq.summary`` found. As a string, a table.
+
+    Attributes:
+        layers: One entry for each module that owns parameters, in the model's order.
+    """
 
     layers: tuple[LayerSummary, ...]
 
     @property
     def neurons(self) -> int:
+        """How many neurons all layers have."""
         return sum(layer.neurons for layer in self.layers)
 
     @property
     def active(self) -> int:
+        """How many of them are active."""
         return sum(layer.active for layer in self.layers)
 
     def __str__(self) -> str:
@@ -46,7 +60,26 @@ class Summary:
 
 
 def summary(model: nn.Module) -> Summary:
-    """Every module of ``model`` that owns parameters, in the model's order."""
+    """List the modules of a model that own parameters, with their neurons.
+
+    Args:
+        model: Any module, converted or not.
+
+    Returns:
+        One entry for each such module. ``print`` shows them as a table.
+
+    Raises:
+        TypeError: If ``model`` is not a module.
+
+    Examples:
+        >>> model = neq.convert(nn.Sequential(nn.Linear(8, 4), nn.PReLU()))
+        >>> model[0].set_active([0, 3])
+        >>> print(neq.summary(model))
+        layer  kind       neurons  active
+        0      NEqLinear        4   50.0%
+        1      PReLU            -       -  not a kind of layer that neq knows
+        total                   4   50.0%
+    """
     check_module("summary", model)
     layers = []
     known = tuple(convertible())
@@ -68,7 +101,7 @@ def summary(model: nn.Module) -> Summary:
 
 
 def _owns_parameters(module: nn.Module) -> bool:
-    # a quantized module keeps them packed, where _parameters does not show them
+    # a quantized module keeps its parameters packed, out of sight of _parameters
     own = any(p is not None for p in module._parameters.values())
     return own or obstacle(module) == "quantized"
 

@@ -1,6 +1,6 @@
 """GPT-2's ``Conv1D``: a linear layer whose weight is stored column-major, as [inputs, neurons].
 
-A file that only ``convert`` imports, since it needs the transformers library, which neq does not.
+Only ``convert`` imports this file: it needs the transformers library, which neq does without.
 """
 
 from typing import cast
@@ -13,7 +13,7 @@ from neq.layers.base import NeuronLayer, autocast
 
 
 class NEqTransformersConv1D(NeuronLayer, Conv1D):  # type: ignore[misc]  # Conv1D is untyped
-    """``transformers.pytorch_utils.Conv1D`` that trains only its active neurons."""
+    """``transformers.pytorch_utils.Conv1D`` that trains only its active neurons, its columns."""
 
     plain = Conv1D
 

@@ -1,1 +1,1 @@
-"""What is measured of each neuron, and on what."""
+"""What is measured of each neuron, and on which samples."""

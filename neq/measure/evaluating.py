@@ -1,4 +1,4 @@
-"""Run a model without leaving a trace: in eval mode, with hooks, on a batch as its arguments."""
+"""Run a model in eval mode, with hooks, and leave no trace of it."""
 
 import inspect
 import random
@@ -19,20 +19,21 @@ Module = TypeVar("Module", bound=nn.Module)
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, ``model`` is in eval mode, and nothing that happens is felt outside.
+    """Inside, ``model`` is in eval mode, without gradients.
 
-    Modules keep their training flags, BatchNorms their statistics, autocast its cache, and torch,
-    numpy and Python their random states, which start from the same seed each time inside.
+    Outside nothing changes: modules keep their training flags, BatchNorms their statistics,
+    autocast its cache, and torch, numpy and Python their random states. Inside, these start from
+    the same seed each time.
     """
     modules = list(model.modules())
-    # the flags themselves: train() and eval() may be overridden, and need not undo each other
+    # the flags themselves, since train() and eval() may be overridden and need not undo each other
     training = [m.training for m in modules]
     devices = {p.device for p in model.parameters()} | {torch.device("cpu")}
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(_same_random_numbers(devices))
         for kind in {device.type for device in devices}:
-            # a cast of a weight cached here, without gradient, would be used in training
+            # a cast cached here has no gradient, and training would use it
             cast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
             stack.enter_context(
                 torch.autocast(kind, enabled=cast[0], dtype=cast[1], cache_enabled=False)
@@ -70,7 +71,7 @@ def _same_random_numbers(devices: Iterable[torch.device]) -> Iterator[None]:
     states = [module.get_rng_state(device) for module, device in accelerators]
     cpu, python, numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
-        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed devices not used here
+        torch.default_generator.manual_seed(0)  # torch.manual_seed seeds unused devices too
         for module, device in accelerators:
             with module.device(device):
                 module.manual_seed(0)
@@ -86,7 +87,7 @@ def _same_random_numbers(devices: Iterable[torch.device]) -> Iterator[None]:
 
 
 def as_inputs(model: nn.Module, batch: Any) -> Inputs:
-    """A batch as the arguments of the model, by position or by name, on its device."""
+    """A batch as the arguments of the model, by position or by name, on the model's device."""
     batch = to_device(batch, device_of(model))
     if isinstance(batch, Mapping):
         return batch
@@ -94,6 +95,7 @@ def as_inputs(model: nn.Module, batch: Any) -> Inputs:
 
 
 def call(model: nn.Module, inputs: Inputs) -> None:
+    """Call the model with arguments that ``as_inputs`` made."""
     if isinstance(inputs, Mapping):
         model(**inputs)
     else:
@@ -101,12 +103,13 @@ def call(model: nn.Module, inputs: Inputs) -> None:
 
 
 def device_of(model: nn.Module) -> torch.device:
+    """The device of the model's first parameter; the CPU if it has none."""
     parameter = next(model.parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device
 
 
 def _required(model: nn.Module) -> int:
-    """How many positional arguments the model's forward can't do without; at least one."""
+    """How many positional arguments the model's forward requires; at least 1."""
     parameters = inspect.signature(model.forward).parameters.values()
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     needed = [p for p in parameters if p.kind in positional and p.default is p.empty]
@@ -114,6 +117,7 @@ def _required(model: nn.Module) -> int:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with every tensor in it on ``device``, also inside of mappings and sequences."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, Mapping):

@@ -1,4 +1,4 @@
-"""The outputs of the epoch before, and how much those of this epoch resemble them."""
+"""The outputs of the epoch before, and their similarity to the outputs of this epoch."""
 
 from typing import Any, get_args
 
@@ -13,19 +13,21 @@ POSITIONS = 1024  # per neuron and batch, in a sketch
 
 
 class KeptOutputs:
-    """The outputs of each group, kept until the next pass, which is compared with them.
+    """The outputs of each group, kept for comparison with those of the next pass.
 
-    Both sides of a comparison are what was kept: outputs that don't change are exactly alike.
+    Both sides of a comparison are rounded and sketched alike. So outputs that don't change have
+    φ = 1 exactly.
 
     Args:
-        neurons: How many each group has.
+        neurons: How many neurons each group has.
         devices: Where each group is.
-        where: ``"device"`` keeps outputs beside the model; ``"host"`` in (pinned) main memory;
-            ``"sketch"`` beside the model, at most ``POSITIONS`` positions of each neuron and batch
-            (or one per sample, where there are more samples), chosen at random once.
+        where: ``"device"`` keeps outputs beside the model; ``"host"`` keeps them in main memory.
+            ``"sketch"`` keeps a part of them beside the model: at most ``POSITIONS`` positions of
+            each neuron and batch, or one per sample if there are more samples. The positions are
+            drawn once.
         per_sample: Compare sample by sample, and average.
-        keeps_precision: Keep outputs as they are; otherwise in bfloat16, unless they have 16 bits
-            already.
+        keeps_precision: Keep outputs in their own precision. Otherwise those of more than 16 bits
+            are kept in bfloat16.
     """
 
     def __init__(
@@ -40,7 +42,7 @@ class KeptOutputs:
             raise ValueError(f"memory must be 'device', 'host' or 'sketch', got {where!r}")
         self.neurons, self.devices = neurons, devices
         self.where, self.per_sample, self.keeps_precision = where, per_sample, keeps_precision
-        self.outputs: dict[int, list[Tensor]] = {}  # group -> what it put out, call by call
+        self.outputs: dict[int, list[Tensor]] = {}  # group -> its outputs, call by call
         self._chosen: dict[tuple[torch.device, int, int], Tensor] = {}
         self.start()
 
@@ -52,7 +54,8 @@ class KeptOutputs:
         """Begin a pass."""
         self._before, self.outputs = self.outputs, {}
         zeros = {"dtype": torch.float64}
-        rows = 2 if self.per_sample else 3  # Σ cosines and samples, or the sums that make a cosine
+        # [2, n]: the sum of cosines and the count of samples; or [3, n]: the sums for a cosine
+        rows = 2 if self.per_sample else 3
         self._sums = [
             torch.zeros(rows, n, device=device, **zeros)  # type: ignore[call-overload]
             for n, device in zip(self.neurons, self.devices, strict=True)
@@ -60,9 +63,9 @@ class KeptOutputs:
         self._compared = [0] * len(self.neurons)
 
     def observe(self, group: int, y: Tensor, channel_dim: int) -> None:
-        """Take an output [samples, ...]. Its dimension ``channel_dim`` counts the neurons."""
+        """Take an output y [samples, ...] of a group; ``channel_dim`` counts its neurons."""
         if y.numel() == 0:
-            return  # an expert without tokens, say: nothing to go by
+            return  # of an expert without tokens, say
         kept, channel_dim = self._keep(y.detach(), channel_dim)
         now = self.outputs.setdefault(group, [])
         before = self._before.get(group, [])
@@ -78,14 +81,15 @@ class KeptOutputs:
         now.append(kept.to("cpu", non_blocking=True) if self.where == "host" else kept)
 
     def sums(self) -> Tensor:
-        """What the pass found, as one float64 vector on a device. Those of several ranks add up."""
+        """What the pass found: a float64 vector on a device, which adds up over ranks."""
         counts = torch.tensor(self._compared, dtype=torch.float64)
         parts = [*(sums.flatten() for sums in self._sums), counts]
         return torch.cat([part.to(self.devices[0], non_blocking=True) for part in parts])
 
     def phi(self, sums: Tensor) -> Tensor:
-        """φ of all neurons, one group after the other, from ``sums()`` on the CPU; NaN where not
-        measured.
+        """φ of all neurons, one group after the other; NaN for neurons that were not measured.
+
+        ``sums`` is what ``sums()`` returned, on the CPU.
         """
         groups = len(self.neurons)
         rows = 2 if self.per_sample else 3
@@ -100,9 +104,9 @@ class KeptOutputs:
         return torch.cat(phis)
 
     def _keep(self, y: Tensor, channel_dim: int) -> tuple[Tensor, int]:
-        """What to keep of ``y``, and which of its dimensions counts the neurons.
+        """What to keep of y [samples, ...], and its dimension that counts the neurons.
 
-        Never ``y`` itself: an activation that works in place may be about to overwrite it.
+        A copy, since an activation that works in place may overwrite y.
         """
         kept = y
         if self.sketches:
@@ -112,7 +116,7 @@ class KeptOutputs:
         return kept.clone() if kept is y else kept, channel_dim
 
     def _sketch(self, y: Tensor, channel_dim: int) -> tuple[Tensor, int]:
-        """Some positions of each sample, the same for each neuron and in each pass."""
+        """Some positions of each sample of y, the same for each neuron and in each pass."""
         samples, positions = len(y), y[0].numel() // y.shape[channel_dim]
         wanted = max(1, POSITIONS // samples)
         if positions <= wanted:

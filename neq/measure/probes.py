@@ -1,7 +1,7 @@
 """What neurons are measured on: a batch or a loader, noise, or their own weights.
 
 A good probe is small. The authors of the method recommend one sample per class, held out of the
-training set, and report comparable results with a single image.
+training set. They report comparable results with a single image.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,28 +14,40 @@ from torch import Tensor, nn
 from neq.layers.base import NeuronLayer
 from neq.measure.evaluating import Inputs, as_inputs, call, device_of, evaluating, hooked, to_device
 
-# given the number of a group of layers, values [samples, ...] and the dimension of its neurons
 Observe = Callable[[int, Tensor, int], None]
+"""Takes the number of a group, an output [samples, ...], and its dimension that counts the neurons.
+"""
 
 
 class Probe:
-    """Runs the model on the same samples each time, and shows what each layer puts out.
+    """Runs the model on the same samples each time, and shows the output of each layer.
 
-    The model runs in eval mode, without gradients, and is left as it was found: each module's
-    training flag, BatchNorm's statistics, autocast's cache, and the random state of torch, numpy
-    and Python. Inside, all three start from the same seed each time.
+    The model runs in eval mode, without gradients. Nothing changes outside: training flags,
+    BatchNorm's statistics, autocast's cache, and the random states of torch, numpy and Python.
+    While the probe runs, these three start from the same seed each time.
 
     Args:
-        data: One batch, as the model takes it: a tensor; a dict, given as keyword arguments; a
-            tuple or list, of which the model gets as many items as its forward requires (so that a
-            loader's ``(images, labels)`` works). Or any other iterable of such batches, like a
-            DataLoader, which has to give the same samples in the same order each time: no
-            shuffling, no augmentation.
-        forward: ``forward(model, batch)``, where that isn't how the model is called. The batch
-            comes on the model's device.
+        data: One batch, or an iterable of batches such as a DataLoader. A batch is a tensor, a dict
+            of keyword arguments, or a tuple or list. Of a tuple or list the model gets as many
+            items as its forward requires, so ``(images, labels)`` works. An iterable has to give
+            the same samples in the same order each time, without shuffling or augmentation.
+        forward: ``forward(model, batch)`` calls the model in another way. The batch comes on the
+            model's device.
+
+    Attributes:
+        keeps_precision: Are outputs kept in their own precision? Otherwise in at most 16 bits.
+
+    Raises:
+        TypeError: If ``data`` is no batch and no iterable, or an iterator that can be read once
+            only.
+
+    Examples:
+        >>> images, labels = torch.randn(10, 3, 32, 32), torch.arange(10)
+        >>> probe = neq.Probe((images, labels))
+        >>> probe = neq.Probe(images, forward=lambda model, batch: model(batch.flatten(1)))
     """
 
-    keeps_precision: ClassVar[bool] = False  # may outputs be kept in 16 bits until the next epoch?
+    keeps_precision: ClassVar[bool] = False
 
     def __init__(
         self, data: Any, forward: Callable[[nn.Module, Any], object] | None = None
@@ -53,7 +65,11 @@ class Probe:
             )
 
     def batches(self, model: nn.Module) -> Iterable[Any]:
-        """The batches, the same each time."""
+        """The batches, the same each time.
+
+        Args:
+            model: The model that will get them.
+        """
         if isinstance(self.data, (Tensor, Mapping)):
             return [self.data]
         if isinstance(self.data, (tuple, list)) and any(isinstance(x, Tensor) for x in self.data):
@@ -63,9 +79,19 @@ class Probe:
     def run(
         self, model: nn.Module, groups: Sequence[Sequence[NeuronLayer]], observe: Observe
     ) -> list[Tensor]:
-        """Show each output of each group's layers, in the order in which they are computed.
+        """Run the model, and show each output of each layer in the order of computation.
 
-        What comes back tells these samples from others: float64 vectors, on any device.
+        Args:
+            model: The model.
+            groups: The groups of layers in the model.
+            observe: Called as ``observe(group, y, channel_dim)``: the number of the group, an
+                output [samples, ...], and its dimension that counts the neurons.
+
+        Returns:
+            Marks that tell these samples from others: float64 vectors, on any device.
+
+        Raises:
+            ValueError: If there is no batch.
         """
         hooks = {
             layer: partial(_show, observe, number)
@@ -82,24 +108,44 @@ class Probe:
         return marks
 
     def feed(self, model: nn.Module, batch: Any) -> None:
-        """Call the model on a batch."""
+        """Call the model on a batch.
+
+        Args:
+            model: The model.
+            batch: One of ``batches``.
+        """
         if self.forward is None:
             call(model, as_inputs(model, batch))
         else:
             self.forward(model, to_device(batch, device_of(model)))
 
     def example(self, model: nn.Module) -> Inputs | None:
-        """The model's arguments for the first batch; None where ``forward`` makes them up."""
+        """The model's arguments for the first batch; None if ``forward`` makes them.
+
+        Args:
+            model: The model.
+        """
         if self.forward is not None:
             return None
-        with evaluating(model):  # a loader draws a seed for its workers, a shuffling one more
+        with evaluating(model):  # a loader draws random numbers, as seeds for its workers
             return as_inputs(model, next(iter(self.batches(model))))
 
 
 class NoiseProbe(Probe):
-    """Gaussian noise of a given shape, samples first: no data needed.
+    """Measures neurons on Gaussian noise, without any data.
 
     ``NoiseProbe((100, 3, 32, 32))`` is the auxiliary set of NeVe, a follow-up of the method.
+
+    Args:
+        shape: The shape of the batch, samples first.
+        seed: The seed of the noise.
+        forward: ``forward(model, batch)``, as for ``Probe``.
+
+    Raises:
+        ValueError: If ``shape`` is empty or a size is not positive.
+
+    Examples:
+        >>> probe = neq.NoiseProbe((100, 3, 32, 32))
     """
 
     def __init__(
@@ -119,10 +165,13 @@ class NoiseProbe(Probe):
 
 
 class WeightProbe(Probe):
-    """No samples at all: a neuron is measured by its own parameters instead of its outputs.
+    """Measures neurons by their parameters instead of their outputs, without any samples.
 
-    Costs no forward. A neuron with a single parameter (a norm without bias) has no direction that
-    could change, so it is not measured and always trains.
+    It costs no forward. A neuron with a single parameter, as in a norm without a bias, has no
+    direction that could change. So it is not measured, and ``Equilibrium`` never freezes it.
+
+    Examples:
+        >>> probe = neq.WeightProbe()
     """
 
     keeps_precision = True
@@ -144,7 +193,7 @@ class WeightProbe(Probe):
 
 
 def _mark(batch: Any) -> Tensor:
-    """float64 [...]: the sum of each sample, in order, of each tensor in the batch."""
+    """float64 [samples of all tensors]: the sum of each sample of each tensor in the batch."""
     if isinstance(batch, Tensor):
         real = torch.view_as_real(batch) if batch.is_complex() else batch
         samples = real.detach().reshape(len(batch) if batch.dim() else 1, -1)

@@ -1,4 +1,4 @@
-"""How fast the outputs of each neuron change: the measure of the NEq paper."""
+"""The measure of the NEq paper: how fast the outputs of each neuron change."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,12 +12,15 @@ from neq.measure.outputs import KeptOutputs
 
 
 class OutputVelocity(Measure):
-    """Scores "phi", the likeness of outputs to those of the pass before, and its "velocity".
+    """Gives the scores "phi" and "velocity".
+
+    φ is the similarity of a neuron's outputs to those of the pass before.
 
     Args:
         mu: The momentum of the velocity.
-        recurrence: The paper's or that of the released code: see ``neq.measure.equilibrium``.
-        per_sample: Average the likeness over samples, as the released code does.
+        recurrence: The formula of the ``"paper"`` or of the ``"released"`` code: see
+            ``neq.measure.equilibrium``.
+        per_sample: Average φ over samples, as the released code does.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""Frozen means frozen, whatever the optimizer; and optimizers that step the active neurons only.
+"""A guard for frozen neurons, and optimizers that step the active neurons only.
 
-``Guard`` keeps the frozen neurons of any optimizer as they are. ``SGD`` and ``AdamW`` are torch's
-without the time for frozen neurons, and need no Guard.
+``Guard`` keeps frozen neurons bit-identical under any optimizer. ``SGD`` and ``AdamW`` are those of
+torch without the time for frozen neurons; they need no Guard.
 """
 
 from neq.optim.by_rows import SGD, AdamW, RowOptimizer

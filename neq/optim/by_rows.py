@@ -18,10 +18,11 @@ _eager_steps: dict[type[Optimizer], Callable[..., Any]] = {}
 
 
 def _eager_step(kind: type[Optimizer]) -> Callable[..., Any]:
-    """The step of one of torch's optimizers, by itself: never compiled, and without calling hooks.
+    """The step of one of torch's optimizers, never compiled and without hooks.
 
-    Compiled, it would ask ``_init_group`` once and step the same rows for ever. Hooks are called by
-    the step around it; torch wraps a step in them when the first optimizer of its kind is made.
+    Compiled code would call ``_init_group`` once and step the same rows for ever. The step around
+    this one calls the hooks: torch wraps a step in them when the first optimizer of its class is
+    made.
     """
     if kind not in _eager_steps:
         step = inspect.unwrap(kind.step, stop=lambda f: not getattr(f, "hooked", False))
@@ -30,23 +31,25 @@ def _eager_step(kind: type[Optimizer]) -> Callable[..., Any]:
 
 
 class RowOptimizer(Optimizer):
-    """What ``SGD`` and ``AdamW`` add to torch's: they step the active neurons only.
+    """What ``SGD`` and ``AdamW`` have in common: they step the active neurons only.
 
-    A parameter with frozen neurons is stepped row by row: its active rows as torch would step them,
-    its frozen ones and their state not at all. All other parameters are left to torch, stepped as
-    ``foreach``, ``fused`` and ``capturable`` say. The state_dict is torch's and goes both ways.
+    Of a parameter with frozen neurons the active rows are stepped as in torch. The frozen rows and
+    their state are not touched. torch steps all other parameters, with ``foreach``, ``fused`` and
+    ``capturable`` as given. The state_dict has torch's format, so each can load that of the other.
 
     Args:
-        params: As for the torch optimizer of the same name, whose other arguments it takes too.
-        layers: The model, or an iterable of its layers. They say which neurons train; they may be
-            converted later, and reverted. A ``Controller`` that is given the optimizer brings them.
-        on_thaw: As for ``Guard``; the Controller's where that brings the layers.
+        params: The parameters, as for the torch optimizer of the same name.
+        *args: Other arguments of the torch optimizer.
+        layers: The model, or an iterable of its layers. They say which neurons are frozen. They may
+            be converted and reverted later. A ``Controller`` gives them to its optimizers.
+        on_thaw: What a neuron's optimizer state is when it trains again: see ``Guard``.
+        **kwargs: Other arguments of the torch optimizer.
 
-    Example:
-        >>> optimizer = neq.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, layers=model)
+    Raises:
+        ValueError: If ``differentiable`` is set, or ``on_thaw`` is given without ``layers``.
     """
 
-    _plain: ClassVar[type[Optimizer]]  # the torch optimizer that this one stands for
+    _plain: ClassVar[type[Optimizer]]  # the torch optimizer that this one replaces
 
     def __init__(
         self,
@@ -62,7 +65,7 @@ class RowOptimizer(Optimizer):
                 f"neq.optim.{type(self).__name__}: differentiable must be False, got True: "
                 "rows are stepped in place"
             )
-        # a GradScaler then unscales gradients itself, and calls no step that it means to skip
+        # so a GradScaler unscales gradients itself, and does not call a step that it skips
         self._step_supports_amp_scaling = False
         self._guard: _DenseGuard | None = None
         if layers is not None:
@@ -75,21 +78,41 @@ class RowOptimizer(Optimizer):
 
     @property
     def follows(self) -> bool:
-        """Has it been told which layers to follow?"""
+        """Was it given layers?"""
         return self._guard is not None
 
     def covers(self, layers: Iterable[nn.Module]) -> bool:
-        """Has it been told of all of these?"""
+        """Was it given all of these layers?
+
+        Args:
+            layers: Some layers.
+        """
         return self._guard is not None and set(layers) <= set(self._guard._modules)
 
     def follow(self, layers: nn.Module | Iterable[nn.Module], on_thaw: OnThaw = "keep") -> None:
-        """Step the active neurons of these layers only, instead of those of any others before."""
+        """Step only the active neurons of these layers. Replaces layers given before.
+
+        Args:
+            layers: The model, or an iterable of its layers.
+            on_thaw: As for ``Guard``.
+        """
         guard = _DenseGuard(self, layers, on_thaw)
         if self._guard is not None:
             self._guard.remove()
         self._guard = guard
 
     def step(self, closure: Any = None) -> Any:
+        """Step, as in torch.
+
+        Args:
+            closure: Computes the loss again and returns it; optional.
+
+        Returns:
+            The loss that ``closure`` returned, or None.
+
+        Raises:
+            ValueError: If it was never given layers.
+        """
         if self._guard is None:
             raise ValueError(
                 f"neq.optim.{type(self).__name__} does not know which neurons are frozen: give it "
@@ -114,7 +137,7 @@ class RowOptimizer(Optimizer):
         return {} if self._guard is None else self._guard.frozen
 
     def _divide(self, group: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The group with the parameters that torch steps, and with those stepped by rows."""
+        """Two groups in place of one: the parameters for torch, and those stepped by rows."""
         frozen = self._frozen
         dense: list[Tensor] = []
         by_rows: list[Tensor] = []
@@ -126,8 +149,9 @@ class RowOptimizer(Optimizer):
         return {**group, "params": dense}, {**group, "params": by_rows}
 
     def _by_neuron(self, params: list[Tensor], *lists: list[Tensor]) -> list[list[Tensor]]:
-        """Lists with a tensor for each of ``params``, or empty, as views whose dimension 0 counts
-        the neurons; then the orders and the counts that go with them.
+        """Views of some lists with neurons in dimension 0, then the orders and the counts.
+
+        Each list has a tensor for each of ``params``, or is empty.
         """
         frozen = [self._frozen[p] for p in params]
         views = [
@@ -140,14 +164,32 @@ class RowOptimizer(Optimizer):
 
 
 class SGD(RowOptimizer, torch.optim.SGD):
-    """``torch.optim.SGD`` whose step takes the time of the active rows; see ``RowOptimizer``.
+    """``torch.optim.SGD`` that steps the active neurons only, in the time that these take.
 
-    A row that was frozen when its parameter was first stepped starts from a momentum of zero.
+    A row that was frozen in the first step of its parameter starts from a momentum of zero.
+
+    Args:
+        params: The parameters.
+        *args: Other arguments of ``torch.optim.SGD``.
+        layers: The model, or an iterable of its layers; see ``RowOptimizer``.
+        on_thaw: As for ``Guard``.
+        **kwargs: Other arguments of ``torch.optim.SGD``.
+
+    Examples:
+        >>> model = neq.convert(nn.Linear(4, 3))
+        >>> optimizer = neq.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, layers=model)
+        >>> model.set_active([0, 2])
+        >>> before = model.weight.clone()
+        >>> model(torch.ones(8, 4)).sum().backward()
+        >>> optimizer.step()
+        >>> (model.weight != before).any(1)
+        tensor([ True, False,  True])
     """
 
     _plain = torch.optim.SGD
 
-    # torch's step asks this method what to step: it gets what has no frozen neurons
+    # torch's step calls this method for what to step. It gets the parameters without frozen
+    # neurons; the others are stepped here.
     def _init_group(
         self,
         group: dict[str, Any],
@@ -185,15 +227,33 @@ class SGD(RowOptimizer, torch.optim.SGD):
 
 
 class AdamW(RowOptimizer, torch.optim.AdamW):
-    """``torch.optim.AdamW`` whose step takes the time of the active rows; see ``RowOptimizer``."""
+    """``torch.optim.AdamW`` that steps the active neurons only, in the time that these take.
+
+    Args:
+        params: The parameters.
+        *args: Other arguments of ``torch.optim.AdamW``.
+        layers: The model, or an iterable of its layers; see ``RowOptimizer``.
+        on_thaw: As for ``Guard``.
+        **kwargs: Other arguments of ``torch.optim.AdamW``.
+
+    Examples:
+        >>> model = neq.convert(nn.Linear(4, 3))
+        >>> optimizer = neq.optim.AdamW(model.parameters(), lr=1e-3, layers=model)
+        >>> model.set_active([0, 2])
+        >>> before = model.weight.clone()
+        >>> model(torch.ones(8, 4)).sum().backward()
+        >>> optimizer.step()
+        >>> (model.weight != before).any(1)
+        tensor([ True, False,  True])
+    """
 
     _plain = torch.optim.AdamW
 
-    # torch's step asks this method what to step: it gets what has no frozen neurons
+    # see SGD._init_group
     def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
         dense, by_rows = self._divide(group)
         params: list[Tensor] = []
-        rest: list[list[Tensor]] = [[], [], [], [], []]  # grads, m, v, largest v, steps
+        rest: list[list[Tensor]] = [[], [], [], [], []]  # grads, m, v, maxima of v, steps
         super()._init_group(by_rows, params, *rest)  # type: ignore[no-untyped-call]
         if params:
             *moments, steps = rest
@@ -212,12 +272,12 @@ class AdamW(RowOptimizer, torch.optim.AdamW):
 
 
 class _DenseGuard(Guard):
-    """Guards what a ``RowOptimizer`` leaves to torch although it has frozen neurons."""
+    """Guards parameters with frozen neurons that a ``RowOptimizer`` leaves to torch."""
 
     def _is_moved(self, p: Tensor, frozen: Frozen) -> bool:
         if not is_own(self._optimizer):
             return True
-        # a closure may yet give it a sparse gradient
+        # without a gradient yet, a closure may give it a sparse one
         return frozen.k > 0 and (p.grad is None or not _steps_by_rows(p, frozen))
 
 

@@ -12,22 +12,22 @@ from neq.layers.base import NeuronLayer
 
 @dataclass(frozen=True)
 class Frozen:
-    """The frozen neurons of one parameter, and where its elements for them lie."""
+    """The frozen neurons of one parameter, and where their elements lie."""
 
     order: Tensor  # int64 [neurons]: the active ones first
-    count: Tensor  # int64 [], on the CPU: how many those are
-    k: int  # the same
+    count: Tensor  # int64 [], on the CPU: k as a tensor
+    k: int  # how many are active
     active: Tensor  # bool [neurons]
-    dim: int | None  # of the parameter, along which its neurons lie; None if along several
-    mask: Tensor | None  # only then: ``active`` shaped to broadcast against the parameter
+    dim: int | None  # the parameter's dimension that counts the neurons; None if there are several
+    mask: Tensor | None  # if so: ``active``, shaped to broadcast against the parameter
 
     @property
     def neurons(self) -> Tensor:
-        """int64: the frozen ones."""
+        """The frozen neurons: int64 [neurons - k]."""
         return self.order[self.k :]
 
     def covers(self, state: object, p: Tensor) -> bool:
-        """Does this entry of the optimizer's state for ``p`` hold something for each neuron?"""
+        """Has this entry of the optimizer's state for ``p`` elements for each neuron?"""
         if not isinstance(state, Tensor) or state.dim() != p.dim() or state.is_sparse:
             return False
         if self.dim is None:
@@ -35,15 +35,18 @@ class Frozen:
         return state.shape[self.dim] == len(self.order)
 
     def copy(self, t: Tensor) -> Tensor:
+        """A copy of the frozen elements of t, which is shaped like the parameter."""
         return t.clone() if self.dim is None else t.index_select(self.dim, self.neurons)
 
     def put_back(self, t: Tensor, copy: Tensor) -> None:
+        """Overwrite the frozen elements of t with the ``copy`` that ``copy`` made."""
         if self.dim is None:
             t.copy_(torch.where(self.mask, t, copy))  # type: ignore[arg-type]
         else:
             t.index_copy_(self.dim, self.neurons, copy)
 
     def fill(self, t: Tensor, value: float) -> None:
+        """Fill the frozen elements of t with ``value``."""
         if self.dim is None:
             t.masked_fill_(~self.mask, value)  # type: ignore[operator]
         else:
@@ -51,14 +54,14 @@ class Frozen:
 
 
 def frozen_in(modules: Iterable[nn.Module]) -> dict[Tensor, Frozen]:
-    """Every parameter that has frozen neurons now."""
+    """The parameters that have frozen neurons now."""
     layers = [m for m in modules if isinstance(m, NeuronLayer)]
     found: dict[Tensor, Frozen] = {}
     if all(layer.active.everything for layer in layers):
         return found
     owners: dict[Tensor, NeuronLayer] = {}
     for layer in layers:
-        # also what weights are computed from: weight_orig of pruning, weight_g of weight_norm
+        # also parameters from which weights are computed: weight_orig of pruning, say
         for name, p in layer._parameters.items():
             if p is None:
                 continue
@@ -81,7 +84,7 @@ def frozen_in(modules: Iterable[nn.Module]) -> dict[Tensor, Frozen]:
             bias = name.startswith("bias")
             dim = (0 if p.dim() == 1 else None) if bias else layer.neuron_dim
             if dim is not None and (p.dim() <= dim or p.shape[dim] != active.neurons):
-                continue  # not the neurons' own: a scale common to all of them
+                continue  # a scale common to all neurons
             mask = None
             if dim is None:
                 mask = active.mask.view(p.shape) if bias else layer.spread(active.mask)
@@ -90,6 +93,7 @@ def frozen_in(modules: Iterable[nn.Module]) -> dict[Tensor, Frozen]:
 
 
 def modules_in(layers: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:
+    """The modules in ``layers``: all of a model, or those of an iterable."""
     if isinstance(layers, nn.Module):
         return list(layers.modules())
     modules = list(layers)

@@ -1,7 +1,7 @@
-"""Frozen means frozen, whatever the optimizer.
+"""A guard that keeps frozen neurons as they are, under any optimizer.
 
 A gradient of zero does not freeze a neuron: weight decay, momentum and Adam's moments still move
-it. ``Guard`` puts back, after each step, what a step has moved of the frozen neurons.
+it. After each step, ``Guard`` puts back what the step has moved of the frozen neurons.
 """
 
 from collections.abc import Iterable
@@ -16,6 +16,7 @@ from neq.integrations.wrapped import optimizer_in
 from neq.optim.frozen import Frozen, frozen_in, modules_in
 
 OnThaw = Literal["keep", "reset"]
+"""What a neuron's optimizer state is when it trains again: see ``Guard``."""
 _OWN = "torch.optim.", "neq.optim"  # the modules of torch's optimizers and of ours
 
 
@@ -23,8 +24,8 @@ _OWN = "torch.optim.", "neq.optim"  # the modules of torch's optimizers and of o
 class _Kept:
     """What is put back after a step."""
 
-    gradients: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # with their parameters
-    # parameters, their groups, their frozen elements, and those of their state
+    gradients: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (parameter, gradient)
+    # (parameter, its group, its frozen elements, the frozen elements of its state)
     copies: list[tuple[Tensor, dict[str, Any], Tensor, dict[str, Tensor]]] = field(
         default_factory=list
     )
@@ -33,27 +34,46 @@ class _Kept:
 class Guard:
     """Keeps the frozen neurons of ``layers`` bit-identical under any ``torch.optim`` optimizer.
 
-    A step costs a copy of the frozen rows, there and back; of their state too with "keep". A layer
-    that is frozen entirely costs nothing: its gradient is hidden from the optimizer for the length
-    of the step (from torch's own: a class derived from them may move what has no gradient). Nothing
-    waits for a GPU. A CUDA graph of the step has to be captured again after ``set_active``. A step
-    that ends in an exception leaves what it has moved until then, as torch does.
+    In each step the frozen rows are copied and put back, with "keep" their optimizer state too. A
+    layer without active neurons costs nothing: its gradient is hidden from the optimizer during
+    the step. (Not from a class derived from torch's, which may move what has no gradient.)
 
-    "keep" is the default because it is safe for every optimizer. With "reset", the step count of
-    Adam and its relatives goes on, since it belongs to the whole parameter: nothing corrects the
-    bias of moments that start from zero, and a thawed neuron's first steps are several times too
-    long. (So are they with "keep" for a neuron frozen before its moments had settled, within the
-    first few hundred steps.) With SGD, "reset" merely forgets an old momentum.
+    The Guard never waits for a GPU. A CUDA graph of the step has to be captured again after
+    ``set_active``. If a step raises an exception, what it has moved until then stays moved, as in
+    torch.
 
-    LBFGS keeps no state by neuron: it starts anew whenever other neurons train. Its state_dict says
-    which did, so that a resumed run does so too.
+    "keep" is the default because it is safe for every optimizer. With "reset" under Adam and its
+    relatives, a neuron's first steps are several times too long: its moments start from zero, but
+    the step count, which corrects their bias, belongs to the whole parameter and goes on. The same
+    happens with "keep" if a neuron is frozen within the first few hundred steps, before its
+    moments have settled. With SGD, "reset" only forgets an old momentum.
+
+    LBFGS has no state by neuron. It starts anew whenever other neurons train. Its state_dict says
+    which neurons trained, so a resumed run does the same.
 
     Args:
         optimizer: Any ``torch.optim.Optimizer``.
-        layers: The model, or an iterable of its layers. They may be converted later, and reverted.
-        on_thaw: What a neuron finds when it trains again, of the optimizer's state for its own
-            elements. ``"keep"``: what it left when it was frozen, as if time had stood still.
-            ``"reset"``: what a new optimizer starts with.
+        layers: The model, or an iterable of its layers. They may be converted and reverted later.
+        on_thaw: What a neuron's optimizer state is when it trains again. ``"keep"``: what it was
+            when the neuron was frozen. ``"reset"``: what a new optimizer starts with.
+
+    Attributes:
+        frozen: The parameters that had frozen neurons in the latest step.
+
+    Raises:
+        TypeError: If ``optimizer`` is not an optimizer.
+        ValueError: If ``on_thaw`` is another value.
+
+    Examples:
+        >>> model = neq.convert(nn.Linear(4, 3))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+        >>> guard = neq.optim.Guard(optimizer, model)
+        >>> model.set_active([0, 2])
+        >>> before = model.weight.clone()
+        >>> model(torch.ones(8, 4)).sum().backward()
+        >>> optimizer.step()
+        >>> (model.weight != before).any(1)
+        tensor([ True, False,  True])
     """
 
     def __init__(
@@ -71,8 +91,8 @@ class Guard:
             raise ValueError(f"on_thaw must be 'keep' or 'reset', got {on_thaw!r}")
         self._modules = modules_in(layers)
         self._optimizer, self._on_thaw = optimizer, on_thaw
-        self.frozen: dict[Tensor, Frozen] = {}  # as of the latest step
-        # several where the step of a class of the user's calls that of torch's: both call hooks
+        self.frozen: dict[Tensor, Frozen] = {}
+        # several if the step of a user's class calls that of torch's: both call hooks
         self._under_way: list[_Kept] = []
         self._reset: dict[Tensor, tuple[Tensor, dict[str, Any]]] = {}
         self._handles = (
@@ -81,14 +101,14 @@ class Guard:
         )
 
     def remove(self) -> None:
-        """Leave the optimizer to itself again."""
+        """Stop guarding the optimizer."""
         for handle in self._handles:
             handle.remove()
 
     @torch.no_grad()
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.frozen = frozen_in(self._modules)
-        # what steps that failed left here goes: a step for each class at most is under way
+        # drop what failed steps left here: at most one step of each class is under way
         del self._under_way[: -len(type(optimizer).__mro__)]
         self._under_way.append(kept := _Kept())
         if isinstance(optimizer, LBFGS):
@@ -96,7 +116,8 @@ class Guard:
         if not self.frozen:
             return
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        # then what has no gradient is left alone: by torch's own, not by any that derives from them
+        # torch's own optimizers then leave a parameter without a gradient alone; classes derived
+        # from them may not
         by_gradient = closure is None and is_own(optimizer)
         for group in optimizer.param_groups:
             for p in group["params"]:
@@ -128,22 +149,22 @@ class Guard:
             for key, t in self._state(p, frozen).items():
                 if key in state:
                     frozen.put_back(t, state[key])
-                else:  # to be reset, or made in this very step
+                else:  # to be reset, or made in this step
                     frozen.fill(t, _start(optimizer, group, key))
 
     def _begin(self, p: Tensor, group: dict[str, Any]) -> None:
-        """torch's fused SGD fails where some parameters step for the first time, and others not."""
+        """Make a momentum buffer, since fused SGD fails if only some parameters have one."""
         if isinstance(self._optimizer, torch.optim.SGD) and group["fused"] and group["momentum"]:
             state = self._optimizer.state[p]
             if state.get("momentum_buffer") is None:
                 state["momentum_buffer"] = torch.zeros_like(p)
 
     def _is_moved(self, p: Tensor, frozen: Frozen) -> bool:
-        """Might the optimizer move frozen elements of ``p``?"""
+        """Can the optimizer move frozen elements of ``p``?"""
         return True
 
     def _restart_if_others_train(self, optimizer: LBFGS) -> None:
-        # it has one group, and its state is the first parameter's
+        # LBFGS has one group, and keeps all state with the first parameter
         params = optimizer.param_groups[0]["params"]
         everyone = params[0].new_ones(1)
         now = [everyone] * len(params)
@@ -156,13 +177,14 @@ class Guard:
         state["active_neurons"] = active
 
     def _state(self, p: Tensor, frozen: Frozen) -> dict[str, Tensor]:
-        """What the optimizer's state holds for each neuron of ``p``."""
+        """The entries of the optimizer's state for ``p`` that have elements for each neuron."""
         entries = self._optimizer.state.get(p, {})
         return {key: t for key, t in entries.items() if frozen.covers(t, p)}
 
     def _reset_once(self, p: Tensor, group: dict[str, Any], frozen: Frozen) -> None:
-        """Reset the state of frozen neurons when they are frozen, not when they thaw: a checkpoint
-        between the two then says it all.
+        """Reset the state of neurons when they are frozen, once.
+
+        Not when they train again: a checkpoint in between then needs no further information.
         """
         state = self._optimizer.state.get(p)
         mask, done = self._reset.get(p, (None, None))
@@ -174,12 +196,12 @@ class Guard:
 
 
 def is_own(optimizer: Optimizer) -> bool:
-    """torch's or ours, and not of a class of the user's, whose step may do more."""
+    """Is it of a class of torch or neq? The step of a user's class may do more."""
     return type(optimizer).__module__.startswith(_OWN)
 
 
 def _start(optimizer: Optimizer, group: dict[str, Any], key: str) -> float:
-    """What a new optimizer has under this key of its state."""
+    """The value with which a new optimizer starts this entry of its state."""
     if isinstance(optimizer, Rprop) and key == "step_size":
         return float(group["lr"])
     if isinstance(optimizer, Adagrad) and key == "sum":

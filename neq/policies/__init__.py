@@ -1,4 +1,4 @@
-"""Which neurons train: one protocol (``Policy``), and what is known to be worth trying."""
+"""Choosing which neurons train: the base class ``Policy``, and one file for each idea."""
 
 from neq.policies.base import Motion, Policy
 from neq.policies.baselines import Everything, Fixed, LowestVelocity, Random

@@ -1,4 +1,4 @@
-"""What a policy is: statistics in, the neurons that train out."""
+"""What a policy is: it takes scores of neurons, and gives those that train."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,24 +15,41 @@ from neq.measure.base import Measure
 from neq.measure.equilibrium import Recurrence
 from neq.measure.velocity import OutputVelocity
 
-Choice = Tensor | Sequence[int] | Sequence[bool] | None  # indices, a bool mask [n], or all
+Choice = Tensor | Sequence[int] | Sequence[bool] | None
+"""The neurons of a layer that train: indices, a bool mask [n], or None for all."""
 
 
 @dataclass(frozen=True)
 class Motion:
-    """How the neurons of one layer moved in the epoch just over. Tensors are [n], on the CPU."""
+    """How the n neurons of one group of layers moved in the epoch just over.
+
+    Tensors are on the CPU. A neuron that was not measured has NaN as its score.
+
+    Attributes:
+        name: The name of the group.
+        layer: Its first layer.
+        phi: The similarity of each neuron's outputs to those of the epoch before: float64 [n].
+        velocity: The velocity of each neuron: float64 [n].
+        active: Which neurons trained: bool [n].
+        scores: All that was measured: by name, float64 [n] each.
+    """
 
     name: str
     layer: NeuronLayer
-    phi: Tensor  # float64: likeness of outputs to the epoch before; NaN where not measured
-    velocity: Tensor  # float64; NaN where not measured
-    active: Tensor  # bool: which trained
-    scores: Mapping[str, Tensor] = field(
-        default_factory=dict, compare=False
-    )  # by name, all that was measured
+    phi: Tensor
+    velocity: Tensor
+    active: Tensor
+    scores: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
 
     @classmethod
     def of(cls, group: Group, scores: Mapping[str, Tensor], active: Tensor) -> "Motion":
+        """Make one for a group.
+
+        Args:
+            group: The layers, with n neurons.
+            scores: What was measured: by name, float64 [n] each.
+            active: Which neurons trained: bool [n].
+        """
         unmeasured = torch.full((group.n_neurons,), torch.nan, dtype=torch.float64)
         phi, velocity = scores.get("phi", unmeasured), scores.get("velocity", unmeasured)
         return cls(group.name, group.first, phi, velocity, active, scores)
@@ -42,74 +59,96 @@ class Motion:
 
 
 class Training(Protocol):
-    """What a policy may ask of the training that it decides on: the Controller is one."""
+    """What a policy may ask about the training. A Controller is one."""
 
     @property
     def layers(self) -> Mapping[str, Group]:
-        """The layers to decide on, by name: those that share a weight together."""
+        """The groups of layers to choose for, by name."""
 
     @property
-    def optimizers(self) -> Sequence[Optimizer]: ...
+    def optimizers(self) -> Sequence[Optimizer]:
+        """The optimizers that step the model."""
 
     def costs(self, unit: Unit) -> dict[str, float]:
-        """What it costs to train all neurons of each layer."""
+        """What it costs to train all neurons of each group, by its name.
+
+        Args:
+            unit: ``"parameters"``, ``"flops"`` or ``"ms"``: see ``neq.Controller.costs``.
+        """
 
 
 class Policy:
-    """Decides which neurons train. One of your own needs nothing but ``choose``.
+    """Chooses the neurons that train. A policy of your own has to define ``choose`` only.
 
-    The class attributes say what to measure; override them as attributes or in ``__init__``.
+    The attributes say what to measure. A subclass overrides them in its body or in ``__init__``.
 
-    Example:
+    Attributes:
+        measures: Does the policy look at scores, and so need a probe?
+        per_sample: Average φ over samples, as the released code does?
+        mu: The momentum of the velocity.
+        recurrence: The formula of the ``"paper"`` or of the ``"released"`` code.
+
+    Examples:
         >>> class FasterHalf(neq.Policy):
         ...     def choose(self, layers, epoch):
         ...         speeds = [layer.velocity.abs() for layer in layers]
         ...         return [~(speed < speed.nanmedian()) for speed in speeds]
     """
 
-    measures: bool = True  # does it look at φ or velocity, and so need a probe?
-    per_sample: bool = False  # which φ: see ``neq.measure.equilibrium``
+    measures: bool = True
+    per_sample: bool = False
     mu: float = 0.5
     recurrence: Recurrence = "paper"
 
     def choose(self, layers: Sequence[Motion], epoch: int) -> Sequence[Choice]:
-        """For each layer, the neurons that train next: indices, a bool mask [n], or None for all.
+        """The neurons that train in the next epoch.
 
-        Called on each rank; rank 0's choice holds.
+        Every rank calls it. The choice of rank 0 holds.
 
         Args:
-            layers: How the neurons of each layer moved.
-            epoch: How many are over, at least 1 unless the Controller was given ``warmup=0``.
+            layers: How the neurons of each group of layers moved.
+            epoch: How many epochs are over. It is 0 only with ``warmup=0``.
+
+        Returns:
+            For each group indices, a bool mask [n], or None for all neurons.
         """
-        # what a subclass has to bring; without it the error says so
         raise NotImplementedError(f"{type(self).__name__} must define choose(layers, epoch)")
 
     def measure(self) -> Measure:
-        """What it decides by, asked once; by default the velocity, as the class attributes say."""
+        """The measure that gives the scores; by default ``OutputVelocity``. Called once."""
         return OutputVelocity(self.mu, self.recurrence, self.per_sample)
 
     def attach(self, training: Training) -> None:
-        """Called once, by the Controller that takes up this policy."""
+        """Prepare for a training. The Controller calls it once.
+
+        Args:
+            training: The training to choose for.
+        """
 
     def detach(self) -> None:
-        """Undo what ``attach`` did to the model or its optimizers."""
+        """Undo what ``attach`` did to the model and its optimizers."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What it must remember to go on after a stop: tensors and plain values."""
+        """What ``load_state_dict`` needs to continue: tensors and plain values."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what ``state_dict`` gave."""
+        """Continue from a state.
+
+        Args:
+            state: What ``state_dict`` returned.
+        """
 
 
 def check_share(name: str, share: float) -> float:
+    """``share``, or a ValueError that calls it ``name`` if it is not in [0, 1]."""
     if not 0 <= share <= 1:
         raise ValueError(f"{name} must lie in [0, 1], got {share}")
     return share
 
 
 def top(scores: Tensor, count: int) -> Tensor:
-    """bool [n]: the ``count`` neurons that score highest; of equal ones, the first."""
+    """The ``count`` neurons with the highest scores [n], as bool [n]; of equal ones, the first."""
     mask = torch.zeros(len(scores), dtype=torch.bool)
     mask[scores.argsort(descending=True, stable=True)[:count]] = True
     return mask

@@ -1,4 +1,4 @@
-"""What a clever choice has to be compared with."""
+"""Simple policies, to compare others with."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +10,11 @@ from neq.policies.base import Choice, Motion, Policy, Training, check_share, top
 
 
 class Everything(Policy):
-    """All neurons train: plain training, measured like the rest where a probe is given."""
+    """All neurons train: plain training. With a probe they are measured nevertheless.
+
+    Examples:
+        >>> policy = neq.Everything()
+    """
 
     measures = False
 
@@ -22,8 +26,14 @@ class Random(Policy):
     """A share of each layer's neurons trains, drawn anew for each epoch.
 
     Args:
-        fraction: The share.
-        seed: Of the draws.
+        fraction: The share, in [0, 1].
+        seed: The seed of the draws.
+
+    Raises:
+        ValueError: If ``fraction`` is not in [0, 1].
+
+    Examples:
+        >>> policy = neq.Random(0.25)
     """
 
     measures = False
@@ -48,13 +58,19 @@ class Random(Policy):
 
 
 class LowestVelocity(Policy):
-    """The slowest neurons of each layer are frozen, whatever their speed.
+    """The fastest neurons of each layer train: a fixed share of them.
 
     Args:
-        fraction: The share of each layer's neurons that trains.
+        fraction: The share of each layer's neurons that trains, in [0, 1].
         mu: The momentum of the velocity.
-        signed: Rank by v instead of |v|. That is what the published records of a "stochastic"
-            baseline show: their option for random masks was off.
+        signed: Rank by v instead of |v|. The published records of a "stochastic" baseline show
+            this ranking: the option for random masks was off.
+
+    Raises:
+        ValueError: If ``fraction`` is not in [0, 1].
+
+    Examples:
+        >>> policy = neq.LowestVelocity(0.25)  # three quarters of each layer are frozen
     """
 
     def __init__(self, fraction: float, mu: float = 0.5, *, signed: bool = False) -> None:
@@ -65,7 +81,7 @@ class LowestVelocity(Policy):
         rows: list[Choice] = []
         for layer in layers:
             score = layer.velocity if self.signed else layer.velocity.abs()
-            fastest = score.nan_to_num(torch.inf)  # what was not measured trains
+            fastest = score.nan_to_num(torch.inf)  # neurons that were not measured come first
             rows.append(top(fastest, round(self.fraction * len(layer))))
         return rows
 
@@ -73,10 +89,20 @@ class LowestVelocity(Policy):
 class Fixed(Policy):
     """The same neurons train in every epoch.
 
-    Give the Controller ``warmup=0`` if that should hold from the start.
+    With ``warmup=0`` in the Controller, this holds from the start.
 
     Args:
-        rows: For each layer by name, indices or a bool mask; layers not named train as a whole.
+        rows: Indices or a bool mask for each layer, by its name. All neurons of other layers train.
+
+    Examples:
+        >>> control = neq.Controller(
+        ...     nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2)),
+        ...     optimizer=(),
+        ...     policy=neq.Fixed({"0": [0, 3]}),
+        ...     warmup=0,
+        ... )
+        >>> control.layers["0"].mask
+        tensor([ True, False, False,  True])
     """
 
     measures = False

@@ -1,4 +1,4 @@
-"""Spend a fixed budget on the neurons that move most for their price."""
+"""A fixed budget, spent on the neurons that move most for their cost."""
 
 from collections.abc import Sequence
 from typing import Any, get_args
@@ -11,20 +11,29 @@ from neq.policies.base import Choice, Motion, Policy, Training, check_share
 
 
 class Budget(Policy):
-    """Rank all neurons by |v| per unit of cost, and train from the top while the budget lasts.
+    """Neurons train in the order of |v| per unit of cost, as far as a budget lasts.
 
-    After Quélennec et al. (2024), where the unit is parameters. What is spent never exceeds the
-    budget, and falls short of it by less than the next neuron's cost. A neuron's cost is its share
-    of its layer's, also in a norm, whose weight gradient is computed for all neurons or none.
+    After Quélennec et al. (2024), where the unit is parameters. The neurons that train never cost
+    more than the budget. What is left is less than the cost of the next neuron.
+
+    A neuron costs its share of its layer. In a norm this is an approximation: its kernel computes
+    the weight gradient of all neurons or of none.
 
     Args:
-        share: The budget as a share of what training everything would cost; or
-        amount: the budget in units.
-        unit: ``"parameters"``, ``"flops"`` of the weight gradients of one step, or the ``"ms"``
-            that they take, measured when the Controller is made (and then part of the saved state).
-            Both are for a step on the Controller's ``example_inputs``.
+        share: The budget as a share of the cost of all neurons, in [0, 1].
+        amount: The budget in units, instead of ``share``.
+        unit: ``"parameters"``, or ``"flops"`` or ``"ms"`` of the weight gradients in one step on
+            the Controller's ``example_inputs``. Milliseconds are measured when the Controller is
+            made, and saved with its state.
         mu: The momentum of the velocity.
-        recurrence: The paper's or the released code's.
+        recurrence: The formula of the ``"paper"`` or of the ``"released"`` code.
+
+    Raises:
+        ValueError: Unless one of ``share`` and ``amount`` is given, and in its range.
+
+    Examples:
+        >>> policy = neq.Budget(share=0.1)
+        >>> policy = neq.Budget(amount=1e9, unit="flops")
     """
 
     def __init__(
@@ -44,7 +53,7 @@ class Budget(Policy):
             raise ValueError(f"unit must be 'parameters', 'flops' or 'ms', got {unit!r}")
         self.share = 1.0 if share is None else check_share("share", share)
         self.amount, self.unit, self.mu, self.recurrence = amount, unit, mu, recurrence
-        self.costs: dict[str, float] = {}  # of one neuron of each layer, in units
+        self.costs: dict[str, float] = {}  # of one neuron of each group, in units
 
     def attach(self, training: Training) -> None:
         totals = training.costs(self.unit)
@@ -57,7 +66,7 @@ class Budget(Policy):
         costs = torch.tensor([self.costs[layer.name] for layer in layers], dtype=torch.float64)
         cost = costs.repeat_interleave(torch.tensor(sizes))
         speed = torch.cat([layer.velocity for layer in layers]).abs()
-        # what was not measured comes first
+        # neurons that were not measured come first
         order = (speed / cost).nan_to_num(torch.inf).argsort(descending=True, stable=True)
         budget = self.amount if self.amount is not None else self.share * float(cost.sum())
         spent = cost[order].cumsum(0)

@@ -1,4 +1,4 @@
-"""Neurons at equilibrium are frozen: a threshold on the velocity, fixed or learned."""
+"""Neurons at equilibrium are frozen: a threshold on the speed, fixed or learned."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,15 +13,22 @@ from neq.policies.base import Choice, Motion, Policy, Training
 
 
 class Equilibrium(Policy):
-    """A neuron is frozen while |v| < eps, and trains again when it isn't.
+    """A neuron is frozen while |v| < eps: while it is at equilibrium.
 
     Args:
-        eps: The threshold. As published, 1e-3 for classification and 0.02 for segmentation.
+        eps: The threshold. Published values are 1e-3 for classification, 0.02 for segmentation.
         mu: The momentum of the velocity; 0.5 as published.
-        recurrence: The paper's or the released code's; the latter also freezes at |v| = eps.
+        recurrence: The formula of the ``"paper"`` or of the ``"released"`` code. With
+            ``"released"`` a neuron is also frozen at |v| = eps.
         per_sample: Average φ over samples, as the released code does.
-        hysteresis: A frozen neuron trains again only from |v| >= (1 + hysteresis) · eps.
+        hysteresis: A frozen neuron trains again only at |v| ≥ (1 + hysteresis) · eps.
         pinning: A neuron that was frozen once stays frozen.
+
+    Raises:
+        ValueError: If ``eps`` or ``hysteresis`` is negative.
+
+    Examples:
+        >>> policy = neq.Equilibrium(eps=1e-3)
     """
 
     def __init__(
@@ -42,7 +49,14 @@ class Equilibrium(Policy):
 
     @classmethod
     def released(cls, eps: float = 1e-3, mu: float = 0.5) -> "Equilibrium":
-        """As in the code published with the paper, whose φ and velocity are other ones."""
+        """The policy of the code published with the paper, which differs from the paper.
+
+        Its φ and its velocity are others: see ``neq.measure.equilibrium``.
+
+        Args:
+            eps: The threshold.
+            mu: The momentum of the velocity.
+        """
         return cls(eps, mu, recurrence="released", per_sample=True)
 
     def choose(self, layers: Sequence[Motion], epoch: int) -> Sequence[Choice]:
@@ -52,25 +66,33 @@ class Equilibrium(Policy):
         speed = layer.velocity.abs()
         limit = torch.full_like(speed, self.eps)
         limit[~layer.active] *= 1 + self.hysteresis
-        # a NaN, not measured, compares as false: it trains
+        # NaN compares as false: a neuron that was not measured trains
         frozen = speed <= limit if self.recurrence == "released" else speed < limit
         return ~frozen & layer.active if self.pinning else ~frozen
 
 
 class AdaptiveEps(Equilibrium):
-    """An eps that follows the loss, after SCoTTi: gradient descent on eps itself.
+    """``Equilibrium`` with an eps that gradient descent adapts to the loss, after SCoTTi.
 
-    An update w ← w - u is made where |v| exceeds eps. Taking the step function there as identity in
-    the backward pass, dL/deps at a step is Σ g · u: this step's gradient times the update made by
-    the last step, over the neurons that train. While successive updates agree, eps falls and more
-    neurons train; when they undo each other, it rises. Which neurons train is decided after each
-    epoch, from eps as all of its steps have left it. Costs a copy of the layers' parameters.
+    An update w ← w - u is made where |v| exceeds eps. With the step function taken as identity in
+    the backward pass, dL/deps at a step is Σ g · u over the neurons that train. There g is the
+    gradient in this step, and u the update made by the last one. While successive updates agree,
+    eps falls and more neurons train. When they undo each other, eps rises.
+
+    The sum is collected in every step. After each epoch eps is updated, and the neurons are chosen.
+    This takes memory for a copy of the layers' parameters.
 
     Args:
-        eps: Where it starts.
+        eps: The threshold at first.
         mu: The momentum of the velocity.
         rate: The learning rate of eps.
-        **options: Those of ``Equilibrium``.
+        **options: Other arguments of ``Equilibrium``.
+
+    Raises:
+        ValueError: If ``rate`` is not positive. The Controller raises it if it has no optimizer.
+
+    Examples:
+        >>> policy = neq.AdaptiveEps(eps=0.05, rate=1e-4)
     """
 
     def __init__(self, eps: float = 0.05, mu: float = 0.5, *, rate: float = 1e-4, **options: Any):
@@ -116,7 +138,7 @@ class AdaptiveEps(Equilibrium):
 
 
 class _Descent:
-    """Σ g · u over the steps of one optimizer, where u is the update made by the step before."""
+    """Σ g · u over the steps of one optimizer, with u the update made by the step before."""
 
     def __init__(self, optimizer: Optimizer, parameters: list[Tensor]) -> None:
         self.parameters = parameters
@@ -141,6 +163,7 @@ class _Descent:
         self.slope += total.nan_to_num(0.0, 0.0, 0.0)  # a step with infinite gradients is skipped
 
     def take(self) -> float:
+        """The sum so far, which starts from zero again."""
         slope = float(self.slope)
         self.slope.zero_()
         return slope

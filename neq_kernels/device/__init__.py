@@ -1,1 +1,1 @@
-"""What this machine has: the extension, GPUs, and ways past the dispatcher."""
+"""This machine: the compiled extension, GPUs, names, ranks, and a way past the dispatcher."""

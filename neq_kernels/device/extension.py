@@ -1,9 +1,9 @@
-"""The extension that csrc/ is built into, and the reason where there is none.
+"""The extension that is built from csrc/, or the reason why there is none.
 
-Where a kernel is missing, plain torch does the same work, more slowly.
+Without a compiled kernel, plain torch does the same work more slowly.
 """
 
-import torch  # before _C, which then shares the libgomp that torch brought, and so its threads
+import torch  # before _C, which then shares torch's libgomp, and so its threads
 from torch import Tensor
 
 try:
@@ -26,7 +26,7 @@ else:
 
 __all__ = ["DTYPES", "LARGEST_KEPT", "_C", "devices", "fresh_like", "sum_dtype", "why_not"]
 
-# what the kernels take
+# the dtypes that the kernels take
 DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16} if devices else set()
 
 
@@ -37,12 +37,12 @@ def why_not(device: str) -> str | None:
     return None if device in devices else _reason
 
 
-# the C library returns what is larger to the system, which hands it out anew page by page
+# The C library returns larger blocks to the system, which then gives them out page by page.
 LARGEST_KEPT = 32 << 20
 
 
 def fresh_like(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """``torch.empty_like``; on a CPU, what comes fresh from the system comes in large pages."""
+    """``torch.empty_like``. On a CPU, memory fresh from the system comes in large pages."""
     out = torch.empty_like(t, dtype=dtype)
     if out.nbytes > LARGEST_KEPT and out.is_cpu and "cpu" in devices:
         _C.cpu_prefer_large_pages(out)
@@ -50,5 +50,5 @@ def fresh_like(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def sum_dtype(dy: Tensor) -> torch.dtype:
-    """In which the kernels add up."""
+    """The dtype in which the kernels add up dy."""
     return torch.float64 if dy.dtype is torch.float64 else torch.float32

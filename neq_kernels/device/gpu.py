@@ -1,4 +1,4 @@
-"""What there is to launch Triton kernels on, and into how many programs to cut their work."""
+"""Facts about the GPU, and the number of parts into which a sum is cut for it."""
 
 import re
 from functools import cache, lru_cache
@@ -12,12 +12,15 @@ MOST_KEPT = 10_000  # of what is computed for a problem: text comes in ever new 
 
 
 class Gpu(NamedTuple):
+    """A GPU."""
+
     arch: int  # its compute capability: 80, 90, 100
-    processors: int
+    processors: int  # its multiprocessors
 
 
 @cache
 def gpu(device: torch.device) -> Gpu:
+    """The GPU that this CUDA device is."""
     found = torch.cuda.get_device_properties(device)
     return Gpu(10 * found.major + found.minor, found.multi_processor_count)
 
@@ -29,6 +32,7 @@ def archs() -> set[int]:
 
 @cache
 def triton_is_there() -> bool:
+    """Is Triton installed?"""
     return find_spec("triton") is not None
 
 
@@ -42,11 +46,16 @@ def triton_version() -> tuple[int, ...]:
 
 @lru_cache(MOST_KEPT)
 def parts(tiles: int, steps: int, slots: int, overhead: int) -> int:
-    """Into how many parts to cut the sum of each tile, where ``slots`` tiles run at a time.
+    """Into how many parts to cut the sum of each tile.
 
-    The fewest with which the last one ends earliest, to begin and to end one costing about as much
-    as ``overhead`` steps. There are never more than four per slot, which bounds the memory for
-    partial sums.
+    The fewest parts with which the last one ends earliest. There are at most four parts per slot,
+    which bounds the memory for partial sums.
+
+    Args:
+        tiles: How many tiles there are.
+        steps: The length of each tile's sum.
+        slots: How many parts run at a time.
+        overhead: What a part costs to begin and to end, in steps.
     """
     most = max(1, min(steps // overhead, 4 * slots // tiles))
     return min(

@@ -1,4 +1,4 @@
-"""What a device is called: what was measured on one holds for no other."""
+"""The names of devices, under which measured choices are kept."""
 
 import platform
 import re
@@ -9,6 +9,7 @@ import torch
 
 
 def name(device: torch.device) -> str:
+    """The model of a GPU; the model of a CPU and the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
@@ -18,23 +19,25 @@ def name(device: torch.device) -> str:
 
 
 def slug(name: str) -> str:
-    """A name as that of a file."""
+    """The name in letters that suit a file's name."""
     return re.sub(r"\W+", "-", name).strip("-").lower()
 
 
 @cache
 def cpu() -> str:
+    """The model of this machine's CPU."""
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 @cache
 def cpu_maker() -> str:
-    """ "Intel" or "AMD"; another's as the system calls it, or nothing."""
+    """The maker of this machine's CPU: "Intel", "AMD", or what the system says, if anything."""
     maker = _cpuinfo("vendor_id")
     return {"GenuineIntel": "Intel", "AuthenticAMD": "AMD"}.get(maker, maker)
 
 
 def _cpuinfo(key: str) -> str:
+    """The first value of a key in what Linux tells of its CPUs."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""How many processes train together: asked here, by every package."""
+"""How many processes train together."""
 
 from typing import Any
 
@@ -6,9 +6,10 @@ import torch.distributed as dist
 
 
 def in_process_group() -> bool:
+    """Is there a default process group?"""
     return dist.is_available() and dist.is_initialized()
 
 
 def world_size(group: Any = None) -> int:
-    """The ranks of a process group, by default of the one of all; 1 where there is none."""
+    """How many ranks the process group has, by default that of all ranks; 1 without any."""
     return dist.get_world_size(group) if in_process_group() else 1

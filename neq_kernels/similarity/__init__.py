@@ -1,1 +1,1 @@
-"""How alike the outputs of neurons are."""
+"""The similarity of neurons' outputs."""

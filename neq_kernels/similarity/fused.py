@@ -1,8 +1,8 @@
-"""``row_similarity`` as one Triton kernel: both outputs are read once, and nothing else is.
+"""``row_similarity`` as one Triton kernel, which reads both outputs once.
 
 A program keeps the sums of a few neurons, one for each element of its tile, and walks the positions
-tile by tile. Where there are too few neurons to fill the GPU, their positions are cut into parts,
-whose sums torch adds up: always in the same order.
+tile by tile. If there are too few neurons to fill the GPU, the positions are cut into parts. torch
+adds up the sums of the parts, always in the same order.
 """
 
 from math import ceil, gcd
@@ -15,13 +15,14 @@ from neq_kernels.device.gpu import gpu, parts
 from neq_kernels.shapes import INT32
 from neq_kernels.similarity import fused_kernels, in_torch
 
-ELEMENTS, WARPS = 2048, 4  # of a tile, and to work on it: a thread reads 64 bytes of bfloat16
-# that the registers of a processor suffice for, by the dtype of the sums
+# elements of a tile, and warps of a program: a thread reads 64 bytes of bfloat16
+ELEMENTS, WARPS = 2048, 4
+# programs at a time for which a processor has registers, by the dtype of the sums
 PROGRAMS = {torch.float32: 5, torch.float64: 3}
 
 
 def row_similarity(y: Tensor, y_: Tensor) -> Tensor:
-    """float64 [3, samples, neurons] from two of [samples, positions, neurons, positions]."""
+    """float64 [3, samples, neurons] from y and y_ [samples, positions, neurons, positions]."""
     samples, before, neurons, after = y.shape
     wide = torch.float64 if torch.float64 in (y.dtype, y_.dtype) else torch.float32
     if y.numel() == 0:
@@ -31,7 +32,7 @@ def row_similarity(y: Tensor, y_: Tensor) -> Tensor:
     y, y_ = y.contiguous(), y_.contiguous()
     u, width = unit(y, y_, after if after > 1 else neurons), neurons
     if after > 1 and u * y.element_size() < 8 and before >= 32:
-        # planes that are not aligned, 7 x 7 say: sums of each of their pixels first
+        # planes that are not aligned, 7 x 7 say: add up each of their pixels by itself first
         width, after = neurons * after, 1
         u = unit(y, y_, width)
     p, n, q = sides(before, width, after)
@@ -49,8 +50,10 @@ def row_similarity(y: Tensor, y_: Tensor) -> Tensor:
 
 
 def sides(before: int, neurons: int, after: int) -> tuple[int, int, int]:
-    """Of a tile: as many positions after the neurons as there are, then neurons enough that rows
-    of memory are read whole, then positions before them; and more neurons if that is not enough.
+    """The sides of a tile: positions before the neurons, neurons, positions after them.
+
+    A tile takes first all positions after the neurons, then enough neurons to read whole rows of
+    memory, then positions before the neurons. What is left of its elements goes to neurons.
     """
     power = triton.next_power_of_2
     q = min(power(after), ELEMENTS)
@@ -60,6 +63,6 @@ def sides(before: int, neurons: int, after: int) -> tuple[int, int, int]:
 
 
 def unit(y: Tensor, y_: Tensor, adjacent: int) -> int:
-    """How many elements of both can be read at once: up to 16 bytes of the narrower dtype."""
+    """How many elements of y and y_ can be read at once: up to 16 bytes of the narrower dtype."""
     addresses = (t.data_ptr() // t.element_size() for t in (y, y_))
     return gcd(16 // min(y.element_size(), y_.element_size()), adjacent, *addresses)

@@ -1,30 +1,30 @@
-"""What ``fused.py`` launches: a program sums for a few neurons, walking over the positions."""
+"""The Triton kernel of ``fused.py``: a program adds up the positions of a few neurons."""
 
 import triton
 import triton.language as tl
 
 
-# one kernel for all sizes, as far as they don't change its code
+# one kernel for all sizes that don't change its code
 @triton.jit(
     do_not_specialize=["before", "neurons", "samples", "steps"],
     do_not_specialize_on_alignment=["after"],
 )
 def sums(
     y,  # [samples, before, neurons, after], contiguous
-    y_,  # like y, but for its dtype
+    y_,  # like y, in a dtype of its own
     out,  # float32 or float64 [parts, 3, samples, neurons]
     before,
     neurons,  # in units
     after,  # in units
     samples,
     steps,  # tiles in one part
-    UNIT: tl.constexpr,  # elements that lie side by side, aligned as 16 bytes if they are as many
-    AFTER: tl.constexpr,  # do the positions after the neurons come in units, or the neurons?
-    P: tl.constexpr,
-    N: tl.constexpr,
-    Q: tl.constexpr,  # the sides of a tile: positions before, neurons, positions after
+    UNIT: tl.constexpr,  # elements that lie side by side and are read at once
+    AFTER: tl.constexpr,  # are the positions after the neurons counted in units, or the neurons?
+    P: tl.constexpr,  # sides of a tile: positions before the neurons,
+    N: tl.constexpr,  # neurons,
+    Q: tl.constexpr,  # positions after the neurons
 ):
-    # spelt as products, a size tells the compiler what it is a multiple of
+    # as a product, a size tells the compiler what it is a multiple of
     if AFTER:
         after = after * UNIT
     else:

@@ -1,7 +1,7 @@
 """``row_similarity`` in plain torch, a bounded piece at a time.
 
-Products are formed and summed in float32 (float64 for float64 outputs), pieces added up in float64.
-What is alive beside the outputs is a few pieces, whatever their size and dtype.
+Products are formed and summed in float32, or in float64 for float64 outputs. Pieces are added up in
+float64. The memory beside the outputs is that of a few pieces.
 """
 
 from itertools import product
@@ -9,11 +9,11 @@ from itertools import product
 import torch
 from torch import Tensor
 
-PIECE = {"cpu": 1 << 17, "cuda": 1 << 24}  # elements: what fits a core's cache, what fills a GPU
+PIECE = {"cpu": 1 << 17, "cuda": 1 << 24}  # elements that fit a core's cache, and that fill a GPU
 
 
 def row_similarity(y: Tensor, y_: Tensor) -> Tensor:
-    """[3, samples, neurons] from two of [samples, positions, neurons, positions]."""
+    """float64 [3, samples, neurons] from y and y_ [samples, positions, neurons, positions]."""
     samples, _, neurons, _ = sizes = y.shape
     wide = torch.float64 if torch.float64 in (y.dtype, y_.dtype) else torch.float32
     out = y.new_zeros((3, samples, neurons), dtype=torch.float64)

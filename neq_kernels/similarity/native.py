@@ -1,4 +1,4 @@
-"""``row_similarity`` on the CPU: both outputs read once, in the order in which they lie there.
+"""``row_similarity`` as a compiled CPU kernel, which reads both outputs once, in memory's order.
 
 csrc/cpu/similarity/row_similarity.cpp. It computes in float64.
 """
@@ -14,9 +14,14 @@ if extension.why_not("cpu") is None:
 
 
 def row_similarity(y: Tensor, y_: Tensor, isa: str = "best") -> Tensor:
-    """[3, samples, neurons] from two of [samples, positions, neurons, positions].
+    """float64 [3, samples, neurons] from y and y_ [samples, positions, neurons, positions].
 
-    The same bits for any number of threads.
+    It gives the same bits for any number of threads.
+
+    Args:
+        y: Outputs.
+        y_: Other outputs, in the same shape.
+        isa: The instructions to use, for tests.
     """
     if y.dtype not in extension.DTYPES or y_.dtype not in extension.DTYPES:
         return in_torch.row_similarity(y, y_)

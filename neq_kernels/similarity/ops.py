@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from neq_kernels.library import define
-from neq_kernels.similarity import planner
+from neq_kernels.similarity import planner, reference
 
 
 def _check_similarity(
@@ -54,4 +54,5 @@ row_similarity = define(
     "row_similarity(Tensor current, Tensor previous, int channel_dim, bool per_sample) -> Tensor",
     _row_similarity,
     _fake_row_similarity,
+    reference.row_similarity,
 )

@@ -1,4 +1,4 @@
-"""Picks the backend that compares outputs: a kernel where there is one, else torch in pieces."""
+"""Picks the backend that compares outputs: a kernel if there is one, else plain torch."""
 
 from math import prod
 from typing import Protocol
@@ -11,18 +11,21 @@ from neq_kernels.similarity import in_torch, native
 
 
 class Backend(Protocol):
-    """A way to compare outputs, as ``fold`` returns them: float64 [3, samples, neurons]."""
+    """One way to compare outputs."""
 
-    def row_similarity(self, y: Tensor, y_: Tensor) -> Tensor: ...
+    def row_similarity(self, y: Tensor, y_: Tensor) -> Tensor:
+        """float64 [3, samples, neurons] from y and y_, as ``fold`` returns them."""
 
 
 def row_similarity(current: Tensor, previous: Tensor, channel_dim: int, per_sample: bool) -> Tensor:
+    """The operator, for arguments that were checked. ``channel_dim`` is not negative."""
     y, y_ = fold(current, previous, channel_dim, per_sample)
     sums = choose(y.device.type).row_similarity(y, y_)
     return sums if per_sample else sums[:, 0]
 
 
 def choose(device: str) -> Backend:
+    """The backend for a kind of device: "cpu" or "cuda"."""
     if device == "cuda" and triton_is_there():
         from neq_kernels.similarity import fused
 
@@ -35,10 +38,10 @@ def choose(device: str) -> Backend:
 def fold(
     current: Tensor, previous: Tensor, channel_dim: int, per_sample: bool
 ) -> tuple[Tensor, Tensor]:
-    """Both as [samples, positions, neurons, positions]; samples is 1 unless they are kept apart.
+    """Both as [samples, positions, neurons, positions]; samples is 1 unless ``per_sample``.
 
-    Positions are taken in the order in which they lie in ``current``, so that neither tensor is
-    copied if it is dense in memory, whatever its layout, and the other is like it.
+    Positions are taken in the order in which they lie in the memory of ``current``. So nothing is
+    copied if both tensors are dense in memory and have the same strides.
     """
 
     def outermost_first(dim: int) -> tuple[bool, int]:

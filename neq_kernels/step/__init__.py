@@ -1,1 +1,1 @@
-"""The optimizer's step on the active rows."""
+"""Optimizers' steps on the active rows."""

@@ -1,9 +1,9 @@
 """``sgd_rows_`` and ``adamw_rows_`` on a GPU: one launch steps the active rows of many parameters.
 
-The parameters' addresses are arguments of the launch, in tuples, from which a program picks those
-of its own. So there is no table to keep on the device, nothing is uploaded, nothing waits, and a
-captured graph holds all that it needs. The arithmetic is float32 (float64 for float64), that of SGD
-and of Adam's moments the reference's, operation by operation.
+The parameters' addresses are arguments of the launch, in tuples from which each program picks its
+own. So no table is uploaded or kept on the device, nothing waits, and a captured graph holds all
+that it needs. The arithmetic is in float32, or in float64 for float64. For SGD and Adam's moments
+it is the reference's, operation by operation.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ from neq_kernels.step import fused_kernels
 from neq_kernels.step.options import SGD, AdamW, AdamWLists, SGDLists
 
 MANY = 32  # parameters in a launch
-BLOCK, WARPS = 512, 4  # units of elements that a program steps, and with what
+BLOCK, WARPS = 512, 4  # of a program: units of elements that it steps, and its warps
 DTYPES = {
     torch.float64: tl.float64,
     torch.float32: tl.float32,
@@ -61,20 +61,20 @@ def adamw_rows_(lists: AdamWLists, options: AdamW) -> None:
 
 
 class _Launch(NamedTuple):
-    """What one launch steps."""
+    """One launch of a kernel."""
 
-    chosen: list[int]  # the numbers of its parameters
+    chosen: list[int]  # the numbers of the parameters that it steps
     programs: int
     tuples: list[tuple[int, ...] | None]
     settings: dict[str, Any]
-    alike: Any  # what they have in common
+    alike: Any  # what these parameters have in common
 
 
 def _launches(
     orders: list[Tensor],
     counts: list[Tensor],
     *lists: list[Tensor],  # parameters, gradients, state
-    alike: Sequence[object] | None = None,  # of each parameter, what those of a launch share
+    alike: Sequence[object] | None = None,  # for each parameter; equal within a launch
 ) -> Iterator[_Launch]:
     params, dtype, size = lists[0], lists[0][0].dtype, lists[0][0].element_size()
     active = [int(k) for k in counts]
@@ -83,7 +83,7 @@ def _launches(
     groups: dict[tuple[int, object], list[int]] = {}
     for i, (k, width) in enumerate(zip(active, widths, strict=True)):
         if k * width > 0:
-            # so many elements of its rows can be read at once: up to 16 bytes
+            # how many elements of its rows can be read at once: up to 16 bytes
             unit = gcd(16, width * size, *(a[i] for a in addresses[1:] if a)) // size
             groups.setdefault((unit, alike and alike[i]), []).append(i)
     for (unit, common), group in groups.items():
@@ -102,20 +102,21 @@ def _launches(
 
 
 def _filled(values: list[int], by: int = 0) -> tuple[int, ...]:
-    """A tuple for a launch: of ``MANY`` entries, all of them large multiples of 16.
+    """A tuple for a launch: ``MANY`` entries, all of them large multiples of 16.
 
-    Triton compiles a kernel for each length, and for what it can tell of each entry: is it 1, a
-    multiple of 16, does it need 64 bits? Spelt like this, all tuples are the same to it.
+    Triton compiles a kernel for each length of a tuple. It also compiles one for each property of
+    an entry: whether it is 1, is a multiple of 16, or needs 64 bits. In this form all tuples have
+    the same length and properties.
     """
     given = [fused_kernels.BASE.value + 16 * value for value in values]
     return (*given, *[fused_kernels.BASE.value + 16 * by] * (MANY - len(given)))
 
 
 def _rate(lr: Tensor, param: Tensor) -> tuple[Tensor | None, float]:
-    """As a tensor on the GPU, or a number where that takes no waiting for one."""
+    """The learning rate, as a number if it is on the CPU, else as a tensor on the GPU."""
     return (None, lr.item()) if lr.is_cpu else (lr.to(param.device, non_blocking=True), 0.0)
 
 
 def _taken(step: Tensor) -> float | torch.dtype:
-    """How many steps; or its dtype, where only a GPU knows."""
+    """How many steps were taken, if that is on the CPU; else the dtype of the number."""
     return step.item() if step.is_cpu else step.dtype

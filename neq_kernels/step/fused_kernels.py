@@ -1,17 +1,18 @@
-"""What ``fused.py`` launches: a program steps a block of the active elements of one parameter.
+"""The Triton kernels of ``fused.py``: a program steps a block of active elements of one parameter.
 
-Which one, it finds in tuples of the launch, whose entries are ``BASE + 16 * value``.
+It finds its parameter in tuples, which are arguments of the launch. Their entries are
+``BASE + 16 * value``.
 """
 
 import triton
 import triton.language as tl
 
-BASE = tl.constexpr(2**62)  # of the entries of a launch's tuples
+BASE = tl.constexpr(2**62)
 
 
 @triton.jit
 def _pick(values, i):
-    """``values[i]`` of a tuple, for an i that is known only now."""
+    """``values[i]`` of a tuple, for an i that is not known when the kernel is compiled."""
     picked = values[0]
     for j in tl.static_range(1, len(values)):
         picked = tl.where(i == j, values[j], picked)
@@ -20,7 +21,7 @@ def _pick(values, i):
 
 @triton.jit
 def _elements(starts, counts, widths, orders, BLOCK: tl.constexpr, UNIT: tl.constexpr):
-    """Which parameter this program steps; where in it, [BLOCK, UNIT]; and what of that is there."""
+    """The parameter that this program steps; its elements [BLOCK, UNIT]; which exist [BLOCK, 1]."""
     program = tl.program_id(0).to(tl.int64)
     i = tl.full((), 0, tl.int32)
     for j in tl.static_range(1, len(starts)):
@@ -36,20 +37,22 @@ def _elements(starts, counts, widths, orders, BLOCK: tl.constexpr, UNIT: tl.cons
 
 @triton.jit
 def _at(addresses, i, at, DTYPE: tl.constexpr, UNIT: tl.constexpr):
-    """Pointers into the i-th tensor, which is aligned to whole units."""
+    """Pointers [BLOCK, UNIT] into the i-th tensor, which is aligned to whole units."""
     address = _pick(addresses, i).to(tl.pointer_type(DTYPE))
     return tl.multiple_of(address, UNIT * DTYPE.primitive_bitwidth // 8) + at
 
 
 @triton.jit
 def sgd(
-    starts,  # the first program of each parameter; then as many entries, of each
-    counts,  # its active rows
-    widths,  # of a row, in units
-    orders,  # addresses: int64 [n], the active ones first
-    parameters,  # [n, width]
-    grads,
-    momenta,  # or None
+    # tuples with an entry for each parameter:
+    starts,  # its first program
+    counts,  # how many rows are active
+    widths,  # units in a row
+    orders,  # addresses of int64 [n], the active rows first
+    parameters,  # addresses of [n, width]
+    grads,  # the same
+    momenta,  # the same, or None
+    # numbers:
     lr_at,  # a pointer to the learning rate, or None
     lr: tl.float64,
     momentum: tl.float64,
@@ -87,26 +90,28 @@ def sgd(
     tl.store(p_at, (p - rate.to(WIDE) * g).to(DTYPE), mask=there)
 
 
-# long: one pass over memory, whose arguments alone take a third of it
+# long: one pass over memory, with arguments in a third of the lines
 @triton.jit
 def adamw(
+    # tuples, as for sgd:
     starts,
     counts,
     widths,
     orders,
     parameters,
     grads,
-    means,
-    squares,
-    largest,  # or None
-    steps,  # addresses of the steps taken, this one included, or None
+    means,  # the first moments
+    squares,  # the second moments
+    largest,  # their maxima, or None
+    steps,  # addresses of the number of steps, this one included, or None
+    # numbers:
     lr_at,
     lr: tl.float64,
     beta1: tl.float64,
     beta2: tl.float64,
     eps: tl.float64,
     weight_decay: tl.float64,
-    correction1: tl.float64,  # 1 - beta1 to the power of the steps taken
+    correction1: tl.float64,  # 1 - beta1 ** steps, unless ``steps`` is given
     correction2: tl.float64,
     MAXIMIZE: tl.constexpr,
     STEP: tl.constexpr,  # dtype of the steps

@@ -1,6 +1,6 @@
-"""The compiled kernel for CPUs, which steps the active rows where they are.
+"""The compiled CPU kernel, which steps the active rows where they are.
 
-Packing them would move each twice more.
+Packing would move each row two more times.
 """
 
 import torch

@@ -1,6 +1,6 @@
-"""``neq::sgd_rows_`` and ``neq::adamw_rows_``: schema, checks and fake of each.
+"""``neq::sgd_rows_`` and ``neq::adamw_rows_``: schemas, checks and fakes.
 
-Dimension 0 of each parameter counts its neurons; ``order`` and ``count`` are given for each.
+Dimension 0 of each parameter counts its neurons. Each parameter has an ``order`` and a ``count``.
 """
 
 from typing import Any
@@ -8,12 +8,15 @@ from typing import Any
 from torch import Tensor
 
 from neq_kernels.library import check_rows, define
-from neq_kernels.step import planner
+from neq_kernels.step import planner, reference
 from neq_kernels.step.options import SGD, AdamW, AdamWLists, SGDLists
 
 
 def _check(lists: SGDLists | AdamWLists, lr: Tensor, **alike: list[Tensor]) -> None:
-    """``alike``: lists of tensors shaped like the parameters, under their names."""
+    """Raise a ValueError unless the lists fit each other.
+
+    ``alike``: lists of tensors shaped like the parameters, by name.
+    """
     params = lists.params
     each = {name: tensors for name, tensors in lists._asdict().items() if name not in _OPTIONAL}
     for name, tensors in (each | alike).items():
@@ -40,7 +43,7 @@ def _check(lists: SGDLists | AdamWLists, lr: Tensor, **alike: list[Tensor]) -> N
         check_rows(p.shape[0], p, lists.orders[i], lists.counts[i], f"params[{i}]")
 
 
-_OPTIONAL = "momentum_buffers", "max_exp_avg_sqs"  # empty where no option asks for them
+_OPTIONAL = "momentum_buffers", "max_exp_avg_sqs"  # empty unless an option needs them
 
 
 def _check_sgd(*args: Any) -> None:
@@ -76,6 +79,7 @@ sgd_rows_ = define(
     " bool nesterov, bool maximize, bool first) -> ()",
     _sgd_rows_,
     _check_sgd,
+    reference.sgd_rows_,
 )
 adamw_rows_ = define(
     "adamw_rows_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs,"
@@ -84,4 +88,5 @@ adamw_rows_ = define(
     " bool amsgrad, bool maximize) -> ()",
     _adamw_rows_,
     _check_adamw,
+    reference.adamw_rows_,
 )

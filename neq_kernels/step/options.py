@@ -1,6 +1,7 @@
-"""What ``sgd_rows_`` and ``adamw_rows_`` are given: a tensor for each parameter, and options.
+"""The arguments of ``sgd_rows_`` and ``adamw_rows_``: lists of tensors, and scalar options.
 
-Dimension 0 of a parameter [n, ...], its gradient and its state counts the neurons.
+A list has one tensor for each parameter. Dimension 0 of a parameter [n, ...], of its gradient and
+of its state counts the neurons.
 """
 
 from typing import NamedTuple
@@ -9,14 +10,18 @@ from torch import Tensor
 
 
 class SGDLists(NamedTuple):
+    """The lists of ``sgd_rows_``."""
+
     params: list[Tensor]
     grads: list[Tensor]
     momentum_buffers: list[Tensor]  # empty without momentum
     orders: list[Tensor]  # int64 [n]: the active neurons first
-    counts: list[Tensor]  # int64 []: how many those are
+    counts: list[Tensor]  # int64 []: how many neurons are active
 
 
 class AdamWLists(NamedTuple):
+    """The lists of ``adamw_rows_``."""
+
     params: list[Tensor]
     grads: list[Tensor]
     exp_avgs: list[Tensor]
@@ -28,16 +33,20 @@ class AdamWLists(NamedTuple):
 
 
 class SGD(NamedTuple):
+    """The options of ``sgd_rows_``."""
+
     lr: Tensor  # [], on any device
     momentum: float
     dampening: float
     weight_decay: float
     nesterov: bool
     maximize: bool
-    first: bool  # there is no momentum yet, so the buffers start with the gradient
+    first: bool  # is it the first step? Then the momentum buffers start with the gradient
 
 
 class AdamW(NamedTuple):
+    """The options of ``adamw_rows_``."""
+
     lr: Tensor  # [], on any device
     beta1: float
     beta2: float

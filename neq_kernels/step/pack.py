@@ -1,7 +1,7 @@
 """Pack the active rows, let torch's own optimizer step them, scatter the result.
 
-``sgd_rows_`` and ``adamw_rows_`` for every device and dtype that torch steps, as torch does by
-default. (Not its fused steps: on a CPU, that of SGD in torch 2.13 is wrong for 16-bit dtypes.)
+It supports every device and dtype that torch does. It uses torch's default steps and not the fused
+ones: on a CPU, fused SGD in torch 2.13 is wrong for 16-bit dtypes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -65,7 +65,7 @@ def _pack(tensors: Sequence[Tensor], rows: Sequence[Tensor]) -> list[Tensor]:
 
 @contextmanager
 def _packed(tensors: Sequence[Tensor], rows: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """The active rows of each tensor, to be changed; what they then are goes back into it."""
+    """Copies of the active rows of each tensor. What they are in the end is scattered into it."""
     if not tensors:
         yield []
         return
@@ -76,5 +76,5 @@ def _packed(tensors: Sequence[Tensor], rows: Sequence[Tensor]) -> Iterator[list[
 
 
 def _number(lr: Tensor) -> float | Tensor:
-    """A number where that takes no waiting for a GPU, as torch prefers."""
+    """The learning rate as a number, as torch prefers it, unless that waits for a GPU."""
     return lr.item() if lr.is_cpu else lr

@@ -1,8 +1,8 @@
-"""Picks the backend that steps a parameter: a kernel where there is one, else torch on packed rows.
+"""Picks the backend that steps a parameter: a kernel if there is one, else torch on packed rows.
 
-The kernels read and write the active rows where they are. They want each row in one piece, and
-alike in the parameter, its gradient and its state: any weight of a plain or channels_last layer.
-The CPU's also takes a column-major matrix, of which packing would move the whole, many times.
+The kernels read and write the active rows where they are. They need each row in one piece, with the
+same layout in the parameter, its gradient and its state. Contiguous and channels_last weights have
+such rows. The CPU kernel also takes column-major matrices, for which packing is slow.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,24 +20,29 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class Backend(Protocol):
-    """A way to step active rows; all parameters of a call are on one device and of one dtype."""
+    """One way to step active rows. The parameters of a call share a device and a dtype."""
 
-    def sgd_rows_(self, lists: SGDLists, options: SGD) -> None: ...
-    def adamw_rows_(self, lists: AdamWLists, options: AdamW) -> None: ...
+    def sgd_rows_(self, lists: SGDLists, options: SGD) -> None:
+        """The operator for such parameters."""
+
+    def adamw_rows_(self, lists: AdamWLists, options: AdamW) -> None:
+        """The operator for such parameters."""
 
 
 def sgd_rows_(lists: SGDLists, options: SGD) -> None:
+    """The operator, for arguments that were checked."""
     for backend, some in _divide(lists, alike=3):
         backend.sgd_rows_(some, options)
 
 
 def adamw_rows_(lists: AdamWLists, options: AdamW) -> None:
+    """The operator, for arguments that were checked."""
     for backend, some in _divide(lists, alike=5):
         backend.adamw_rows_(some, options)
 
 
 def choose(p: Tensor, *others: Tensor) -> Backend:
-    """The backend for a parameter with its gradient and state."""
+    """The backend for a parameter p [n, ...]. ``others``: its gradient and its state, like p."""
     whole = _in_one_piece((p, *others))
     if p.is_cpu and p.dtype in native.DTYPES:
         if whole or all(is_column_major(t) and t.t().is_contiguous() for t in (p, *others)):
@@ -54,9 +59,9 @@ Lists = TypeVar("Lists", SGDLists, AdamWLists)
 
 
 def _divide(lists: Lists, alike: int) -> Iterator[tuple[Backend, Lists]]:
-    """Backends, and the lists for one call of each, on one device and of one dtype.
+    """The lists divided into calls of one backend, device and dtype each.
 
-    ``alike``: so many of the lists, the first, hold tensors shaped like the parameters.
+    ``alike``: how many of the lists, from the first on, hold tensors shaped like the parameters.
     """
     divided: dict[tuple[Backend, torch.device, torch.dtype], list[int]] = {}
     for i, p in enumerate(lists.params):
@@ -69,6 +74,7 @@ def _divide(lists: Lists, alike: int) -> Iterator[tuple[Backend, Lists]]:
 
 
 def _in_one_piece(tensors: Sequence[Tensor]) -> bool:
+    """Is each row of these tensors in one piece, with one layout for all of them?"""
     if all(t.is_contiguous() for t in tensors):
         return True
     other = _CHANNELS_LAST.get(tensors[0].dim())

@@ -1,10 +1,17 @@
-"""What a backend is: one way to compute the gradient of the active rows.
+"""What a backend is: one way to compute the weight gradient of the active rows.
 
-A backend is a module of this folder, listed in ``planner.BACKENDS``. Tensors are as the planner
-gets them: dy [..., n] and x [..., inputs], or images [N, n, *pixels] and [N, inputs, *pixels]; of
-``weight`` only dtype, shape and strides are read, not its values. The first ``k`` of ``order`` [n]
-are active, k at least 1. Back go dW, in the weight's dtype and strides, and db [n], or [0] without
-``bias``; frozen rows are zero.
+A backend is a module of this folder, listed in ``planner.BACKENDS``. Its functions take
+
+    dy      [..., n], or images [N, n, *pixels]
+    x       [..., inputs], or images [N, inputs, *pixels]
+    weight  [n, inputs], or [n, inputs / groups, *kernel]; of a transposed convolution
+            [inputs, n / groups, *kernel]; only its dtype, shape and strides are read
+    order   int64 [n]: the first k neurons are active
+    k       at least 1
+    bias    is db wanted?
+
+They return dW, in the dtype and strides of ``weight``, and db [n], or [0] without ``bias``. Frozen
+rows are zero.
 """
 
 from typing import Protocol
@@ -16,22 +23,24 @@ from neq_kernels.wgrad.problem import Problem
 
 
 class Backend(Protocol):
-    """Knows convolutions."""
+    """A backend for convolutions."""
 
     def supports(self, problem: Problem) -> bool:
-        """Does it compute this problem at all, here?"""
+        """Can it compute this problem on this machine?"""
 
     def cost(self, problem: Problem) -> float:
-        """Predicted time of a problem that it supports, in units of the dense gradient's."""
+        """The predicted time of a problem that it supports; 1.0 is the dense gradient's."""
 
     def conv_wgrad(
         self, dy: Tensor, x: Tensor, weight: Tensor, order: Tensor, k: int, bias: bool, conv: Conv
-    ) -> tuple[Tensor, Tensor]: ...
+    ) -> tuple[Tensor, Tensor]:
+        """dW and db of a convolution."""
 
 
 class LinearBackend(Backend, Protocol):
-    """Knows linear layers too."""
+    """A backend for linear layers too."""
 
     def linear_wgrad(
         self, dy: Tensor, x: Tensor, weight: Tensor, order: Tensor, k: int, bias: bool
-    ) -> tuple[Tensor, Tensor]: ...
+    ) -> tuple[Tensor, Tensor]:
+        """dW and db of a linear layer."""

@@ -1,4 +1,4 @@
-"""Columns of dY packed side by side, and their sums from the same pass.
+"""Packs columns of dY side by side, and adds them up in the same pass.
 
 csrc/cpu/wgrad/pack.cpp and csrc/cuda/wgrad/pack.cu, or plain torch where neither applies.
 """
@@ -14,17 +14,27 @@ if extension.devices:
 
 
 def pack_columns(dy: Tensor, rows: Tensor, want_sums: bool) -> tuple[Tensor, Tensor | None]:
-    """``dy[:, rows]`` [T, k], contiguous, and if wanted its column sums [k] from the same pass.
+    """``dy[:, rows]``, contiguous, and its column sums from the same pass.
 
-    dy is [T, n]; rows int64 [k] may be in any order, ascending ones are fast. The sums are float32,
-    or float64 for float64, and the same bits each time. On the CPU rows outside of [0, n) are an
-    error; on a GPU the caller answers for them.
+    The sums have the same bits each time.
+
+    Args:
+        dy: [T, n].
+        rows: int64 [k], in any order; ascending rows are fast. On a GPU it is not checked that they
+            lie in [0, n).
+        want_sums: Are the sums wanted?
+
+    Returns:
+        The columns [T, k]; the sums [k] or None, in float32, or in float64 if ``dy`` is.
+
+    Raises:
+        ValueError: If a shape, dtype or device is wrong, or on the CPU a row is out of range.
     """
     if dy.dim() != 2:
         raise ValueError(f"dy must be [samples, neurons], got {list(dy.shape)}")
     if rows.dtype is not torch.int64 or rows.dim() != 1:
         raise ValueError(f"rows must be int64 of shape [k], got {rows.dtype} {list(rows.shape)}")
-    device = dy.get_device()  # -1: the CPU, or no memory at all
+    device = dy.get_device()  # -1: the CPU, or a device without memory
     if rows.get_device() != device or rows.is_cpu != dy.is_cpu:
         raise ValueError(f"rows must be on the device of dy, {dy.device}, got {rows.device}")
     there = "cpu" if dy.is_cpu else "cuda" if dy.is_cuda else "elsewhere"

@@ -1,6 +1,6 @@
 """The vendor's dense weight gradient, then zeros in the frozen rows.
 
-Saves nothing and costs little: what runs where nothing else would pay.
+It saves nothing and costs little. It runs where no other backend is faster.
 """
 
 from math import prod
@@ -17,17 +17,18 @@ from neq_kernels.wgrad.problem import Problem
 if extension.why_not("cpu") is None:
     from neq_kernels.device.extension import _C
 
-# Arithmetic that a CPU does while a byte of dW is written; is zeroed with its row; or is in a
-# matrix some columns of which are zeroed (docs/notes/cpu-wgrad.md).
+# FLOPs that a CPU does in the time for one byte of dW: to write it; to zero it with its row; to
+# pass over it where some columns are zeroed (docs/notes/cpu-wgrad.md#the-cost-models).
 WRITE_FLOPS, ROWS_FLOPS, COLUMNS_FLOPS = 10, 10, 8
 
 
 def supports(problem: Problem) -> bool:
+    """Always."""
     return True
 
 
 def cost(problem: Problem) -> float:
-    """The vendor's time is the unit of all costs; frozen rows are zeroed besides."""
+    """The vendor's time, which is the unit of all costs, and the time to zero frozen rows."""
     if problem.device != "cpu" or problem.flops == 0:
         return 1.0
     frozen = 1 - problem.k / problem.neurons
@@ -36,7 +37,7 @@ def cost(problem: Problem) -> float:
 
 
 def unit(problem: Problem) -> float:
-    """The vendor's time for all rows, in its arithmetic: of few samples, it is that to write dW."""
+    """The vendor's time for all rows, in FLOPs. With few samples, it is the time to write dW."""
     if problem.device != "cpu":
         return problem.flops
     return max(problem.flops, WRITE_FLOPS * _dw_bytes(problem))
@@ -47,7 +48,7 @@ def _dw_bytes(problem: Problem) -> int:
 
 
 def as_weight(dw: Tensor, weight: Tensor) -> Tensor:
-    """``dw`` in the weight's dtype and strides, in which autograd takes it without a copy."""
+    """``dw`` in the dtype and strides of ``weight``, so that autograd takes it without a copy."""
     if dw.dtype == weight.dtype and dw.stride() == weight.stride():
         return dw
     return torch.empty_like(weight).copy_(dw)
@@ -82,9 +83,14 @@ def conv_wgrad(
 
 
 def zero_frozen_(dw: Tensor, frozen: Tensor, dim: int, conv: Conv | None = None) -> None:
-    """Zero the rows ``frozen`` (int64), which lie along dimension ``dim``, NaN or not.
+    """Zero the frozen rows of dW, also where they are NaN.
 
-    conv: of a transposed convolution, whose groups have neurons of their own along ``dim``.
+    Args:
+        dw: The gradient of a weight with n neurons.
+        frozen: int64 [n - k].
+        dim: The dimension of ``dw`` that counts the neurons.
+        conv: The geometry of a convolution. In a transposed one, ``dim`` counts the neurons of one
+            group.
     """
     if conv is not None and conv.transposed and conv.groups > 1:
         mask = frozen.new_zeros(dw.shape[1] * conv.groups, dtype=torch.bool)
@@ -98,7 +104,7 @@ def zero_frozen_(dw: Tensor, frozen: Tensor, dim: int, conv: Conv | None = None)
 
 
 def _zeroed_in_memory(dw: Tensor, frozen: Tensor, dim: int) -> bool:
-    """Done by the compiled kernel, where it can: torch goes value by value."""
+    """Zero with the compiled kernel, if it can. torch is slower: it goes value by value."""
     return (
         dw.is_cpu
         and dw.dtype in extension.DTYPES
@@ -108,13 +114,13 @@ def _zeroed_in_memory(dw: Tensor, frozen: Tensor, dim: int) -> bool:
     )
 
 
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an element
 
 
 def _zero_columns(matrix: Tensor, columns: Tensor) -> None:
-    """Zero some ``columns``, NaN or not, in one pass over the memory.
+    """Zero some ``columns`` (int64) of a matrix, also where they are NaN, in one pass over memory.
 
-    Filling columns one by one would touch each cache line many times.
+    To fill columns one by one would touch each cache line many times.
     """
     bits = _BITS[matrix.element_size()]
     keep = columns.new_full(matrix.shape[1:], -1, dtype=bits).index_fill_(0, columns, 0)
@@ -122,7 +128,10 @@ def _zero_columns(matrix: Tensor, columns: Tensor) -> None:
 
 
 def vendor_conv_wgrad(dy: Tensor, x: Tensor, weight: Tensor, conv: Conv) -> Tensor:
-    """dW of the whole of ``weight``, whose values are not read: only dtype, shape and layout."""
+    """dW of all neurons, by the vendor. Of ``weight`` no value is read.
+
+    dy is [N, n, *pixels], x [N, inputs, *pixels].
+    """
     if weight.dtype != x.dtype:
         weight = torch.empty_like(weight, dtype=x.dtype)
     dw: Tensor = torch.ops.aten.convolution_backward.default(
@@ -132,5 +141,5 @@ def vendor_conv_wgrad(dy: Tensor, x: Tensor, weight: Tensor, conv: Conv) -> Tens
 
 
 def channel_sum(dy: Tensor, dtype: torch.dtype) -> Tensor:
-    """[n]: dY [N, n, *pixels] summed over all but its channels."""
+    """dy [N, n, *pixels] summed over samples and pixels: [n]."""
     return dy.sum([0, *range(2, dy.dim())], dtype=dtype)

@@ -1,8 +1,8 @@
-"""Gather the active rows inside of the matrix product: no packed copy of dY, no copy of dW.
+"""Gathers the active rows inside of the matrix product, without packed copies of dY and dW.
 
-One Triton kernel serves linear layers and 1-d and 2-d convolutions in channels_last. What it costs
-beside the product is a small copy for each active element of dY and tile of columns, so it suits
-few rows, and weights too short for ``pack`` to pay. The kernels are in ``fused_kernels``.
+One Triton kernel serves linear layers, and 1-d and 2-d convolutions in channels_last. Beside the
+product it makes a small copy for each active element of dY and tile of columns. So it suits few
+rows, and weights too short for ``pack`` to pay. The kernels are in ``fused_kernels``.
 
 Two things are refused, for reasons in docs/notes/gpu-correctness.md: TF32, whose rounding Triton
 leaves out, and tensor cores that read shared memory by themselves where Triton is older than
@@ -22,8 +22,8 @@ from neq_kernels.wgrad.geometry import Conv, in_two_dimensions
 from neq_kernels.wgrad.problem import Problem
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-WARPS = 8  # that work on a processor at a time
-FENCED = (3, 8)  # the Triton from which on shared memory is fenced, as read in what it compiles
+WARPS = 8  # warps that run on a multiprocessor at a time
+FENCED = (3, 8)  # from this Triton on, what tensor cores read from shared memory is fenced
 POINTWISE = Conv((1, 1), (0, 0), (1, 1), False, (0, 0), 1)
 
 
@@ -38,6 +38,7 @@ class Tile(NamedTuple):
 
 
 def supports(problem: Problem) -> bool:
+    """On a GPU with Triton: linear layers; ungrouped 1-d and 2-d convolutions in channels_last."""
     conv = problem.conv
     works = (
         problem.device == "cuda"
@@ -101,27 +102,32 @@ def counts(image: Sequence[tuple[int, int]], conv: Conv | None = None) -> bool:
 
 
 def cost(problem: Problem) -> float:
-    """1, the same as dense: no GPU has run it yet, so it promises nothing.
+    """1.0, the same as dense: it was never measured on a GPU, so it promises nothing.
 
-    The planner takes it where a measured table says so, and tries it inside ``tuning()``.
+    The planner takes it if a measured table names it, and times it inside ``tuning()``.
     """
     return 1.0
 
 
 def tile(arch: int, dtype: torch.dtype, k: int, columns: int, spare: bool, pieces: bool) -> Tile:
-    """For ``k`` active rows of so many weights: as large as the registers allow without a spill.
+    """The tile for a problem: as large as the registers allow without a spill.
 
-    ``spare``: there are some to spare, as dY comes in pairs, and no sums of a bias and no addresses
-    of dW's values are in them.
-    ``pieces``: X is read in pieces of 16 bytes, and not each of its values at its own address.
+    Args:
+        arch: The GPU's compute capability, as 80 or 90.
+        dtype: The dtype of dY and X.
+        k: How many rows are active.
+        columns: How many weights a row has.
+        spare: Are registers to spare? So if dY is read in pairs, without a bias to add up, and
+            dW needs no address for each value.
+        pieces: Is X read in pieces of 16 bytes, and not value by value?
     """
     if dtype is torch.float32:
         return Tile(64, 64, 16, 4, 3)  # without tensor cores
-    # whatever its size, a tile costs as much as 16 more rows or 32 more columns
+    # a tile of any size costs about as much as 16 more rows or 32 more columns would
     rows = min((128, 64, 32), key=lambda rows: ceil_div(k, rows) * (rows + 16))
     if not pieces:
         return Tile(rows, 64, 32, 8 if rows > 32 else 4, 4)
-    # other tensor cores than those of 90 to 119 take what they multiply from registers
+    # tensor cores of other architectures than 90 to 119 take their operands from registers
     wide = 90 <= arch < 120 and rows == 128 and spare
     widths = (256, 128, 64) if wide else (128, 64)
     width = min(widths, key=lambda width: ceil_div(columns, width) * (width + 32))
@@ -147,9 +153,9 @@ def conv_wgrad(
 
 
 def weight_strides(dw: Tensor) -> tuple[int, ...]:
-    """Of a weight [n, C, kernel height, kernel width], in the kernels' order: C comes last.
+    """The strides of a weight [n, C, kernel height, kernel width] in the kernels' order: C last.
 
-    A dimension of size one is never stepped along; a zero tells the compiler so.
+    The stride of a dimension of size 1 is given as 0, which tells the compiler that it is not used.
     """
     by_tap = dw.permute(0, 2, 3, 1)
     sizes = zip(by_tap.shape, by_tap.stride(), strict=True)
@@ -162,8 +168,9 @@ def add_up(
     order: Tensor,
     k: int,
     dw: Tensor,  # [n, C, kernel height, kernel width], to be written
-    db: Tensor,
+    db: Tensor,  # [n] or [0], to be written
 ) -> None:
+    """Add up the parts, and scatter the sums into dw and db."""
     from neq_kernels.wgrad import fused_kernels
 
     cut, padded, columns = partial_dw.shape
@@ -194,7 +201,7 @@ def _wgrad(
     if not even and not counts(image_of(x.movedim(-1, 1)), conv):
         x = x.clone(memory_format=torch.contiguous_format)
     x_strides = x.stride()[:3]
-    if even:  # rows and images make no difference: other ones are to compile nothing new
+    if even:  # rows and images are not used: other sizes must not compile another kernel
         x_size, dy_size, x_strides = (1, 1), (1, 1), (0, 0, x.stride(2))
     (T, n), C = dy.shape, x.shape[-1]
     columns = height * width * C
@@ -233,17 +240,17 @@ def _wgrad(
 
 
 def _adjacent(t: Tensor) -> Tensor:
-    """With the elements of its last dimension side by side."""
+    """t, or a copy of it, with the elements of its last dimension side by side."""
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _in_pieces(x: Tensor, strides: tuple[int, ...]) -> bool:
-    """Whether Triton sees that X can be read 16 bytes at a time: it looks for multiples of 16."""
+    """Does Triton see that X can be read 16 bytes at a time? It looks for multiples of 16."""
     return not any(number % 16 for number in (x.data_ptr(), x.shape[-1], *strides))
 
 
 def _evenly_spaced(x: Tensor) -> bool:
-    """Whether the pixels of x [images, H, W, C] lie one stride apart, across rows and images."""
+    """Do the pixels of x [images, H, W, C] lie one stride apart, across rows and images?"""
     (images, height, width, _), strides = x.shape, x.stride()
     return (height == 1 or strides[1] == width * strides[2]) and (
         images == 1 or strides[0] == height * width * strides[2]

@@ -1,13 +1,13 @@
-"""The Triton kernels behind ``fused``: a matrix product that gathers its rows as it reads them.
+"""The Triton kernels of ``fused.py``: a matrix product that gathers its rows as it reads them.
 
 dW[rows] = dY[:, rows]ᵀ X is computed in tiles of ROWS active neurons by COLUMNS weights. A tile
-walks the samples in steps of DEPTH, a few of them on their way at any time. An asynchronous copy
-moves 4 bytes or more, so of a 16-bit dY the aligned pair that holds an active neuron is copied, and
-its half picked on the way from shared memory to the tensor cores.
+walks the samples in steps of DEPTH, with a few steps under way at a time. An asynchronous copy
+moves 4 bytes or more. So for a 16-bit dY the aligned pair that holds an active neuron is copied,
+and its half is picked between shared memory and the tensor cores.
 
-The sum over samples is long and dW is small, so it is cut into parts: ``product`` leaves one
-partial dW per part, and ``finish`` adds them up, always in the same order, and scatters the result.
-With one part ``product`` scatters by itself. Either way the tiles behind the last active neuron
+The sum over samples is long and dW is small, so the sum is cut into parts. ``product`` leaves one
+partial dW per part. ``finish`` adds them up, always in the same order, and scatters the result.
+With one part ``product`` scatters by itself. In both cases the tiles behind the last active neuron
 write the zeros of the frozen ones.
 """
 
@@ -15,13 +15,13 @@ import triton
 import triton.language as tl
 
 
-# other masks find the kernels compiled
-# long: one loop, whose set-up is of no use apart from it
+# other masks need no other kernel
+# long: one loop and its set-up
 @triton.jit(do_not_specialize=["k"])
 def product(
     dy,  # [T, n], neurons adjacent; T counts the output's pixels: image, row, column
-    #      PAIRS: int32 [T, n / 2], each of them two neurons
-    x,  # [images, H, W, C], channels adjacent; EVEN: its pixels are those of dy, x_strides[2] apart
+    #      PAIRS: int32 [T, n / 2], two neurons in each
+    x,  # [images, H, W, C], channels adjacent; EVEN: pixels are those of dy, x_strides[2] apart
     order,  # int64 [n]: a permutation of the neurons, the active ones first
     dw,  # [n, kernel height, kernel width, C]; SPLIT: float32 [parts, padded, columns]
     db,  # [n]; SPLIT: float32 [parts, padded]
@@ -50,7 +50,7 @@ def product(
 ):
     j = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    # in a register each; what surplus lanes gather is never stored
+    # one register each; surplus lanes gather values that are never stored
     row = tl.load(order + tl.minimum(j, n - 1)).to(tl.int32)
     step = tl.arange(0, DEPTH)
     start = tl.program_id(2) * tl.full((), part, tl.int64)
@@ -64,7 +64,7 @@ def product(
         x_step = DEPTH * tl.full((), x_strides[2], tl.int64)
         x_at = x + (start + step)[:, None] * x_strides[2] + column[None, :]
     else:
-        # a sample is a pixel (image, y, x) of the output, advanced by carrying instead of dividing
+        # a sample is a pixel (image, y, x) of the output, advanced by carries instead of divisions
         height, width = out_size
         pixel = (start + step).to(tl.int32)
         out_x = pixel % width
@@ -86,7 +86,7 @@ def product(
             in_y = out_y * stride[0] - padding[0]
             in_x = out_x * stride[1] - padding[1]
             pixel_at = image.to(tl.int64) * x_strides[0] + in_y * x_strides[1] + in_x * x_strides[2]
-            # unsigned, what lies before the image is far behind it
+            # as unsigned numbers, places before the image are far behind it
             there &= (in_y[:, None] + tap_y[None, :]).to(tl.uint32) < x_size[0]
             there &= (in_x[:, None] + tap_x[None, :]).to(tl.uint32) < x_size[1]
             read = tl.load(x + (pixel_at[:, None] + tap_at[None, :]), mask=there, other=0.0)
@@ -141,7 +141,7 @@ def finish(
     dw_strides,
     kernel_width,
     BIAS: tl.constexpr,
-    PARTS: tl.constexpr,  # read at a time: one after the other, each would be waited for
+    PARTS: tl.constexpr,  # how many parts to read at a time, so that not each is waited for
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -172,7 +172,7 @@ def finish(
 
 @triton.jit
 def _weight_at(row, column, C, kernel_width, strides):
-    """[rows, columns]: where the weights lie. A column is (kernel row, kernel column, channel)."""
+    """Where weights lie: [rows, columns]. A column is (kernel row, kernel column, channel)."""
     tap = column // C
     along = tap // kernel_width * strides[1] + tap % kernel_width * strides[2]
     return (row.to(tl.int64) * strides[0])[:, None] + (along + column % C * strides[3])[None, :]

@@ -1,4 +1,4 @@
-"""The geometry of a convolution, as every operator and backend passes it on."""
+"""The geometry of a convolution, in the form that operators and backends take."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,7 +7,10 @@ from torch import Tensor
 
 
 class Conv(NamedTuple):
-    """What ``aten::convolution`` takes beside its tensors; one entry per spatial dimension."""
+    """The arguments of ``aten::convolution`` beside its tensors.
+
+    Tuples have one entry for each spatial dimension.
+    """
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -26,26 +29,26 @@ class Conv(NamedTuple):
         output_padding: Sequence[int],
         groups: int,
     ) -> "Conv":
-        """From the lists that an operator is given."""
+        """Make one from the lists that an operator is given."""
         sizes = tuple(stride), tuple(padding), tuple(dilation)
         return cls(*sizes, transposed, tuple(output_padding), groups)
 
     def planar(self) -> "Conv":
-        """Of two dimensions, where it has one: the same, in images of one line."""
+        """A 1-d convolution as a 2-d one over images of one line. Others are left as they are."""
         if len(self.stride) > 1:
             return self
         sizes = (1, *self.stride), (0, *self.padding), (1, *self.dilation)
         return self._replace(stride=sizes[0], padding=sizes[1], dilation=sizes[2])
 
     def channels(self, weight: Tensor) -> tuple[int, int]:
-        """(neurons, inputs): the channels that come out and go in."""
-        # weight: [neurons, inputs/groups, *kernel]; transposed [inputs, neurons/groups, *kernel]
+        """(neurons, inputs): how many channels come out and go in."""
+        # weight [neurons, inputs/groups, *kernel]; if transposed [inputs, neurons/groups, *kernel]
         if self.transposed:
             return weight.shape[1] * self.groups, weight.shape[0]
         return weight.shape[0], weight.shape[1] * self.groups
 
     def output(self, x: Sequence[int], weight: Tensor) -> tuple[int, ...]:
-        """The shape [N, neurons, *pixels] that comes out for an input of shape ``x``."""
+        """The shape [N, neurons, *pixels] of the output, for an input of shape ``x``."""
         sizes = zip(x[2:], weight.shape[2:], *self[:3], self.output_padding, strict=True)
         pixels = (
             (size - 1) * stride - 2 * padding + dilation * (kernel - 1) + extra + 1
@@ -56,7 +59,7 @@ class Conv(NamedTuple):
         return x[0], self.channels(weight)[0], *pixels
 
     def spread(self, mask: Tensor, weight: Tensor) -> Tensor:
-        """A mask [n] over neurons, shaped to broadcast against ``weight``."""
+        """``mask`` [neurons], shaped to broadcast against ``weight``."""
         ones = (1,) * (weight.dim() - 2)
         if not self.transposed:
             return mask.view(-1, 1, *ones)
@@ -68,7 +71,10 @@ class Conv(NamedTuple):
 def in_two_dimensions(
     dy: Tensor, x: Tensor, weight: Tensor, conv: Conv
 ) -> tuple[Tensor, Tensor, Tensor, Conv]:
-    """The same convolution, if it is one of 1-d images as one of images with a single row."""
+    """The same tensors and geometry, with a 1-d convolution as a 2-d one over images of one line.
+
+    dy is [N, n, *pixels], x [N, inputs, *pixels], weight [n, inputs / groups, *kernel].
+    """
     if len(conv.stride) == 2:
         return dy, x, weight, conv
     return dy[:, :, None], x[:, :, None], weight[:, :, None], conv.planar()

@@ -1,8 +1,9 @@
-"""Grouped convolutions on a GPU, depthwise ones above all: the active channels only, and each once.
+"""A Triton kernel for grouped convolutions, above all depthwise ones.
 
-A vendor's gradient of so few weights per neuron leaves the tensor cores idle and reads X and dY
-many times. This one does not use them either, but reads what is active once, in either layout. Of
-contiguous images it skips the planes of frozen neurons. The kernel is in ``grouped_kernels``.
+With so few weights per neuron, the vendor's kernel leaves the tensor cores idle and reads X and dY
+many times. This kernel does not use tensor cores either, but it reads each active channel once, in
+either layout. In contiguous images it skips the planes of frozen neurons. The kernel is in
+``grouped_kernels``.
 """
 
 from math import prod
@@ -16,12 +17,13 @@ from neq_kernels.wgrad.fused import DTYPES, add_up, counts, dense_image, image_o
 from neq_kernels.wgrad.geometry import Conv, in_two_dimensions
 from neq_kernels.wgrad.problem import Problem
 
-MOST_WEIGHTS = 64  # of a neuron, whose sums a thread has registers for
-LANES = 128  # of a program, a thread each
-OVERHEAD = 16  # steps that take as long as adding up a program's lanes
+MOST_WEIGHTS = 64  # of a neuron: a thread has registers for so many sums
+LANES = 128  # of a program, with one thread for each
+OVERHEAD = 16  # steps: a program needs as long to add up its lanes
 
 
 def supports(problem: Problem) -> bool:
+    """On a GPU with Triton: grouped 1-d and 2-d convolutions with few weights per neuron."""
     conv = problem.conv
     return (
         conv is not None
@@ -43,18 +45,19 @@ def supports(problem: Problem) -> bool:
 
 
 def cost(problem: Problem) -> float:
-    """1, the same as dense: it promises nothing until a GPU was measured, as ``fused``."""
+    """1.0, the same as dense: it was never measured on a GPU, so it promises nothing."""
     return 1.0
 
 
 def programs(weights: int) -> int:
-    """That the registers of a processor suffice for, where a lane has so many sums."""
+    """How many programs a multiprocessor has registers for, with so many weights per neuron."""
     return max(2, min(10, 110 // weights))
 
 
 def conv_wgrad(
     dy: Tensor, x: Tensor, weight: Tensor, order: Tensor, k: int, bias: bool, conv: Conv
 ) -> tuple[Tensor, Tensor]:
+    """dW and db. The sums have the same bits each time."""
     from neq_kernels.wgrad import grouped_kernels
 
     dw = torch.empty_like(weight)

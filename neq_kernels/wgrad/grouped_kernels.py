@@ -1,19 +1,20 @@
-"""The Triton kernel behind ``grouped``: each value of dY meets the few inputs that it has.
+"""The Triton kernel of ``grouped.py``: each value of dY meets its few inputs.
 
-A neuron of a grouped convolution has so few weights that a thread holds a sum for each of them. Its
-lane, one neuron at one pixel of a tile, reads a value of dY once and then, tap by tap, what of X
-that pixel saw; neighbours see nearly the same, so most of it comes from the first-level cache. The
-lanes lie next to each other as memory does, along the neurons or along the pixels.
+A neuron of a grouped convolution has so few weights that a thread holds a sum for each of them. A
+lane is one neuron at one pixel of a tile. It reads its value of dY once. Then it reads, tap by tap,
+the values of X that this pixel saw. Neighbouring pixels saw nearly the same values, so most of them
+come from the first-level cache. Neighbouring lanes read neighbouring memory, along the neurons or
+along the pixels.
 
-The sum over pixels is cut into parts, which ``fused_kernels.finish`` adds up and scatters.
+The sum over pixels is cut into parts. ``fused_kernels.finish`` adds them up and scatters them.
 """
 
 import triton
 import triton.language as tl
 
 
-# other masks and batches find the kernel compiled
-# long: one loop, whose set-up is of no use apart from it
+# other masks and batches need no other kernel
+# long: one loop and its set-up
 @triton.jit(do_not_specialize=["T", "n", "k", "padded", "part"])
 def correlate(
     dy,  # [images, n, height, width]
@@ -26,7 +27,7 @@ def correlate(
     k,  # active neurons
     padded,  # k rounded up to NEURONS
     part,  # pixels in one part, a multiple of PIXELS
-    of_group,  # neurons
+    of_group,  # neurons in a group
     dy_strides,
     x_strides,
     x_size,  # H, W
@@ -34,11 +35,11 @@ def correlate(
     stride,
     padding,
     dilation,  # each of rows, columns
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,  # of the kernel
-    INPUTS: tl.constexpr,  # of a neuron
+    HEIGHT: tl.constexpr,  # of the convolution's kernel
+    WIDTH: tl.constexpr,
+    INPUTS: tl.constexpr,  # channels that a neuron reads
     BIAS: tl.constexpr,
-    NEURONS: tl.constexpr,
+    NEURONS: tl.constexpr,  # of a tile
     PIXELS: tl.constexpr,  # of a tile
     CHANNELS_LAST: tl.constexpr,
 ):
@@ -48,7 +49,7 @@ def correlate(
     row = tl.load(order + tl.minimum(j, n - 1))
     start = tl.program_id(1) * tl.full((), part, tl.int64)
     left = tl.minimum(T - start, part).to(tl.int32)
-    # a sample is a pixel (image, y, x) of the output, advanced by carrying instead of dividing
+    # a sample is a pixel (image, y, x) of the output, advanced by carries instead of divisions
     height, width = out_size
     pixel = (start + step).to(tl.int32)
     out_x = pixel % width
@@ -70,7 +71,7 @@ def correlate(
         for i in tl.static_range(HEIGHT * WIDTH * INPUTS):
             y = i // (WIDTH * INPUTS) * dilation[0]
             x_ = i // INPUTS % WIDTH * dilation[1]
-            # unsigned, what lies before the image is far behind it
+            # as unsigned numbers, places before the image are far behind it
             inside = there & ((in_y + y).to(tl.uint32) < x_size[0])
             inside &= (in_x + x_).to(tl.uint32) < x_size[1]
             tap_at = y * x_strides[2] + x_ * x_strides[3] + i % INPUTS * x_strides[1]

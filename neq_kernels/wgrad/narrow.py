@@ -1,9 +1,8 @@
 """A CUDA kernel for k x k convolutions of few channels, which reads X and dY once for all taps.
 
-csrc/cuda/wgrad/conv_wgrad.cu: a block of threads keeps the sums of all taps of some active rows.
-It walks over tiles of the output, and leaves its sums to a second kernel, which adds them up. A
-tile of dY, and the part of X that it meets, come into shared memory whole; the active rows are
-picked there.
+csrc/cuda/wgrad/conv_wgrad.cu: a block of threads keeps the sums of all taps for some active rows.
+It walks over tiles of the output. A tile of dY and the part of X that it meets come into shared
+memory whole, and the active rows are picked there. A second kernel adds up the sums of the blocks.
 """
 
 from collections.abc import Iterator
@@ -27,24 +26,25 @@ if extension.devices:
 
 DTYPES = (torch.bfloat16, torch.float16)
 PIECE = 8  # channels that are copied at a time
-WIDEST = 128  # with more channels, blocks come to read X and dY as often as other kernels do
-MATRICES = 36  # of 16 channels of a tap: whose sums a block keeps
-OCTETS = 4  # of rows: whose sums it keeps
+WIDEST = 128  # channels; with more, blocks read X and dY as often as other kernels do
+MATRICES = 36  # a block keeps sums for so many slices of 16 channels, counted for each tap
+OCTETS = 4  # a block keeps sums for so many octets of rows
 TILE_BYTES = 40 << 10  # of shared memory; a block has two tiles there
-BLOCKS = 2  # that a multiprocessor runs at a time
+BLOCKS = 2  # blocks that a multiprocessor runs at a time
 TILE_COST = 6 << 10  # of a tile beside its bytes, in bytes
 
 
 class Plan(NamedTuple):
-    """A block takes so many octets of rows and slices of 16 channels, and one part of the tiles."""
+    """How the work is cut into blocks."""
 
-    tile: tuple[int, int]  # pixels of the output
-    octets: int
-    slices: int
-    parts: int
+    tile: tuple[int, int]  # height and width, in pixels of the output
+    octets: int  # of rows, in a block
+    slices: int  # of 16 channels, in a block
+    parts: int  # into which all tiles are divided; a block takes one
 
 
 def supports(problem: Problem) -> bool:
+    """On a GPU, in 16 bits and channels_last: k x k convolutions of at most 128 channels."""
     conv = problem.conv
     if conv is None or problem.device != "cuda" or extension.why_not("cuda"):
         return False
@@ -58,7 +58,7 @@ def supports(problem: Problem) -> bool:
         and not conv.transposed
         and neurons % PIECE == channels % PIECE == 0
         and max(neurons, channels) <= WIDEST
-        and 1 < prod(kernel) <= MATRICES  # with a single tap there is nothing to read but once
+        and 1 < prod(kernel) <= MATRICES  # with a single tap, any kernel reads X and dY once
         and problem.dy[0] * prod(problem.dy[2:]) < INT32
     )
     if not works:
@@ -68,7 +68,7 @@ def supports(problem: Problem) -> bool:
 
 
 def cost(problem: Problem) -> float:
-    """1, the same as dense: it promises nothing until a GPU was measured, as ``fused``."""
+    """1.0, the same as dense: it was never measured on a GPU, so it promises nothing."""
     return 1.0
 
 
@@ -83,9 +83,9 @@ def plan(
     conv: Conv,
     slots: int,
 ) -> Plan:
-    """With which the last block ends earliest, ``slots`` of them running at a time.
+    """The plan with which the last block ends earliest, if ``slots`` blocks run at a time.
 
-    All bytes are taken to cost the same. Fewer parts than slots leave fewer sums to add up.
+    All bytes are taken to cost the same. With fewer parts there are fewer sums to add up.
     """
     rows = ceil_div(k, 8 * OCTETS)
     octets = ceil_div(k, 8 * rows)
@@ -111,7 +111,7 @@ def plan(
 def conv_wgrad(
     dy: Tensor, x: Tensor, weight: Tensor, order: Tensor, k: int, bias: bool, conv: Conv
 ) -> tuple[Tensor, Tensor]:
-    """The same bits each time."""
+    """dW and db. The sums have the same bits each time."""
     dy, x, planar, conv = in_two_dimensions(dy, x, weight, conv)
     output, kernel = tuple(dy.shape[2:]), tuple(planar.shape[2:])
     slots = BLOCKS * gpu(dy.device).processors
@@ -134,7 +134,7 @@ def conv_wgrad(
 
 
 def _slices(channels: int, kernel: tuple[int, int]) -> int:
-    """Of 16 channels, that a block takes: evenly shared out."""
+    """How many slices of 16 channels a block takes. Blocks get equal shares."""
     slices = ceil_div(channels, 16)
     return ceil_div(slices, ceil_div(slices, MATRICES // prod(kernel)))
 
@@ -142,7 +142,10 @@ def _slices(channels: int, kernel: tuple[int, int]) -> int:
 def _tile_bytes(
     tile: tuple[int, int], kernel: tuple[int, int], conv: Conv, channels: int, neurons: int
 ) -> int:
-    """Of X and dY in shared memory, where a pixel is an odd number of 16-byte pieces."""
+    """The bytes of X and dY for a tile in shared memory.
+
+    A pixel takes an odd number of 16-byte pieces there.
+    """
     sizes = zip(tile, kernel, conv.stride, conv.dilation, strict=True)
     x = prod((t - 1) * stride + (k - 1) * dilation + 1 for t, k, stride, dilation in sizes)
     dy = ceil_div(prod(tile), 16) * 16
@@ -150,12 +153,12 @@ def _tile_bytes(
 
 
 def _cuts(size: int) -> list[int]:
-    """The lengths of equal pieces, but for the last, that ``size`` can be cut into."""
+    """The lengths of pieces into which ``size`` can be cut, with a last one that may be shorter."""
     return sorted({ceil_div(size, pieces) for pieces in range(1, size + 1)})
 
 
 def _in_pieces(t: Tensor) -> Tensor:
-    """In channels_last, with every pixel at a multiple of 16 bytes."""
+    """t, or a copy, in channels_last with every pixel at a multiple of 16 bytes."""
     pixels = zip((t.shape[0], *t.shape[2:]), (t.stride(0), *t.stride()[2:]), strict=True)
     even = all(size == 1 or stride % PIECE == 0 for size, stride in pixels)
     # 32 bits count inside an image: a slice of a wider tensor may be too far apart for them

@@ -1,4 +1,4 @@
-"""A direct kernel of our own for the CPU, for which picking rows costs nothing.
+"""A direct CPU kernel, for which picking rows costs nothing.
 
 csrc/cpu/wgrad/conv_wgrad.cpp: a value of dY enters as a broadcast scalar, wherever it lies.
 """
@@ -19,7 +19,7 @@ if extension.why_not("cpu") is None:
     from neq_kernels.device.extension import _C
 
 LANES = 16  # of a vector, which channels fill or waste
-BUSY = 8  # products that a core needs under way at once
+BUSY = 8  # products that a core needs under way at a time
 
 
 class Coefficients(NamedTuple):
@@ -79,11 +79,12 @@ COSTS = {
     ),
 }
 OTHER_COSTS = _costs(linear=1.0, column_major=1.07, one_tap=0.95, taps=0.55)  # as with AVX2
-# Time of our arithmetic over the vendor's where that has matrix instructions for 16 bits.
+# In 16 bits all times are multiplied by this: the vendor may have matrix instructions.
 HALF_PRECISION_TIME = 4.5
 
 
 def supports(problem: Problem) -> bool:
+    """On a CPU with the extension: all but transposed convolutions."""
     return (
         problem.device == "cpu"
         and not extension.why_not("cpu")
@@ -94,7 +95,7 @@ def supports(problem: Problem) -> bool:
 
 
 def cost(problem: Problem) -> float:
-    """The share of rows and what a tile wastes on them, and the time to read X and dY, write dW."""
+    """The time to compute the active rows, to read X and dY, and to write dW."""
     conv = problem.conv or Conv((1,), (0,), (1,), False, (0,), 1)
     slower = HALF_PRECISION_TIME if problem.dtype.itemsize < 4 else 1
     share = problem.k / problem.neurons
@@ -102,7 +103,7 @@ def cost(problem: Problem) -> float:
     one_tap = prod(problem.weight[2:]) == 1
     if conv.groups > 1 and (one_tap or channels < LANES):
         return _of_groups(problem, share, slower)
-    taps = 1 if one_tap or conv.dilation[-1] > 1 else problem.weight[-1]  # that share vectors
+    taps = 1 if one_tap or conv.dilation[-1] > 1 else problem.weight[-1]  # taps that share vectors
     vectors = min(ceil_div(channels * taps, LANES), ceil_div(channels, LANES) * taps)
     waste = vectors * LANES / (channels * taps)
     idle = max(1.0, BUSY / (max(1, problem.k) * min(vectors, 4)))
@@ -132,9 +133,9 @@ def _coefficients(problem: Problem, one_tap: bool) -> Coefficients:
 
 
 def _of_groups(problem: Problem, share: float, slower: float) -> float:
-    """Vendors are good at depthwise kernels up to 3x3, and nowhere near their speed elsewhere.
+    """The cost of grouped convolutions. Vendors' depthwise kernels are fast up to 3x3 only.
 
-    What a small group takes depends on more than this tells; these are the worst that were seen.
+    The time for small groups varies; these are the largest that were measured.
     """
     _, channels, *kernel = problem.weight
     if channels > 1 and prod(kernel) == 1:
@@ -149,12 +150,13 @@ def _of_groups(problem: Problem, share: float, slower: float) -> float:
 def linear_wgrad(
     dy: Tensor, x: Tensor, weight: Tensor, order: Tensor, k: int, bias: bool
 ) -> tuple[Tensor, Tensor]:
+    """dW and db; the bits are as for ``conv_wgrad``."""
     if dy.dim() > 5:
         dy, x = as_matrix(dy), as_matrix(x)
     dw, db = _sums(dy, weight, bias)
     converts = dw.dtype is not weight.dtype
     _C.cpu_linear_wgrad(dy, x, dw, db, order.contiguous(), k, *_threads())
-    # no Python from here on that isn't needed: after the kernel each line takes microseconds
+    # as little Python as possible from here on: after the kernel each line takes microseconds
     return (dw.to(weight.dtype), db.to(weight.dtype)) if converts else (dw, db)
 
 
@@ -168,7 +170,10 @@ def conv_wgrad(
     conv: Conv,
     isa: str = "best",
 ) -> tuple[Tensor, Tensor]:
-    """The same bits for the same number of threads, or with deterministic algorithms for any."""
+    """dW and db. The same number of threads gives the same bits.
+
+    With ``torch.use_deterministic_algorithms``, any number of threads gives the same bits.
+    """
     dw, db = _sums(dy, weight, bias)
     converts = dw.dtype is not weight.dtype
     geometry = conv.stride, conv.padding, conv.dilation, conv.groups
@@ -178,12 +183,12 @@ def conv_wgrad(
 
 
 def _sums(dy: Tensor, weight: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
-    """dW like ``weight`` and db [n], or [0] without bias: not yet computed."""
+    """Empty tensors for dW, like ``weight``, and for db [n], or [0] without bias."""
     dw = extension.fresh_like(weight, extension.sum_dtype(dy))
     return dw, dw.new_empty(weight.shape[0] if bias else 0)
 
 
 def _threads() -> tuple[int, int]:
-    """How many there are, and for how many to split the work, on which the bits depend."""
+    """How many threads there are, and for how many the work is split, which fixes the bits."""
     threads = torch.get_num_threads()
     return threads, 8 if torch.are_deterministic_algorithms_enabled() else threads

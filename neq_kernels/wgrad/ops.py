@@ -1,4 +1,4 @@
-"""``neq::linear_wgrad`` and ``neq::conv_wgrad``: schema, checks and fake of each."""
+"""``neq::linear_wgrad`` and ``neq::conv_wgrad``: schemas, checks and fakes."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from neq_kernels.library import check_rows, define
-from neq_kernels.wgrad import planner
+from neq_kernels.wgrad import planner, reference
 from neq_kernels.wgrad.geometry import Conv
 
 
@@ -55,6 +55,7 @@ def _check_conv(
 
 
 def _nothing(weight: Tensor, biases: int) -> tuple[Tensor, Tensor]:
+    """dW and db [biases] without an active neuron."""
     return torch.zeros_like(weight), weight.new_zeros(biases)
 
 
@@ -110,6 +111,7 @@ linear_wgrad = define(
     " -> (Tensor, Tensor)",
     _linear_wgrad,
     _fake_linear_wgrad,
+    reference.linear_wgrad,
 )
 conv_wgrad = define(
     "conv_wgrad(Tensor dy, Tensor x, Tensor weight, Tensor order, Tensor count, bool bias,"
@@ -117,4 +119,5 @@ conv_wgrad = define(
     " int groups) -> (Tensor, Tensor)",
     _conv_wgrad,
     _fake_conv_wgrad,
+    reference.conv_wgrad,
 )

@@ -1,7 +1,7 @@
 """Pack the active rows of dY, let the vendor compute their gradient, scatter it into dW.
 
-Rows are packed in whole granules, since vendors' kernels run at the speed of the next multiple of
-their tile anyway: the surplus rows are frozen ones, computed and then left behind.
+Rows are packed in whole granules, since a vendor's kernel takes as long for the next multiple of
+its tile. The surplus rows are frozen ones: they are computed and then dropped.
 """
 
 from math import prod
@@ -19,43 +19,44 @@ from neq_kernels.wgrad.problem import Problem
 
 
 class Device(NamedTuple):
-    """What a kind of device can do, roughly: enough to tell whether packing pays."""
+    """Rough speeds of a kind of device, from which to tell whether packing pays."""
 
     granule: int  # rows that the vendor's kernels compute in one piece
-    relative_time: float  # of the arithmetic for packed rows, per row, in units of the dense time
-    # arithmetic done in the time in which a byte is moved
-    dy_flops: float  # of dY, packed
-    x_flops: float  # of X, read for fewer rows
-    dw_flops: float  # of dW, scattered
-    call_flops: float  # arithmetic done in the time of the extra calls
+    relative_time: float  # of a packed row; 1.0 is that of a row in the dense gradient
+    # FLOPs done in the time for one byte:
+    dy_flops: float  # to pack it in dY
+    x_flops: float  # to read it in X, for fewer rows
+    dw_flops: float  # to scatter it in dW
+    call_flops: float  # FLOPs done in the time of the additional calls
 
 
-# "cpu" fits what was measured (docs/notes/cpu-wgrad.md); "cuda" is an estimate
+# "cpu" is fitted (docs/notes/cpu-wgrad.md#the-cost-models); "cuda" is an estimate
 DEVICES = {
     "cpu": Device(16, 1.1, 4, 8, 15, 40e6),
     "cuda": Device(64, 1, 175, 0, 175, 1e10),
 }
 
-# In 16 bits, matrix instructions of newer CPUs do so many times the arithmetic meanwhile.
+# In 16 bits, matrix instructions of newer CPUs do so many times more FLOPs in the same time.
 HALF_PRECISION_FLOPS = 6
 
 
 def supports(problem: Problem) -> bool:
+    """Linear layers and ungrouped convolutions; on a CPU depthwise convolutions too."""
     if problem.device not in DEVICES or problem.flops == 0:
-        return False  # of an empty batch there is nothing to save
+        return False  # an empty batch
     if problem.conv is None or problem.groups == 1:
         return True
-    # the active rows of other groups than depthwise ones make uneven groups
+    # in other grouped convolutions, the active rows make groups of unequal sizes
     depthwise = problem.groups == problem.neurons == problem.x[1]
     return depthwise and not problem.conv.transposed and problem.device == "cpu"
 
 
 def cost(problem: Problem) -> float:
-    """The share of rows computed, and the time to pack dY (read all, write some) and scatter dW."""
+    """The time to compute the packed rows, to pack dY and to scatter dW."""
     device = DEVICES[problem.device]
     share = _granules(problem.k, problem.neurons, problem.device) / problem.neurons
     if problem.groups > 1:
-        # X is packed too; all that the vendor does is to read both
+        # X is packed too; the vendor's time is that to read both
         return 1.2 * share + 0.8 if problem.channels_last else 1.4 * share + 0.3
     moving = device.x_flops * prod(problem.x) + (1 + share) * (
         device.dy_flops * prod(problem.dy) + device.dw_flops * prod(problem.weight)
@@ -79,7 +80,7 @@ def linear_wgrad(
     dy, x = as_matrix(dy), as_matrix(x)
     packed = _granules(k, len(order), dy.device.type)
     dy_packed, db = pack_columns(dy, order[:packed], bias)  # [T, packed]
-    # [packed, inputs], in the order in memory in which it is scattered
+    # [packed, inputs], stored as the weight is
     dw = (x.t() @ dy_packed).t() if weight.stride(0) == 1 else dy_packed.t() @ x
     return _scatter(weight, order, k, 0, dw, db)
 
@@ -89,7 +90,7 @@ def conv_wgrad(
 ) -> tuple[Tensor, Tensor]:
     packed = _granules(k, len(order), dy.device.type)
     dy_packed, db = _pack_channels(dy, order[:packed], bias, weight.dtype)
-    if conv.groups > 1:  # depthwise: a neuron reads the channel of X with its own number
+    if conv.groups > 1:  # depthwise: a neuron reads the channel of X with the same number
         x, _ = _pack_channels(x, order[:packed], False, weight.dtype)
         conv = conv._replace(groups=packed)
     neurons = 1 if conv.transposed else 0
@@ -100,10 +101,10 @@ def conv_wgrad(
 def _pack_channels(
     t: Tensor, rows: Tensor, want_sums: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """``t[:, rows]`` in the layout of ``t`` [N, channels, *pixels], and if wanted its sums [k]."""
+    """``t[:, rows]`` in the layout of t [N, channels, *pixels], and its sums [rows] if wanted."""
     channels_last = t.movedim(1, -1)
     if channels_last.is_contiguous():
-        # the gathered axis is the contiguous one: [T, n] -> [T, packed]
+        # the channels are adjacent: [T, channels] -> [T, rows]
         columns, sums = pack_columns(channels_last.flatten(0, -2), rows, want_sums)
         return columns.view(*channels_last.shape[:-1], len(rows)).movedim(-1, 1), sums
     packed = t.index_select(1, rows)
@@ -113,7 +114,10 @@ def _pack_channels(
 def _scatter(
     weight: Tensor, order: Tensor, k: int, neurons: int, dw_packed: Tensor, db_packed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """dW and db from those of the packed rows, of which the first ``k`` are active."""
+    """dW and db from those of the packed rows, of which the first ``k`` are active.
+
+    ``neurons`` is the dimension that counts the neurons, in dW and in ``dw_packed``.
+    """
     rows = order[:k]
     dw_active = dw_packed.narrow(neurons, 0, k).to(weight.dtype)
     dw = fresh_like(weight, weight.dtype).zero_().index_copy_(neurons, rows, dw_active)

@@ -1,14 +1,15 @@
-"""Picks the backend for a weight gradient: the fastest, and ``dense`` where none is faster.
+"""Picks the backend for a weight gradient: the fastest, or ``dense`` if none is faster.
 
-For each problem (device, dtype, layout, shape, active share) the planner takes, in this order:
+For each problem (device, dtype, layout, shape, active share) the planner takes the first of these:
 
-1. the choice measured for it, from a table (``load``) or inside ``tuning()``, or else in the table
-   that this package brings for devices of that name;
-2. the choice measured for the nearest number of samples, at most ``NEAR`` times more or fewer;
-3. the backend with the lowest cost by its own model: ``cost(problem)`` predicts its time in units
-   of the dense gradient's. It has to promise a gain of ``MARGIN``, otherwise dense runs.
+1. the choice that was measured for it inside ``tuning()``, or is in a table given to ``load``, or
+   in the table that this package brings for devices of that name;
+2. the choice that was measured for the nearest number of samples, at most ``NEAR`` times more or
+   fewer;
+3. the backend with the lowest ``cost(problem)``, its predicted time in units of the dense
+   gradient's. It has to promise a gain of ``MARGIN``, otherwise ``dense`` runs.
 
-Nothing is ever timed unless asked for: ranks that time for themselves come to differ.
+Nothing is timed unless asked for: ranks that time by themselves would come to differ.
 """
 
 import time
@@ -41,9 +42,9 @@ BACKENDS: dict[str, Backend] = {**LINEAR, "narrow": narrow, "grouped": grouped}
 
 MARGIN = 0.05
 NEAR = 4
-MOST_CHOICES = 100_000  # kept: text comes in ever new lengths
+MOST_CHOICES = 100_000  # that are remembered, since batches of text come in ever new lengths
 
-_choices: dict[tuple[object, ...], str] = {}  # the problems met, by what tells them from others
+_choices: dict[tuple[object, ...], str] = {}  # for the problems met so far
 _measured: dict[str, Table] = {}  # by the device's name
 _tuning = False
 _only: str | None = None
@@ -58,9 +59,19 @@ def linear_wgrad(
     bias: bool,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """dy [..., n], x [..., inputs], weight [n, inputs]; ``order`` [n]: its first ``k`` are active.
+    """dW and db of a linear layer, by the backend that suits. Nothing is checked.
 
-    backend: what ``choose`` said to the same tensors, if it was asked.
+    Args:
+        dy: [..., n].
+        x: [..., inputs].
+        weight: [n, inputs]. Only its dtype, shape and strides are read.
+        order: int64 [n]: the first k neurons are active.
+        k: How many neurons are active; at least 1.
+        bias: Is db wanted?
+        backend: The answer of ``choose`` for the same tensors, if it was called.
+
+    Returns:
+        dW in the dtype and strides of ``weight``, and db [n], or [0] without ``bias``.
     """
     args = (dy, x, weight, order, k, bias)
     chosen = LINEAR.get(backend or "")  # one of ``only`` may be gone
@@ -79,7 +90,22 @@ def conv_wgrad(
     conv: Conv,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """dy [N, n, *pixels], x [N, inputs, *pixels]; else as ``linear_wgrad``."""
+    """dW and db of a convolution, by the backend that suits. Nothing is checked.
+
+    Args:
+        dy: [N, n, *pixels].
+        x: [N, inputs, *pixels].
+        weight: [n, inputs / groups, *kernel]; of a transposed convolution
+            [inputs, n / groups, *kernel]. Only its dtype, shape and strides are read.
+        order: int64 [n]: the first k neurons are active.
+        k: How many neurons are active; at least 1.
+        bias: Is db wanted?
+        conv: The geometry.
+        backend: The answer of ``choose`` for the same tensors, if it was called.
+
+    Returns:
+        dW in the dtype and strides of ``weight``, and db [n], or [0] without ``bias``.
+    """
     args = (dy, x, weight, order, k, bias, conv)
     chosen = BACKENDS.get(backend or "")
     if chosen is None:
@@ -88,7 +114,24 @@ def conv_wgrad(
 
 
 def choose(x: Tensor, weight: Tensor, neurons: int, k: int, conv: Conv | None = None) -> str | None:
-    """The name of the backend, before there is a dY. None: inside ``tuning()`` it takes one."""
+    """The backend for a weight gradient. It needs no dY, so a forward can ask.
+
+    Args:
+        x: The input of the layer, [..., inputs] or [N, inputs, *pixels].
+        weight: The weight, [n, ...]; of a transposed convolution [inputs, n / groups, *kernel].
+        neurons: How many neurons there are.
+        k: How many of them are active.
+        conv: The geometry of a convolution; None for a linear layer.
+
+    Returns:
+        A name in ``BACKENDS``. None inside ``tuning()`` if the problem has yet to be timed, for
+        which a dY is needed.
+
+    Examples:
+        >>> x, weight = torch.randn(64, 32), torch.randn(16, 32)
+        >>> neq_kernels.planner.choose(x, weight, neurons=16, k=16)
+        'dense'
+    """
     if k == neurons and _only is None:
         return "dense"
     bucket = ceil_div(k * BUCKETS, neurons)
@@ -107,7 +150,7 @@ def choose(x: Tensor, weight: Tensor, neurons: int, k: int, conv: Conv | None = 
 
 
 def problem_of(x: Tensor, weight: Tensor, neurons: int, k: int, conv: Conv | None) -> Problem:
-    """``x`` is [T, inputs], of any leading dimensions, or [N, inputs, *pixels]."""
+    """The problem for x [..., inputs] or [N, inputs, *pixels], and a weight as for ``choose``."""
     bucket = ceil_div(k * BUCKETS, neurons)
     device, dtype, shape = x.device.type, x.dtype, tuple(weight.shape)
     if conv is None:
@@ -120,14 +163,14 @@ def problem_of(x: Tensor, weight: Tensor, neurons: int, k: int, conv: Conv | Non
 
 
 def predict(problem: Problem) -> str:
-    """The choice for a problem that was never measured."""
+    """The backend for a problem that was never measured."""
     costs = {name: backend.cost(problem) for name, backend in supporting(problem).items()}
     best = min(costs, key=costs.__getitem__)
     return best if costs[best] <= costs["dense"] - MARGIN else "dense"
 
 
 def supporting(problem: Problem) -> dict[str, Backend]:
-    """The backends that compute it here, by name."""
+    """The backends that can compute the problem on this machine, by name."""
     known = LINEAR if problem.conv is None else BACKENDS
     return {name: backend for name, backend in known.items() if backend.supports(problem)}
 
@@ -143,20 +186,28 @@ def _look_up(problem: Problem, device: str) -> str | None:
 
 
 def _supported(table: Table, problem: Problem) -> dict[int, str]:
-    """A table's choices, unless what they take is missing here, a compiler or Triton."""
+    """A table's choices by samples, without those that this machine can't run."""
     able = supporting(problem)
     return {n: name for n, name in table.get(problem.key, {}).items() if name in able}
 
 
 @contextmanager
 def only(backend: str | LinearBackend) -> Iterator[None]:
-    """Inside, this backend computes every gradient that it supports, and ``dense`` the others.
+    """Inside, one backend computes every gradient that it supports, and ``dense`` the others.
 
-        with neq_kernels.planner.only("pack"):
-            model(x).sum().backward()
+    A layer calls ``choose`` in its forward, so the forward has to be inside too.
 
-    backend: a name in ``BACKENDS``, or a module or object of your own that is a backend. A layer
-        asks in its forward: that has to be inside too.
+    Args:
+        backend: A name in ``BACKENDS``, or a module or object of your own that is a ``Backend``.
+
+    Raises:
+        ValueError: If there is no backend of that name, or your own has the name of another.
+
+    Examples:
+        >>> layer = neq.NEqLinear(64, 10)
+        >>> layer.set_active([0, 3])
+        >>> with neq_kernels.planner.only("pack"):
+        ...     layer(torch.randn(8, 64)).sum().backward()
     """
     global _only
     if isinstance(backend, str):
@@ -183,7 +234,20 @@ def only(backend: str | LinearBackend) -> Iterator[None]:
 
 @contextmanager
 def tuning() -> Iterator[None]:
-    """Inside, each problem not measured before is timed once, on the tensors that it comes with."""
+    """Inside, each new problem is timed once, and the fastest backend is kept.
+
+    It is timed on the tensors of the training itself. A backend that fails is dropped with a
+    warning.
+
+    Raises:
+        RuntimeError: In one of several ranks, since ranks would come to differ.
+
+    Examples:
+        >>> layer = neq.NEqLinear(64, 10)
+        >>> layer.set_active([0, 3])
+        >>> with neq_kernels.planner.tuning():
+        ...     layer(torch.randn(8, 64)).sum().backward()
+    """
     global _tuning
     _refuse_ranks()
     before, _tuning = _tuning, True
@@ -195,12 +259,23 @@ def tuning() -> Iterator[None]:
 
 
 def save(path: str | Path) -> None:
-    """Write the measured choices as JSON: by the device's name, the problem and the samples."""
+    """Write the choices that were measured to a file.
+
+    Args:
+        path: A JSON file: choices by the device's name, the problem, and the number of samples.
+    """
     tables.write(path, _measured)
 
 
 def load(path: str | Path) -> None:
-    """Take over the choices that ``save`` wrote; they hold on devices of the same name."""
+    """Read choices that ``save`` wrote. They hold on devices of the same name.
+
+    Args:
+        path: The JSON file.
+
+    Raises:
+        ValueError: If the file names a backend that does not exist.
+    """
     for device, table in tables.read(path, BACKENDS).items():
         for key, choices in table.items():
             _measured.setdefault(device, {}).setdefault(key, {}).update(choices)
@@ -235,7 +310,7 @@ def _measure(
 
 
 def _fastest(problem: Problem, *args: Any) -> str:
-    """Time the backends in turns; dense keeps what it loses by less than ``MARGIN``."""
+    """Time the backends in turns. Another one than ``dense`` has to be faster by ``MARGIN``."""
     conv = () if problem.conv is None else (problem.conv,)
     runs: dict[str, Callable[[], object]] = {
         name: partial(getattr(backend, problem.op), *args, *conv)
@@ -246,7 +321,7 @@ def _fastest(problem: Problem, *args: Any) -> str:
         for name in [*times]:
             try:
                 times[name].append(_seconds(runs[name], problem.device))
-            except Exception as error:  # of a compiler or a launch: whatever it is, dense works
+            except Exception as error:  # of a compiler or a launch, say; dense works anyway
                 if name == "dense":
                     raise
                 del times[name]

@@ -1,4 +1,4 @@
-"""One weight gradient to compute, as the planner sees it: sizes, not values."""
+"""One weight gradient to compute, as the planner sees it: sizes without values."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,50 +9,53 @@ import torch
 from neq_kernels.shapes import ceil_div
 from neq_kernels.wgrad.geometry import Conv
 
-BUCKETS = 16  # active shares are planned in sixteenths: finer differences change no choice
+BUCKETS = 16  # active shares are rounded to sixteenths, since smaller steps change no choice
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Shapes are those of the tensors: dy [T, n] or [N, n, *pixels], x and weight to match."""
+    """The sizes of one weight gradient, and where and in which layout it is computed."""
 
-    op: str
+    op: str  # the name of the operator
     device: str  # "cpu" or "cuda"
     dtype: torch.dtype
-    dy: tuple[int, ...]
-    x: tuple[int, ...]
-    weight: tuple[int, ...]
+    dy: tuple[int, ...]  # its shape: (T, n) or (N, n, *pixels)
+    x: tuple[int, ...]  # its shape: (T, inputs) or (N, inputs, *pixels)
+    weight: tuple[int, ...]  # its shape
     channels_last: bool
     conv: Conv | None  # None for a linear layer
-    bucket: int  # the active share, rounded up to sixteenths
-    column_major: bool = False  # a linear layer whose weight is stored as [inputs, n]
+    bucket: int  # the active share in sixteenths, rounded up
+    column_major: bool = False  # a linear layer with a weight stored as [inputs, n]
 
     @property
     def samples(self) -> int:
+        """T of a linear layer, N of a convolution."""
         return self.dy[0]
 
     @property
     def neurons(self) -> int:
+        """How many neurons there are."""
         return self.dy[1]
 
     @property
     def k(self) -> int:
-        """How many neurons are active, rounded up as the bucket is."""
+        """How many neurons are active, rounded up with the bucket."""
         return ceil_div(self.neurons * self.bucket, BUCKETS)
 
     @cached_property
     def flops(self) -> int:
-        """Of the dense gradient: each weight meets each pixel of the strided side once."""
+        """FLOPs of the dense gradient: each weight meets each pixel of the strided side once."""
         side = self.x if self.conv is not None and self.conv.transposed else self.dy
         return 2 * prod(self.weight) * side[0] * prod(side[2:])
 
     @property
     def groups(self) -> int:
+        """The groups of a convolution; 1 for a linear layer."""
         return 1 if self.conv is None else self.conv.groups
 
     @property
     def key(self) -> str:
-        """The name under which measured choices are kept in a table, one per number of samples."""
+        """The name of the problem in a table, which has a choice for each number of samples."""
         shapes = self.dy[1:], self.x[1:], self.weight
         sizes = ["x".join(map(str, shape)) for shape in shapes]
         layout = "channels_last" if self.channels_last else "contiguous"

@@ -1,9 +1,7 @@
-"""What ``linear_wgrad`` and ``conv_wgrad`` mean, in plain torch: the truth for every test.
+"""What ``linear_wgrad`` and ``conv_wgrad`` mean, in plain torch. Every test compares with them.
 
 A frozen row is exactly zero, also where the dense gradient would be infinite or NaN.
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +10,15 @@ from neq_kernels.wgrad.geometry import Conv
 
 
 def active_mask(order: Tensor, count: Tensor) -> Tensor:
-    """bool [n]: True for the first ``count`` neurons that ``order`` names."""
+    """Which neurons are active: the first ``count`` of ``order``.
+
+    Args:
+        order: int64 [n]: a permutation of the neurons, the active ones first.
+        count: int64 []: how many neurons are active.
+
+    Returns:
+        bool [n].
+    """
     mask = torch.zeros(len(order), dtype=torch.bool, device=order.device)
     mask[order[: int(count)]] = True
     return mask
@@ -21,7 +27,30 @@ def active_mask(order: Tensor, count: Tensor) -> Tensor:
 def linear_wgrad(
     dy: Tensor, x: Tensor, weight: Tensor, order: Tensor, count: Tensor, bias: bool
 ) -> tuple[Tensor, Tensor]:
-    """dW = dYᵀ X [n, inputs] and db = Σ dY [n] (or [0] without bias), frozen order zero."""
+    """dW = dYᵀ X and db = Σ dY of a linear layer. Frozen rows are exactly zero.
+
+    Args:
+        dy: The gradient of the output, [..., n].
+        x: The input, [..., inputs], in the same dtype.
+        weight: [n, inputs]. Only its dtype, shape and strides are read.
+        order: int64 [n]: a permutation of the neurons, the active ones first.
+        count: int64 [], on the CPU: how many neurons are active.
+        bias: Is db wanted?
+
+    Returns:
+        dW in the dtype and strides of ``weight``, and db [n], or [0] without ``bias``.
+
+    Examples:
+        >>> dy, x = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[1.0, 10.0]])
+        >>> order, count = torch.tensor([0, 2, 1]), torch.tensor(2)
+        >>> dw, db = neq_kernels.linear_wgrad(dy, x, torch.empty(3, 2), order, count, True)
+        >>> dw
+        tensor([[ 1., 10.],
+                [ 0.,  0.],
+                [ 3., 30.]])
+        >>> db
+        tensor([1., 0., 3.])
+    """
     samples = dy.shape[:-1].numel()
     dy, x = dy.reshape(samples, dy.shape[-1]), x.reshape(samples, x.shape[-1])
     frozen = ~active_mask(order, count)
@@ -37,10 +66,48 @@ def conv_wgrad(
     order: Tensor,
     count: Tensor,
     bias: bool,
-    *geometry: Any,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of ``torch.convolution``'s weight and bias for a given dY, frozen order zero."""
-    conv = Conv.of(*geometry)
+    """dW and db of ``torch.convolution`` for a given dY. Frozen rows are exactly zero.
+
+    Args:
+        dy: The gradient of the output, [N, n, *pixels] with one to three dimensions of pixels.
+        x: The input, [N, inputs, *pixels], in the same dtype.
+        weight: [n, inputs / groups, *kernel]; of a transposed convolution
+            [inputs, n / groups, *kernel]. Only its dtype, shape and strides are read.
+        order: int64 [n]: a permutation of the neurons, the active ones first.
+        count: int64 [], on the CPU: how many neurons are active.
+        bias: Is db wanted?
+        stride: One entry for each dimension of pixels, as in the next two.
+        padding: As in torch.
+        dilation: As in torch.
+        transposed: Is it a transposed convolution?
+        output_padding: As in torch; zeros unless it is transposed.
+        groups: As in torch.
+
+    Returns:
+        dW in the dtype and strides of ``weight``, and db [n], or [0] without ``bias``.
+
+    Examples:
+        >>> dy, x = torch.ones(1, 2, 3), torch.tensor([[[1.0, 2.0, 3.0, 4.0]]])
+        >>> order, count = torch.tensor([1, 0]), torch.tensor(1)
+        >>> geometry = [1], [0], [1], False, [0], 1
+        >>> dw, db = neq_kernels.conv_wgrad(
+        ...     dy, x, torch.empty(2, 1, 2), order, count, True, *geometry
+        ... )
+        >>> dw
+        tensor([[[0., 0.]],
+        <BLANKLINE>
+                [[6., 9.]]])
+        >>> db
+        tensor([0., 3.])
+    """
+    conv = Conv.of(stride, padding, dilation, transposed, output_padding, groups)
     frozen = ~active_mask(order, count)
     with torch.enable_grad():
         w = weight.detach().to(dy.dtype).requires_grad_()

@@ -1,4 +1,4 @@
-"""Choices that were measured, as JSON: by the device's name, the problem and the samples."""
+"""Tables of measured choices: JSON files, by the device's name, the problem and the samples."""
 
 import json
 from collections.abc import Collection, Mapping
@@ -9,7 +9,7 @@ from neq_kernels.device import names
 
 Table = dict[str, dict[int, str]]  # Problem.key -> number of samples -> the fastest backend
 
-FOLDER = Path(__file__).with_name("tables")  # what this package brings: a file for each device
+FOLDER = Path(__file__).with_name("tables")  # of this package: a file for each device
 
 
 def nearest(choices: Mapping[int, str], samples: int, factor: int) -> str | None:
@@ -21,13 +21,24 @@ def nearest(choices: Mapping[int, str], samples: int, factor: int) -> str | None
 
 @cache
 def shipped(device: str, known: frozenset[str]) -> Table:
-    """The choices that this package brings for devices of that name, which ``save`` once wrote."""
+    """The table that this package brings for devices of that name; empty if there is none.
+
+    ``known``: the names of the backends.
+    """
     path = FOLDER / f"{names.slug(device)}.json"
     return read(path, known).get(device, {}) if path.exists() else {}
 
 
 def read(path: str | Path, known: Collection[str]) -> dict[str, Table]:
-    """``known``: the names of the backends; another one is an error."""
+    """The tables in a file, by the device's name.
+
+    Args:
+        path: A file that ``write`` made.
+        known: The names of the backends.
+
+    Raises:
+        ValueError: If the file names another backend.
+    """
     found: dict[str, Table] = {
         device: {
             key: {int(samples): name for samples, name in choices.items()}
@@ -42,4 +53,5 @@ def read(path: str | Path, known: Collection[str]) -> dict[str, Table]:
 
 
 def write(path: str | Path, measured: dict[str, Table]) -> None:
+    """Write tables, by the device's name, to a file."""
     Path(path).write_text(json.dumps(measured, indent=1, sort_keys=True) + "\n")
