@@ -93,6 +93,7 @@ def test_explains_its_arguments(name):
         assert not wrong_arguments(thing)
 
 
+@pytest.mark.usefixtures("fresh_planner", "one_thread")
 @pytest.mark.parametrize("name", [name for name in PUBLIC if ">>>" in docstring(PUBLIC[name])])
 def test_examples_print_what_they_say(name):
     found = sections(docstring(PUBLIC[name]))
