@@ -1,16 +1,18 @@
-"""All checks that need a GPU: one command, a few minutes, no network.
+"""All checks that need a GPU: one command, no network, in one call or in several.
 
-    python bench/gpu_check.py
-    python bench/gpu_check.py --out /tmp/h200 --minutes 5
+    python bench/gpu_check.py --list
+    python bench/gpu_check.py --parts tests
+    python bench/gpu_check.py --parts "speed|steps" --out /tmp/h200 --minutes 9
 
 It runs the tests that need a GPU and those of the Triton kernels' machine code; compute-sanitizer,
 if it is installed, on the project's own kernels; the weight gradients of real models, while the
-planner times its backends; and whole training steps. What the project has goals for comes first.
+planner times its backends; and whole training steps. What a first run has to tell comes first.
 
 Every part is a process with a time limit and a log of its own. If one part fails, the results of
 the others remain, and a benchmark that is stopped keeps what it has measured. The exit status is 1
 if a part failed or a result was wrong, otherwise 0. A table names the parts that were stopped or
-left out. The folder of results, bench/results/<GPU> by default, then holds
+left out, and says how many tests ran of how many. Calls with the same folder add to one another.
+The folder of results, bench/results/<GPU> by default, then holds
 
     gpu_check.json      the machine, how each part ended, every result of the benchmarks
     backward_speed.png  the weight gradients as a figure
@@ -51,10 +53,10 @@ from neq_kernels.device import names
 ROOT = Path(__file__).resolve().parents[1]
 PYTEST = [sys.executable, "-m", "pytest", "-q", "--hypothesis-profile", "few"]
 EXACT = "bfloat16 and (exact or bits or tile)"  # the tests that say the most
-# each has to end by this share of all the time
-SPEED = {"llama-8b": 0.39, "swin-b|vit-l|gpt2|gpt2-medium": 0.48, "resnet50|resnet32": 0.58}
+# models and networks by what they tell, and the seconds that they may take
+SPEED = {"llama-8b": 60, "swin-b|vit-l|gpt2|gpt2-medium": 60, "resnet50|resnet32": 60}
 OTHERS = "resnet18|convnext-t|swin-t|vit-s|vit-b|llama-1b"
-STEPS = {"resnet50": 0.64, "gpt2-medium": 0.69, "swin-b": 0.74, "llama-1b": 0.78}
+STEPS = {"resnet50": 45, "gpt2-medium": 45, "swin-b": 45, "llama-1b": 45}
 KERNELS = [  # a small problem of each
     "tests/kernels/wgrad/test_fused.py::test_same_bits_however_often",
     "tests/kernels/wgrad/test_grouped.py::test_same_bits_however_often",
@@ -71,6 +73,7 @@ COMPILED = [  # looked at as machine code
 ]
 FRACTIONS = (0.75, 0.5, 0.25, 0.1)
 UNSUPPORTED = "Device not supported"  # compute-sanitizer, in some virtual machines
+SUMMARY = "gpu_check.json"
 GRACE = 10  # seconds for a part whose time is over to print what it knows
 
 
@@ -78,7 +81,8 @@ GRACE = 10  # seconds for a part whose time is over to print what it knows
 class Part:
     name: str
     command: list[str]
-    until: float  # it has to end when this share of all the time is over
+    seconds: float  # its limit
+    written: Path | None = None  # the results that it writes
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,9 @@ class Outcome:
     name: str
     seconds: float
     ended: str
+    tests: str  # "so many of so many" where it is a part of tests
     last_line: str
+    revision: str
 
     @property
     def failed(self) -> bool:
@@ -100,16 +106,22 @@ def main(arguments: list[str] | None = None) -> int:
     name = names.slug(device_name(facts))
     out = given.out or ROOT / "bench/results" / name
     out.mkdir(parents=True, exist_ok=True)
+    known = earlier(out, facts)
 
     # two more are left to stop the last part, and to draw the figures
-    start, seconds = time.monotonic(), 60 * given.minutes - 2 * GRACE
-    outcomes = [run(part, out, start + part.until * seconds) for part in parts(out, seconds)]
+    end = time.monotonic() + 60 * given.minutes - 2 * GRACE
+    every = list(parts(out))
+    outcomes = [
+        run(part, out, end, facts["revision"]) for part in every if given.parts.search(part.name)
+    ]
+    known |= {outcome.name: outcome for outcome in outcomes}
     wgrads, steps = read(out, "speed"), read(out, "steps")
-    summary = {"environment": facts, "parts": [asdict(o) for o in outcomes]}
+    ended = [known[part.name] for part in every if part.name in known]
+    summary = {"environment": facts, "parts": [asdict(outcome) for outcome in ended]}
     summary |= {"results": wgrads, "steps": steps}
-    (out / "gpu_check.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (out / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
 
-    results.show_table(endings(outcomes))
+    results.show_table(endings(ended))
     if wrong := results.faults(wgrads + steps):
         print(*wrong, sep="\n")
     if wgrads:
@@ -123,52 +135,61 @@ def main(arguments: list[str] | None = None) -> int:
     return int(bool(wrong) or any(outcome.failed for outcome in outcomes))
 
 
-def parts(out: Path, seconds: float) -> Iterator[Part]:
+def earlier(out: Path, facts: dict[str, str]) -> dict[str, Outcome]:
+    """How the parts of earlier calls into this folder ended, by name."""
+    file = out / SUMMARY
+    if not file.exists():
+        return {}
+    summary = json.loads(file.read_text())
+    there, here = device_name(summary["environment"]), device_name(facts)
+    if there != here:
+        sys.exit(f"{out} holds results of {there}, this is {here}: give another folder, --out")
+    return {part["name"]: Outcome(**part) for part in summary["parts"]}
+
+
+def parts(out: Path) -> Iterator[Part]:
+    """All of them, in the order in which a first run on a machine wants them."""
     # each worker takes one test at a time, so that the first tests come first
     workers = ["-n", "8", "--maxschedchunk", "1"] if find_spec("xdist") else []
-    on_gpu = [*PYTEST, *workers, "-m", "gpu", "-k"]
+    on_gpu = [*PYTEST, *workers, "-m", "gpu"]
     of_kernels = [*dict.fromkeys(kernel.partition("::")[0] for kernel in KERNELS)]
     others = [f"--ignore={file}" for file in of_kernels]
-    yield Part("exact tests", [*on_gpu, EXACT], until=0.11)
-    yield Part("kernel tests", [*on_gpu, f"not ({EXACT})", *of_kernels], until=0.17)
-    yield Part("other gpu tests", [*on_gpu, f"not ({EXACT})", *others], until=0.22)
-    yield Part("machine code", [*PYTEST, *workers, *COMPILED], until=0.26)
-    for tool, until in (("memcheck", 0.3), ("racecheck", 0.34)):
-        sanitizer = [find("compute-sanitizer"), "--tool", tool, "--error-exitcode", "1"]
-        yield Part(tool, [*sanitizer, *PYTEST, "-m", "gpu", *KERNELS], until)
+    yield Part("exact tests of kernels", [*on_gpu, "-k", EXACT, *of_kernels], 90)
+    yield Part("other tests of kernels", [*on_gpu, "-k", f"not ({EXACT})", *of_kernels], 120)
+    yield Part("other gpu tests", [*on_gpu, *others], 150)
 
-    def benchmark(name: str, script: str, until: float, *flags: object) -> Part:
+    def benchmark(name: str, script: str, seconds: float, *flags: object) -> Part:
         file = out / f"{name}.json"
-        file.unlink(missing_ok=True)  # of an earlier run
         command = [sys.executable, f"bench/{script}.py", "--device", "cuda", "--json", file, *flags]
-        return Part(name, [*map(str, command)], until)
+        return Part(name, [*map(str, command)], seconds, file)
 
     tuned = "--tune", "--table", out / "planner.json"
 
-    def speed(models: str, until: float) -> Part:
+    def speed(models: str, seconds: float) -> Part:
         flags = "--dtype", "bfloat16", "--suite", "full", "--only", f"^({models})/"
-        flags += "--active", "1,.75,.5,.25,.1", "--seconds", seconds / 1000, *tuned
-        return benchmark(f"speed {models.replace('|', ' ')}", "backward_speed", until, *flags)
+        flags += "--active", "1,.75,.5,.25,.1", "--seconds", 0.5, *tuned
+        return benchmark(f"speed {models.replace('|', ' ')}", "backward_speed", seconds, *flags)
 
-    def steps(network: str, until: float, *mode: str) -> Part:
+    def steps(network: str, seconds: float, *mode: str) -> Part:
         flags = "--only", f"^{network}$", "--active", ".5" if mode else ".5,.25,.1"
         name = " ".join(["steps", network, *mode]).replace("--", "")
-        return benchmark(
-            name, "end_to_end", until, *flags, "--seconds", seconds / 100, *mode, *tuned
-        )
+        return benchmark(name, "end_to_end", seconds, *flags, "--seconds", 5, *mode, *tuned)
 
-    for models, until in SPEED.items():
-        yield speed(models, until)
-    for network, until in STEPS.items():
-        yield steps(network, until)
-    flags = "--active", ".5,.1", "--seconds", seconds / 1000
-    yield benchmark("optimizer_speed", "optimizer_speed", 0.81, *flags)
-    yield steps("gpt2", 0.89, "--compile")
-    yield steps("resnet50", 0.92, "--graphs")
-    yield steps("resnet50", 0.97, "--compile")
-    flags = "--epochs", 3, "--steps", 5, "--seconds", seconds / 2000
-    yield benchmark("probe", "probe", 0.98, *flags)
-    yield speed(OTHERS, 1)
+    for models, limit in SPEED.items():
+        yield speed(models, limit)
+    for network, limit in STEPS.items():
+        yield steps(network, limit)
+    yield benchmark("optimizer_speed", "optimizer_speed", 30, "--active", ".5,.1", "--seconds", 0.5)
+    flags = "--epochs", 3, "--steps", 5, "--seconds", 0.25
+    yield benchmark("probe", "probe", 40, *flags)
+    yield steps("resnet50", 45, "--graphs")
+    yield steps("gpt2", 180, "--compile")
+    yield steps("resnet50", 240, "--compile")
+    yield speed(OTHERS, 150)
+    for tool in ("memcheck", "racecheck"):
+        sanitizer = [find("compute-sanitizer"), "--tool", tool, "--error-exitcode", "1"]
+        yield Part(tool, [*sanitizer, *PYTEST, "-m", "gpu", *KERNELS], 150)
+    yield Part("machine code", [*PYTEST, *workers, *COMPILED], 90)
 
 
 def find(tool: str) -> str:
@@ -178,21 +199,33 @@ def find(tool: str) -> str:
     return shutil.which(tool, path=os.pathsep.join(folders)) or tool
 
 
-def run(part: Part, out: Path, end: float) -> Outcome:
-    """Run the part until ``end`` at the latest; its output goes to its log."""
+def run(part: Part, out: Path, end: float, revision: str) -> Outcome:
+    """Run the part within its limit, until ``end`` at the latest; its output goes to its log."""
     started = time.monotonic()
     log = out / f"{part.name}.log"
-    log.unlink(missing_ok=True)
-    ended = _run(part.command, log, end - started)
+    for old in filter(None, (log, part.written)):
+        old.unlink(missing_ok=True)
+    ended = _run(part.command, log, min(part.seconds, end - started))
     text = log.read_text(errors="replace") if log.exists() else ""
     last_line = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
     if UNSUPPORTED in text:
         ended = f"left out: {UNSUPPORTED}"
     if ended.startswith("stopped"):
         ended = _stopped(ended, last_line)
-    outcome = Outcome(part.name, round(time.monotonic() - started, 1), ended, last_line)
+    seconds = round(time.monotonic() - started, 1)
+    outcome = Outcome(part.name, seconds, ended, tests_in(text), last_line, revision)
     print(f"{outcome.seconds:6.0f} s  {part.name}: {ended}", flush=True)
     return outcome
+
+
+def tests_in(log: str) -> str:
+    """How many tests of how many ran, by a log of pytest's; empty if it is no such log."""
+    planned = re.search(r"(?:workers \[|collected )(\d+) items?(?: / (\d+) deselected)?", log)
+    if planned is None:
+        return ""
+    last = next((line for line in reversed(log.splitlines()) if " in " in line), "")
+    ran = sum(int(n) for n in re.findall(r"(\d+) (?:passed|failed|errors?)\b", last))
+    return f"{ran} of {int(planned[1]) - int(planned[2] or 0)}"
 
 
 def _stopped(ended: str, last_line: str) -> str:
@@ -250,10 +283,10 @@ def read(out: Path, kind: str) -> list[Result]:
 
 
 def endings(outcomes: list[Outcome]) -> Table:
-    table = results.new_table(("part",), ("seconds",), ("ended", "last line"))
+    table = results.new_table(("part",), ("seconds",), ("tests", "ended", "last line"))
     for outcome in outcomes:
-        cells = outcome.name, f"{outcome.seconds:.0f}", outcome.ended, outcome.last_line[:120]
-        table.add_row(*cells)
+        ended = outcome.tests, outcome.ended, outcome.last_line[:120]
+        table.add_row(outcome.name, f"{outcome.seconds:.0f}", *ended)
     return table
 
 
@@ -274,8 +307,25 @@ def medians(wgrads: list[Result]) -> Table:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = cli.new_parser(__doc__)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="of the results")
-    parser.add_argument("--minutes", type=cli.positive, default=8.0, help="for all parts together")
+    parser.add_argument(
+        "--minutes", type=cli.positive, default=8.0, help="for all parts of this call"
+    )
+    parser.add_argument(
+        "--parts", type=cli.pattern, default="", metavar="PATTERN", help="of names; see --list"
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="the parts, in order, with their limits"
+    )
     given = parser.parse_args(arguments)
+    every = list(parts(Path()))
+    if given.list:
+        print(*(f"{part.seconds:6.0f} s  {part.name}" for part in every), sep="\n")
+        parser.exit()
+    if not any(given.parts.search(part.name) for part in every):
+        parser.error(
+            f"argument --parts: {given.parts.pattern!r} matches no part, "
+            f"there are {', '.join(part.name for part in every)}"
+        )
     if not torch.cuda.is_available():
         parser.error(f"needs a GPU: torch {torch.__version__} sees no CUDA device")
     return given

@@ -6,28 +6,31 @@ from neq.controller import Controller
 from neq.cost.account import Account
 from neq.cost.flops import account
 from neq.history import History
-from neq.layers import (
-    NEqBatchNorm1d,
-    NEqBatchNorm2d,
-    NEqBatchNorm3d,
+from neq.layers.base import NeuronLayer
+from neq.layers.conv import (
     NEqConv1d,
     NEqConv2d,
     NEqConv3d,
     NEqConvTranspose1d,
     NEqConvTranspose2d,
     NEqConvTranspose3d,
+)
+from neq.layers.conversion import convert, revert
+from neq.layers.linear import NEqLinear
+from neq.layers.norm import (
+    NEqBatchNorm1d,
+    NEqBatchNorm2d,
+    NEqBatchNorm3d,
     NEqGroupNorm,
     NEqInstanceNorm1d,
     NEqInstanceNorm2d,
     NEqInstanceNorm3d,
     NEqLayerNorm,
-    NEqLinear,
     NEqRMSNorm,
     NEqSyncBatchNorm,
-    NeuronLayer,
 )
-from neq.layers.conversion import convert, revert
 from neq.layers.summary import summary
+from neq.measure.base import Measure
 from neq.measure.equilibrium import Velocity, similarity
 from neq.measure.probes import NoiseProbe, Probe, WeightProbe
 from neq.policies import (
@@ -52,6 +55,7 @@ __all__ = [
     "Fixed",
     "History",
     "LowestVelocity",
+    "Measure",
     "Motion",
     "NEqBatchNorm1d",
     "NEqBatchNorm2d",

@@ -93,6 +93,10 @@ class Controller:
         self._sizes = [group.n_neurons for group in self.layers.values()]
         self._device = next(iter(self.layers.values())).device
         self._ranks = Ranks(process_group)
+        self.measure = self.policy.measure()
+        keeps_precision = self.probe is None or self.probe.keeps_precision
+        devices = [group.device for group in self.layers.values()]
+        self.measure.attach(self._sizes, devices, memory, keeps_precision)
         self._guards = self._guard(on_thaw)
         self._inputs: Inputs | None = None
         if example_inputs is not None:
@@ -103,10 +107,6 @@ class Controller:
         if self._inputs is not None:
             self._account = account(self.model, self._inputs)
         self.policy.attach(self)
-        self.measure = self.policy.measure()
-        keeps_precision = self.probe is None or self.probe.keeps_precision
-        devices = [group.device for group in self.layers.values()]
-        self.measure.attach(self._sizes, devices, memory, keeps_precision)
         self._samples = _on_host(self._observe())
         if warmup == 0:
             self._decide(self._active())

@@ -23,7 +23,10 @@ _library = torch.library.Library("neq", "DEF")
 def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """The overload ``neq::<name>.default``, whose call skips the look-up of the packet."""
     name = schema.partition("(")[0]
-    _library.define(schema)
+    # A kernel's grid follows from the value of ``count``. A CUDA graph that torch.compile captures
+    # by itself (mode="reduce-overhead") would keep the grid of the first mask for all others.
+    tags = (torch.Tag.cudagraph_unsafe,) if " count" in schema else ()
+    _library.define(schema, tags=tags)
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"neq::{name}", fake, lib=_library)
     return getattr(torch.ops.neq, name).default

@@ -1,5 +1,8 @@
 """A Controller on several ranks."""
 
+import gc
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -26,36 +29,43 @@ class Contrary(neq.Policy):
 DISTRIBUTED = {"equilibrium": neq.Equilibrium, "released": neq.Equilibrium.released}
 
 
-def on_rank(rank, folder):
-    dist.init_process_group("gloo", f"file://{folder}/init", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def trained(name, rank, folder):
+    """The masks, φ of each epoch, and the number of records."""
     x, labels = data()
     mine = slice(rank, None, 2)
-    results = {}
-    for name, policy in DISTRIBUTED.items():
-        torch.manual_seed(rank)  # DDP takes rank 0's weights
-        model = DistributedDataParallel(Net().eval(), find_unused_parameters=True)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-        control = neq.Controller(
-            model,
-            probe=x[:6][mine] if name == "equilibrium" else x[:6][:4] if rank else x[:6][4:],
-            policy=policy(3e-4),
-            optimizer=optimizer,
-            history=f"{folder}/history-{name}.jsonl",
-        )
-        phi = []
-        for _ in range(4):
-            optimizer.zero_grad()
-            F.cross_entropy(model(x[mine]), labels[mine]).backward()
-            optimizer.step()
-            control.step()
-            phi.append(control.scores["phi"])
-        assert next(iter(control.layers)) == "conv"
-        results[name] = masks(control), torch.stack(phi), len(control.history.records)
+    torch.manual_seed(rank)  # DDP takes rank 0's weights
+    model = DistributedDataParallel(Net().eval(), find_unused_parameters=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    control = neq.Controller(
+        model,
+        probe=x[:6][mine] if name == "equilibrium" else x[:6][:4] if rank else x[:6][4:],
+        policy=DISTRIBUTED[name](3e-4),
+        optimizer=optimizer,
+        history=f"{folder}/history-{name}.jsonl",
+    )
+    phi = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x[mine]), labels[mine]).backward()
+        optimizer.step()
+        control.step()
+        phi.append(control.scores["phi"])
+    assert next(iter(control.layers)) == "conv"
+    return masks(control), torch.stack(phi), len(control.history.records)
+
+
+def on_rank(rank, folder):
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", f"file://{folder}/init", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    results = {name: trained(name, rank, folder) for name in DISTRIBUTED}
     contrary = neq.Controller(Net(), optimizer=(), policy=Contrary())
     contrary.step()
     results["contrary"] = masks(contrary)
     torch.save(results, f"{folder}/{rank}.pt")
+    # a rank that left while another still uses its connections would abort that one
+    gc.collect()
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -3,67 +3,25 @@
 ``LAYERS`` is the register: what stands in it, ``neq.convert`` can convert to.
 """
 
+from neq.layers import conv, linear, norm
 from neq.layers.base import NeuronLayer
-from neq.layers.conv import (
-    NEqConv1d,
-    NEqConv2d,
-    NEqConv3d,
-    NEqConvTranspose1d,
-    NEqConvTranspose2d,
-    NEqConvTranspose3d,
-)
-from neq.layers.linear import NEqLinear
-from neq.layers.norm import (
-    NEqBatchNorm1d,
-    NEqBatchNorm2d,
-    NEqBatchNorm3d,
-    NEqGroupNorm,
-    NEqInstanceNorm1d,
-    NEqInstanceNorm2d,
-    NEqInstanceNorm3d,
-    NEqLayerNorm,
-    NEqRMSNorm,
-    NEqSyncBatchNorm,
-)
 
 LAYERS: tuple[type[NeuronLayer], ...] = (
-    NEqLinear,
-    NEqConv1d,
-    NEqConv2d,
-    NEqConv3d,
-    NEqConvTranspose1d,
-    NEqConvTranspose2d,
-    NEqConvTranspose3d,
-    NEqBatchNorm1d,
-    NEqBatchNorm2d,
-    NEqBatchNorm3d,
-    NEqSyncBatchNorm,
-    NEqGroupNorm,
-    NEqLayerNorm,
-    NEqInstanceNorm1d,
-    NEqInstanceNorm2d,
-    NEqInstanceNorm3d,
-    NEqRMSNorm,
+    linear.NEqLinear,
+    conv.NEqConv1d,
+    conv.NEqConv2d,
+    conv.NEqConv3d,
+    conv.NEqConvTranspose1d,
+    conv.NEqConvTranspose2d,
+    conv.NEqConvTranspose3d,
+    norm.NEqBatchNorm1d,
+    norm.NEqBatchNorm2d,
+    norm.NEqBatchNorm3d,
+    norm.NEqSyncBatchNorm,
+    norm.NEqGroupNorm,
+    norm.NEqLayerNorm,
+    norm.NEqInstanceNorm1d,
+    norm.NEqInstanceNorm2d,
+    norm.NEqInstanceNorm3d,
+    norm.NEqRMSNorm,
 )
-
-__all__ = [
-    "LAYERS",
-    "NEqBatchNorm1d",
-    "NEqBatchNorm2d",
-    "NEqBatchNorm3d",
-    "NEqConv1d",
-    "NEqConv2d",
-    "NEqConv3d",
-    "NEqConvTranspose1d",
-    "NEqConvTranspose2d",
-    "NEqConvTranspose3d",
-    "NEqGroupNorm",
-    "NEqInstanceNorm1d",
-    "NEqInstanceNorm2d",
-    "NEqInstanceNorm3d",
-    "NEqLayerNorm",
-    "NEqLinear",
-    "NEqRMSNorm",
-    "NEqSyncBatchNorm",
-    "NeuronLayer",
-]

@@ -185,7 +185,7 @@ class NeuronLayer(nn.Module):
     def _vendor(self, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         """The torch module's forward with other parameters, which a shallow copy of it holds."""
         if torch.compiler.is_compiling():
-            # before torch 2.13 it can't trace a shallow copy; but its changes here reach nobody
+            # before torch 2.13 it can't trace a shallow copy; but no other code sees these changes
             own: Any = self._parameters
             self._parameters = cast(Any, {"weight": weight, "bias": bias})
             y: Tensor = self.plain.forward(self, *args, **kwargs)

@@ -13,9 +13,9 @@ from neq.policies.base import Choice, Motion, Policy, Training, check_share
 class Budget(Policy):
     """Rank all neurons by |v| per unit of cost, and train from the top while the budget lasts.
 
-    After Quélennec et al. (2024), where the unit is parameters. What is spent never exceeds the budget, and
-    falls short of it by less than the next neuron's cost. A neuron's cost is its share of its
-    layer's, also in a norm, whose weight gradient is computed for all neurons or none.
+    After Quélennec et al. (2024), where the unit is parameters. What is spent never exceeds the
+    budget, and falls short of it by less than the next neuron's cost. A neuron's cost is its share
+    of its layer's, also in a norm, whose weight gradient is computed for all neurons or none.
 
     Args:
         share: The budget as a share of what training everything would cost; or

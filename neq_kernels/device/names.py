@@ -24,9 +24,20 @@ def slug(name: str) -> str:
 
 @cache
 def cpu() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+@cache
+def cpu_maker() -> str:
+    """ "Intel" or "AMD"; another's as the system calls it, or nothing."""
+    maker = _cpuinfo("vendor_id")
+    return {"GenuineIntel": "Intel", "AuthenticAMD": "AMD"}.get(maker, maker)
+
+
+def _cpuinfo(key: str) -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+        return ""
+    values = (line.partition(":")[2].strip() for line in lines if line.startswith(key))
+    return next(values, "")

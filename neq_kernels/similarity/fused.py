@@ -12,7 +12,8 @@ import triton
 from torch import Tensor
 
 from neq_kernels.device.gpu import gpu, parts
-from neq_kernels.similarity import fused_kernels
+from neq_kernels.shapes import INT32
+from neq_kernels.similarity import fused_kernels, in_torch
 
 ELEMENTS, WARPS = 2048, 4  # of a tile, and to work on it: a thread reads 64 bytes of bfloat16
 # that the registers of a processor suffice for, by the dtype of the sums
@@ -25,6 +26,8 @@ def row_similarity(y: Tensor, y_: Tensor) -> Tensor:
     wide = torch.float64 if torch.float64 in (y.dtype, y_.dtype) else torch.float32
     if y.numel() == 0:
         return y.new_zeros((3, samples, neurons), dtype=torch.float64)
+    if max(before, neurons * after) >= INT32:  # what is multiplied by more is counted in 64 bits
+        return in_torch.row_similarity(y, y_)
     y, y_ = y.contiguous(), y_.contiguous()
     u, width = unit(y, y_, after if after > 1 else neurons), neurons
     if after > 1 and u * y.element_size() < 8 and before >= 32:

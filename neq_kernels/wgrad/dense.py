@@ -18,7 +18,7 @@ if extension.why_not("cpu") is None:
     from neq_kernels import _C
 
 # Arithmetic that a CPU does while a byte of dW is written; is zeroed with its row; or is in a
-# matrix some columns of which are zeroed (docs/measured-facts.md).
+# matrix some columns of which are zeroed (docs/notes/cpu-wgrad.md).
 WRITE_FLOPS, ROWS_FLOPS, COLUMNS_FLOPS = 10, 10, 8
 
 

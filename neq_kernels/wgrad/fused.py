@@ -3,21 +3,27 @@
 One Triton kernel serves linear layers and 1-d and 2-d convolutions in channels_last. What it costs
 beside the product is a small copy for each active element of dY and tile of columns, so it suits
 few rows, and weights too short for ``pack`` to pay. The kernels are in ``fused_kernels``.
+
+Two things are refused, for reasons in docs/notes/gpu-correctness.md: TF32, whose rounding Triton
+leaves out, and tensor cores that read shared memory by themselves where Triton is older than
+``FENCED``.
 """
 
+from collections.abc import Sequence
 from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from neq_kernels.device.gpu import gpu, parts, triton_is_there
+from neq_kernels.device.gpu import archs, gpu, parts, triton_is_there, triton_version
 from neq_kernels.shapes import INT32, as_matrix, ceil_div
 from neq_kernels.wgrad.geometry import Conv, in_two_dimensions
 from neq_kernels.wgrad.problem import Problem
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WARPS = 8  # that work on a processor at a time
+FENCED = (3, 8)  # the Triton from which on shared memory is fenced, as read in what it compiles
 POINTWISE = Conv((1, 1), (0, 0), (1, 1), False, (0, 0), 1)
 
 
@@ -38,18 +44,60 @@ def supports(problem: Problem) -> bool:
         and problem.dtype in DTYPES
         and problem.flops > 0
         and problem.dy[0] * prod(problem.dy[2:]) < INT32
+        and prod(problem.weight) < INT32
         and triton_is_there()
+        and _is_safe(problem)
     )
-    if conv is not None:
+    if works and conv is not None:
         works = (
-            works
-            and problem.channels_last
+            problem.channels_last
             and len(conv.stride) <= 2
             and conv.groups == 1
             and not conv.transposed
-            and prod(problem.x[1:]) < INT32
+            and counts(dense_image(problem.x, channels_last=True), conv)
         )
     return works
+
+
+def fenced(arch: int) -> bool:
+    """Do tensor cores of this GPU see what was copied to shared memory?
+
+    Those of 90 to 119 read it by another path, the asynchronous proxy, which only a fence orders
+    behind the copy.
+    """
+    return not 90 <= arch < 120 or triton_version() >= FENCED
+
+
+def _is_safe(problem: Problem) -> bool:
+    if problem.dtype is not torch.float32:  # which goes without tensor cores
+        return all(map(fenced, archs()))
+    if problem.conv is None:
+        return str(torch.backends.cuda.matmul.fp32_precision) != "tf32"
+    return str(torch.backends.cudnn.conv.fp32_precision) != "tf32"  # type: ignore[attr-defined]
+
+
+def dense_image(x: tuple[int, ...], channels_last: bool) -> list[tuple[int, int]]:
+    """(size, stride) of each dimension of an image of x [N, C, *pixels] that lies in one piece."""
+    order = [*range(2, len(x)), 1] if channels_last else [*range(1, len(x))]
+    strides, stride = {}, 1
+    for dim in reversed(order):
+        strides[dim], stride = stride, stride * x[dim]
+    return [(x[dim], strides[dim]) for dim in range(1, len(x))]
+
+
+def image_of(x: Tensor) -> list[tuple[int, int]]:
+    """The same of one that is there."""
+    return [*zip(x.shape, x.stride(), strict=True)][1:]
+
+
+def counts(image: Sequence[tuple[int, int]], conv: Conv | None = None) -> bool:
+    """Do 32 bits count to the last element of an image, given as (size, stride) of its dimensions?
+
+    With ``conv`` the channels come first, and what is counted begins and ends in the padding.
+    """
+    around = [0] * len(image) if conv is None else [0, *(2 * p for p in conv.padding)]
+    pairs = zip(image, around, strict=True)
+    return sum((size - 1 + more) * stride for (size, stride), more in pairs) < INT32
 
 
 def cost(problem: Problem) -> float:
@@ -60,16 +108,14 @@ def cost(problem: Problem) -> float:
     return 1.0
 
 
-def tile(
-    arch: int, dtype: torch.dtype, precision: str, k: int, columns: int, spare: bool, pieces: bool
-) -> Tile:
+def tile(arch: int, dtype: torch.dtype, k: int, columns: int, spare: bool, pieces: bool) -> Tile:
     """For ``k`` active rows of so many weights: as large as the registers allow without a spill.
 
     ``spare``: there are some to spare, as dY comes in pairs, and no sums of a bias and no addresses
     of dW's values are in them.
     ``pieces``: X is read in pieces of 16 bytes, and not each of its values at its own address.
     """
-    if dtype is torch.float32 and precision == "ieee":
+    if dtype is torch.float32:
         return Tile(64, 64, 16, 4, 3)  # without tensor cores
     # whatever its size, a tile costs as much as 16 more rows or 32 more columns
     rows = min((128, 64, 32), key=lambda rows: ceil_div(k, rows) * (rows + 16))
@@ -87,25 +133,23 @@ def linear_wgrad(
 ) -> tuple[Tensor, Tensor]:
     dy, x = as_matrix(dy), as_matrix(x)
     dw = torch.empty_like(weight)
-    precision = torch.backends.cuda.matmul.fp32_precision
     image = dy[None, None], x[None, None], dw[:, :, None, None]  # of one row
-    return dw, _wgrad(*image, order, k, bias, POINTWISE, precision)
+    return dw, _wgrad(*image, order, k, bias, POINTWISE)
 
 
 def conv_wgrad(
     dy: Tensor, x: Tensor, weight: Tensor, order: Tensor, k: int, bias: bool, conv: Conv
 ) -> tuple[Tensor, Tensor]:
     dw = torch.empty_like(weight)
-    precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
     dy, x, kernel, conv = in_two_dimensions(dy, x, dw, conv)
     images = dy.movedim(1, -1), x.movedim(1, -1), kernel
-    return dw, _wgrad(*images, order, k, bias, conv, precision)
+    return dw, _wgrad(*images, order, k, bias, conv)
 
 
 def weight_strides(dw: Tensor) -> tuple[int, ...]:
     """Of a weight [n, C, kernel height, kernel width], in the kernels' order: C comes last.
 
-    Along a dimension of one nobody steps; a zero tells the compiler so.
+    A dimension of size one is never stepped along; a zero tells the compiler so.
     """
     by_tap = dw.permute(0, 2, 3, 1)
     sizes = zip(by_tap.shape, by_tap.stride(), strict=True)
@@ -139,7 +183,6 @@ def _wgrad(
     k: int,
     bias: bool,
     conv: Conv,
-    precision: str,
 ) -> Tensor:
     """Writes dw, returns db."""
     from neq_kernels.wgrad import fused_kernels
@@ -148,21 +191,23 @@ def _wgrad(
     even = height == width == 1 and conv[:2] == POINTWISE[:2] and _evenly_spaced(x)
     x_size, dy_size = tuple(x.shape[1:3]), tuple(dy.shape[1:3])
     x, dy = _adjacent(x), _adjacent(dy.reshape(-1, dy.shape[-1]))  # [T, n]
+    if not even and not counts(image_of(x.movedim(-1, 1)), conv):
+        x = x.clone(memory_format=torch.contiguous_format)
     x_strides = x.stride()[:3]
-    if even:  # nobody asks for rows and images: other ones are to compile nothing new
+    if even:  # rows and images make no difference: other ones are to compile nothing new
         x_size, dy_size, x_strides = (1, 1), (1, 1), (0, 0, x.stride(2))
     (T, n), C = dy.shape, x.shape[-1]
     columns = height * width * C
 
-    # nobody asks for that of 16-bit values: the switch is to compile nothing new
-    precision = "tf32" if precision == "tf32" and dy.dtype is torch.float32 else "ieee"
     arch, processors = gpu(dy.device)
     pairs = dy.element_size() == 2 and n % 2 == 0 and dy.stride(0) % 2 == 0 == dy.data_ptr() % 4
     spare, pieces = pairs and not bias and dw.stride(1) == 1, _in_pieces(x, x_strides)
-    t = tile(arch, dy.dtype, precision, k, columns, spare, pieces)
+    t = tile(arch, dy.dtype, k, columns, spare, pieces)
     across, steps = ceil_div(columns, t.columns), ceil_div(T, t.depth)
     cut = parts(ceil_div(k, t.rows) * across, steps, processors * WARPS // t.warps, overhead=8)
-    split = cut > 1
+    # scattered one by one, 16-bit sums are converted before Hopper's last product is waited for:
+    # ptxas moves that, see docs/notes/gpu-correctness.md
+    split = cut > 1 or (90 <= arch < 100 and dw.element_size() == 2 and dw.stride(1) != 1)
     padded = ceil_div(k if split else n, t.rows) * t.rows
 
     db = dw.new_empty(n if bias else 0)
@@ -178,7 +223,7 @@ def _wgrad(
             T, n, k, C, columns, ceil_div(steps, cut) * t.depth,
             dy.stride(0), x_strides, weight_strides(dw), x_size, dy_size,
             width, conv.stride, conv.padding, conv.dilation,
-            PAIRS=pairs, EVEN=even, BIAS=bias, SPLIT=split, PRECISION=precision,
+            PAIRS=pairs, EVEN=even, BIAS=bias, SPLIT=split,
             ROWS=t.rows, COLUMNS=t.columns, DEPTH=t.depth,
             num_warps=t.warps, num_stages=t.stages, enable_fp_fusion=True,
         )  # fmt: skip

@@ -44,7 +44,6 @@ def product(
     EVEN: tl.constexpr,
     BIAS: tl.constexpr,
     SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -103,7 +102,7 @@ def product(
         if PAIRS:
             half = gathered >> (row % 2 * 16)[None, :]
             gathered = half.to(tl.int16).to(x.dtype.element_ty, bitcast=True)
-        total = tl.dot(tl.trans(gathered), read, total, input_precision=PRECISION)
+        total = tl.dot(tl.trans(gathered), read, total, input_precision="ieee")
         if BIAS:
             if tl.program_id(1) == 0:
                 sums += gathered

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from neq_kernels.device.gpu import gpu, parts, triton_is_there
 from neq_kernels.shapes import INT32, ceil_div
-from neq_kernels.wgrad.fused import DTYPES, add_up
+from neq_kernels.wgrad.fused import DTYPES, add_up, counts, dense_image, image_of
 from neq_kernels.wgrad.geometry import Conv, in_two_dimensions
 from neq_kernels.wgrad.problem import Problem
 
@@ -33,7 +33,11 @@ def supports(problem: Problem) -> bool:
         and problem.flops > 0
         and prod(problem.weight[1:]) <= MOST_WEIGHTS
         and problem.dy[0] * prod(problem.dy[2:]) < INT32
-        and max(prod(problem.x[1:]), prod(problem.dy[1:])) < INT32
+        and prod(problem.weight) < INT32
+        and all(
+            counts(dense_image(problem.x, last), conv) and counts(dense_image(problem.dy, last))
+            for last in (True, False)
+        )
         and triton_is_there()
     )
 
@@ -58,6 +62,11 @@ def conv_wgrad(
     dy, x, kernel, conv = in_two_dimensions(dy, x, dw, conv)
     n, inputs, height, width = kernel.shape
     channels_last = x.stride(1) == 1
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    if not counts(image_of(x), conv):
+        x = x.clone(memory_format=layout)
+    if not counts(image_of(dy)):
+        dy = dy.clone(memory_format=layout)
     neurons, pixels = (32, LANES // 32) if channels_last else (1, LANES)
 
     T = dy.shape[0] * prod(dy.shape[2:])

@@ -7,7 +7,7 @@ picked there.
 """
 
 from collections.abc import Iterator
-from functools import cache
+from functools import lru_cache
 from itertools import product
 from math import prod
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from neq_kernels import _torch
 from neq_kernels.device import extension
-from neq_kernels.device.gpu import gpu
+from neq_kernels.device.gpu import MOST_KEPT, gpu
 from neq_kernels.shapes import INT32, ceil_div
 from neq_kernels.wgrad.geometry import Conv, in_two_dimensions
 from neq_kernels.wgrad.problem import Problem
@@ -72,7 +72,7 @@ def cost(problem: Problem) -> float:
     return 1.0
 
 
-@cache
+@lru_cache(MOST_KEPT)
 def plan(
     images: int,
     output: tuple[int, int],
@@ -158,6 +158,8 @@ def _in_pieces(t: Tensor) -> Tensor:
     """In channels_last, with every pixel at a multiple of 16 bytes."""
     pixels = zip((t.shape[0], *t.shape[2:]), (t.stride(0), *t.stride()[2:]), strict=True)
     even = all(size == 1 or stride % PIECE == 0 for size, stride in pixels)
-    if t.stride(1) == 1 and even and t.data_ptr() % 16 == 0:
+    # 32 bits count inside an image: a slice of a wider tensor may be too far apart for them
+    far = 2 * sum(size * stride for size, stride in zip(t.shape[2:], t.stride()[2:], strict=True))
+    if t.stride(1) == 1 and even and t.data_ptr() % 16 == 0 and far < INT32:
         return t
     return t.clone(memory_format=torch.channels_last)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from neq_kernels.device import extension
+from neq_kernels.device import extension, names
 from neq_kernels.shapes import as_matrix, ceil_div
 from neq_kernels.wgrad.dense import unit
 from neq_kernels.wgrad.geometry import Conv
@@ -18,32 +18,68 @@ from neq_kernels.wgrad.problem import Problem
 if extension.why_not("cpu") is None:
     from neq_kernels import _C
 
-# All times are counted in arithmetic of the vendor's dense kernels (docs/measured-facts.md): what
-# they do while a byte of X or dY arrives; while one of dW is written, where it lies row by row or
-# in columns, whose sums are made elsewhere first; and during a call, and since dX comes from
-# another one.
-X_FLOPS, DY_FLOPS, DW_FLOPS, COLUMN_MAJOR_DW_FLOPS, COLUMN_MAJOR_SUMS_FLOPS = 9, 2.5, 5, 14, 20
-CONTIGUOUS_X_FLOPS = 11  # where pixels of images are transposed on the way, and little else happens
-CALL_FLOPS = 10e6
 LANES = 16  # of a vector, which channels fill or waste
 BUSY = 8  # products that a core needs under way at once
 
 
-class RelativeTime(NamedTuple):
-    """Time of the kernel's arithmetic, in units of the vendor's for as many rows."""
+class Coefficients(NamedTuple):
+    """What a gradient costs, in arithmetic of the vendor's dense kernel in the same time.
 
-    taps: float  # convolutions with several taps, which vendors are not best at
-    one_tap: float  # other convolutions
-    linear: float
-    column_major: float  # linear layers whose weight is stored so
+    docs/notes/cpu-wgrad.md says what they were fitted to.
+    """
+
+    arithmetic: float  # for one of our own, of the active rows
+    x: float  # while a byte of X arrives, and is transposed on the way where pixels are adjacent
+    dy: float  # while a byte of dY arrives
+    dw: float  # while a byte of dW is written, frozen rows included
+    sums: float  # for a byte of dW of active rows, whose sums are made elsewhere first
+    call: float  # during a call, and since dX comes from another one
 
 
-# by torch's name for the vector instructions
-RELATIVE_TIMES = {"AVX512": RelativeTime(0.85, 0.85, 1.1, 1.25)}
-OTHER_TIMES = RelativeTime(0.55, 0.95, 1.0, 1.07)  # as with AVX2
-# Linear layers with a large dW, which costs the vendor a trap for each page that it writes first.
-LARGE_LINEAR_TIME = 0.85
-# The same where the vendor has matrix instructions for 16 bits.
+class Costs(NamedTuple):
+    """The kinds of problems that differ, on one kind of processor."""
+
+    linear: Coefficients
+    large_linear: Coefficients  # dW costs the vendor a trap for each page that it writes first
+    column_major: Coefficients  # linear layers whose weight is stored so
+    one_tap: Coefficients  # convolutions in channels_last, then contiguous ones, without strides
+    one_tap_contiguous: Coefficients
+    one_tap_strided: Coefficients  # contiguous
+    taps: Coefficients  # of convolutions with several, in channels_last, then contiguous ones
+    taps_contiguous: Coefficients
+
+
+def _costs(linear: float, column_major: float, one_tap: float, taps: float) -> Costs:
+    """Of a processor where the vendor's kernels use all of its vectors."""
+    return Costs(
+        Coefficients(linear, 9, 2.5, 5, 0, 10e6),
+        Coefficients(0.85, 9, 2.5, 5, 0, 10e6),
+        Coefficients(column_major, 9, 2.5, 14, 20, 10e6),
+        Coefficients(one_tap, 9, 2.5, 0, 0, 10e6),
+        Coefficients(one_tap, 11, 2.5, 5, 0, 10e6),
+        Coefficients(one_tap, 11, 2.5, 5, 0, 10e6),
+        Coefficients(taps, 9, 2.5, 0, 0, 10e6),
+        Coefficients(taps, 9, 2.5, 5, 0, 10e6),
+    )
+
+
+# By the processor's maker and torch's name for its vector instructions. MKL 2024 does not use the
+# AVX-512 of AMD's: there the vendor's arithmetic takes twice the time of ours, which is the unit.
+COSTS = {
+    ("Intel", "AVX512"): _costs(linear=1.1, column_major=1.25, one_tap=0.85, taps=0.85),
+    ("AMD", "AVX512"): Costs(
+        Coefficients(0.52, 3, 2.5, 1.5, 0, 5e6),
+        Coefficients(0.5, 9.5, 3.6, 1.8, 0, 5e6),
+        Coefficients(0.57, 3.5, 1, 16, 20, 5e6),
+        Coefficients(0.5, 2, 1, 0, 0, 20e6),
+        Coefficients(0.5, 5, 1, 0.5, 0, 20e6),
+        Coefficients(0.77, 40, 1, 0, 0, 42e6),
+        Coefficients(0.66, 5, 3, 0, 0, 7e6),
+        Coefficients(0.9, 13, 1, 2.5, 0, 5e6),
+    ),
+}
+OTHER_COSTS = _costs(linear=1.0, column_major=1.07, one_tap=0.95, taps=0.55)  # as with AVX2
+# Time of our arithmetic over the vendor's where that has matrix instructions for 16 bits.
 HALF_PRECISION_TIME = 4.5
 
 
@@ -61,7 +97,6 @@ def cost(problem: Problem) -> float:
     """The share of rows and what a tile wastes on them, and the time to read X and dY, write dW."""
     conv = problem.conv or Conv((1,), (0,), (1,), False, (0,), 1)
     slower = HALF_PRECISION_TIME if problem.dtype.itemsize < 4 else 1
-    times = RELATIVE_TIMES.get(torch.backends.cpu.get_cpu_capability(), OTHER_TIMES)
     share = problem.k / problem.neurons
     channels = problem.weight[1]
     one_tap = prod(problem.weight[2:]) == 1
@@ -72,24 +107,28 @@ def cost(problem: Problem) -> float:
     waste = vectors * LANES / (channels * taps)
     idle = max(1.0, BUSY / (max(1, problem.k) * min(vectors, 4)))
     patches = prod(problem.dy) // problem.neurons * conv.groups * prod(problem.weight[1:])
-    transposes_x = one_tap and problem.conv is not None and not problem.channels_last
-    moving: float = CONTIGUOUS_X_FLOPS if transposes_x else X_FLOPS
-    moving *= min(prod(problem.x), patches)  # strides may leave some of X out
-    moving += DY_FLOPS * prod(problem.dy)
+    costs = _coefficients(problem, one_tap)
+    x = min(prod(problem.x), patches)  # strides may leave some of X out
+    moving = costs.x * x + costs.dy * prod(problem.dy)
+    moving += (costs.dw + share * costs.sums) * prod(problem.weight)
+    computing = costs.arithmetic * share * waste * idle * problem.flops
+    return slower * (computing + moving * problem.dtype.itemsize + costs.call) / unit(problem)
+
+
+def _coefficients(problem: Problem, one_tap: bool) -> Coefficients:
+    processor = names.cpu_maker(), torch.backends.cpu.get_cpu_capability()
+    costs = COSTS.get(processor, OTHER_COSTS)
     if problem.column_major:
-        moving += (COLUMN_MAJOR_DW_FLOPS + share * COLUMN_MAJOR_SUMS_FLOPS) * prod(problem.weight)
-        share *= times.column_major
-    elif problem.conv is None:
+        return costs.column_major
+    if problem.conv is None:
         large = prod(problem.weight) * problem.dtype.itemsize > extension.LARGEST_KEPT
-        share *= LARGE_LINEAR_TIME if large else times.linear
-        moving += DW_FLOPS * prod(problem.weight)
-    else:
-        share *= times.one_tap if one_tap else times.taps
-        if not problem.channels_last:
-            moving += DW_FLOPS * prod(problem.weight)
-    moving *= problem.dtype.itemsize
-    computing = share * waste * idle * problem.flops
-    return slower * (computing + moving + CALL_FLOPS) / unit(problem)
+        return costs.large_linear if large else costs.linear
+    if one_tap and problem.channels_last:
+        return costs.one_tap
+    if one_tap:
+        strided = max(problem.conv.stride) > 1
+        return costs.one_tap_strided if strided else costs.one_tap_contiguous
+    return costs.taps if problem.channels_last else costs.taps_contiguous
 
 
 def _of_groups(problem: Problem, share: float, slower: float) -> float:

@@ -30,7 +30,7 @@ class Device(NamedTuple):
     call_flops: float  # arithmetic done in the time of the extra calls
 
 
-# "cpu" fits what was measured (docs/measured-facts.md); "cuda" is an estimate
+# "cpu" fits what was measured (docs/notes/cpu-wgrad.md); "cuda" is an estimate
 DEVICES = {
     "cpu": Device(16, 1.1, 4, 8, 15, 40e6),
     "cuda": Device(64, 1, 175, 0, 175, 1e10),

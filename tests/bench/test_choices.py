@@ -1,7 +1,6 @@
 """bench/choices.py: what was chosen, and what would have been best."""
 
 import json
-import math
 
 import pytest
 
@@ -15,7 +14,7 @@ def test_choices(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(choices, "problems", lambda suite, device: PROBLEMS)
     # one that promises the world where it can work at all, and one that never can
     monkeypatch.setattr(planner.BACKENDS["pack"], "cost", lambda problem: 0.1)
-    monkeypatch.setattr(planner.BACKENDS["native"], "cost", lambda problem: math.inf)
+    monkeypatch.setattr(planner.BACKENDS["native"], "supports", lambda problem: False)
     file = tmp_path / "out.json"
     choices.main(["--device", "cpu", "--seconds", "0.01", "--active", ".5", "--json", str(file)])
     rows = json.loads(file.read_text())["results"]

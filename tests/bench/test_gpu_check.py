@@ -108,8 +108,29 @@ def python(code):
 def test_how_a_part_ends(command, seconds, ended, last_line, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "GRACE", 2)
     end = gpu_check.time.monotonic() + seconds
-    outcome = gpu_check.run(Part("part", command, until=1), tmp_path, end)
+    outcome = gpu_check.run(Part("part", command, seconds=99), tmp_path, end, "abc")
     assert (outcome.ended, outcome.last_line) == (ended, last_line)
+    assert outcome.revision == "abc"
+
+
+def test_a_part_has_a_limit_of_its_own(tmp_path):
+    end = gpu_check.time.monotonic() + 99
+    outcome = gpu_check.run(Part("part", python(SLOW), seconds=3), tmp_path, end, "abc")
+    assert outcome.ended == "stopped after 3 s"
+
+
+@pytest.mark.parametrize(
+    ("log", "told"),
+    [
+        ("8 workers [5759 items]\n....\n== 2 failed, 40 passed in 3.21s ==", "42 of 5759"),
+        ("collected 90 items / 30 deselected / 60 selected\n1 error, 4 passed in 2s", "5 of 60"),
+        ("collected 1 item\n1 passed in 2s", "1 of 1"),
+        ("8 workers [7 items]\n...", "0 of 7"),
+        ("realised 0.9 in the median", ""),
+    ],
+)
+def test_how_many_tests_ran(log, told):
+    assert gpu_check.tests_in(log) == told
 
 
 @pytest.fixture
@@ -119,21 +140,21 @@ def check(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "environment", lambda device: facts)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
-    def check(*parts):
-        monkeypatch.setattr(gpu_check, "parts", lambda out, seconds: parts)
-        return gpu_check.main(["--out", str(tmp_path), "--minutes", "2"])
+    def check(*parts, asked=()):
+        monkeypatch.setattr(gpu_check, "parts", lambda out: parts)
+        return gpu_check.main(["--out", str(tmp_path), "--minutes", "2", *asked])
 
     return check
 
 
 def writes(folder, name, rows):
     file, text = str(folder / f"{name}.json"), json.dumps({"results": rows})
-    return Part(name, python(f"open({file!r}, 'w').write({text!r})"), 1)
+    return Part(name, python(f"open({file!r}, 'w').write({text!r})"), 60, folder / f"{name}.json")
 
 
 def test_what_one_part_loses_the_others_keep(check, tmp_path, capsys):
     parts = [writes(tmp_path, "speed vit", [ROW]), writes(tmp_path, "steps vit", [NONE, STEP])]
-    assert check(*parts, Part("other", python("1 / 0"), 1)) == 1
+    assert check(*parts, Part("other", python("1 / 0"), 60)) == 1
     summary = json.loads((tmp_path / "gpu_check.json").read_text())
     assert summary["environment"]["cpu"]
     assert summary["results"] == [ROW]
@@ -150,7 +171,7 @@ def test_what_one_part_loses_the_others_keep(check, tmp_path, capsys):
 
 
 def test_what_is_cut_off_or_missing_is_named_and_no_failure(check, capsys):
-    assert check(Part("tests", python(TESTS("1 skipped")), 0.03), Part("tool", ["no-tool"], 1)) == 0
+    assert check(Part("tests", python(TESTS("1 skipped")), 3), Part("tool", ["no-tool"], 60)) == 0
     printed = capsys.readouterr().out
     assert "stopped after 3 s: 3 passed" in printed
     assert "left out: no no-tool here" in printed
@@ -165,6 +186,40 @@ def test_a_wrong_result_is_a_failure_of_a_part_that_was_cut_off_too(kind, check,
     assert "dW by neq is wrong for vit" in capsys.readouterr().out
 
 
+def test_calls_add_to_one_another(check, tmp_path, capsys):
+    speed, steps = writes(tmp_path, "speed vit", [ROW]), writes(tmp_path, "steps vit", [NONE, STEP])
+    assert check(speed, steps, asked=["--parts", "steps"]) == 0
+    assert check(speed, steps, asked=["--parts", "^speed"]) == 0
+    summary = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert [part["name"] for part in summary["parts"]] == ["speed vit", "steps vit"]
+    assert (summary["results"], summary["steps"]) == ([ROW], [NONE, STEP])
+
+    worse = writes(tmp_path, "speed vit", [ROW | {"ratio": 0.7}])
+    assert check(worse, steps, asked=["--parts", "^speed"]) == 0
+    assert json.loads((tmp_path / "gpu_check.json").read_text())["results"][0]["ratio"] == 0.7
+    with pytest.raises(SystemExit):
+        check(speed, steps, asked=["--parts", "magic"])
+    assert "'magic' matches no part, there are speed vit, steps vit" in capsys.readouterr().err
+
+
+def test_results_of_another_machine_are_not_added_to(check, tmp_path, monkeypatch):
+    speed = writes(tmp_path, "speed vit", [ROW])
+    assert check(speed) == 0
+    other = environment(torch.device("cpu")) | {"gpu": "NVIDIA H200"}
+    monkeypatch.setattr(gpu_check, "environment", lambda device: other)
+    with pytest.raises(SystemExit, match=r"holds results of .*, this is NVIDIA H200: give another"):
+        check(speed)
+
+
+def test_the_parts_are_listed_without_a_gpu(capsys):
+    with pytest.raises(SystemExit) as ended:
+        gpu_check.main(["--list"])
+    assert ended.value.code == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert listed[0].endswith("s  exact tests of kernels")
+    assert len(listed) == len(list(gpu_check.parts(ROOT)))
+
+
 def test_finds_tools_that_only_cuda_has_on_its_path(tmp_path, monkeypatch):
     assert gpu_check.find("no-such-tool") == "no-such-tool"
     (tmp_path / "bin").mkdir()
@@ -175,8 +230,7 @@ def test_finds_tools_that_only_cuda_has_on_its_path(tmp_path, monkeypatch):
 
 
 def test_parts_are_commands_that_exist(tmp_path):
-    parts = list(gpu_check.parts(tmp_path, 480))
-    assert [part.until for part in parts] == sorted(part.until for part in parts)
+    parts = list(gpu_check.parts(tmp_path))
     timed, stepped = [], []
     for part in parts:
         if part.name.startswith("steps"):
@@ -194,11 +248,12 @@ def test_parts_are_commands_that_exist(tmp_path):
     assert sorted(timed) == sorted(problem.name for problem in problems("full", "cpu"))
     assert stepped[:4] == [(name,) for name in gpu_check.STEPS]
     assert stepped[4:] == [
-        ("gpt2", "--compile"),
         ("resnet50", "--graphs"),
+        ("gpt2", "--compile"),
         ("resnet50", "--compile"),
     ]
     assert len({part.name for part in parts}) == len(parts)
+    assert all((ROOT / file).exists() for file in gpu_check.COMPILED)
     for kernel in gpu_check.KERNELS:
         file, name = kernel.split("::")
         assert f"def {name}(" in (ROOT / file).read_text()

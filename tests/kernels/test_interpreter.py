@@ -10,7 +10,11 @@ import pytest
 
 @pytest.mark.parametrize(
     "names",
-    [["wgrad/test_fused"], ["wgrad/test_grouped"], ["similarity/test_fused", "step/test_fused"]],
+    [
+        ["wgrad/test_fused"],
+        ["wgrad/test_grouped"],
+        ["test_addresses", "similarity/test_fused", "step/test_fused"],
+    ],
     ids=" ".join,
 )
 def test_in_the_interpreter(names):

@@ -281,3 +281,22 @@ def test_a_copy_of_a_compiled_model_is_independent():
     assert grads["0.bias"].nonzero().tolist() == [[3]]
     _, grads = train(call, model, torch.ones(1, 4))
     assert grads["0.bias"].nonzero().tolist() == [[1]]
+
+
+@pytest.mark.gpu
+def test_graphs_that_the_compiler_captures_follow_the_mask():
+    """mode="reduce-overhead" captures CUDA graphs, which replay what they were captured with."""
+    model = neq.convert(Tiny()).cuda()
+    twin = copy.deepcopy(model)
+    call = torch.compile(model, mode="reduce-overhead")
+    mask_randomly(model)
+    for _ in range(3):
+        for layer, other in zip(layers_of(model), layers_of(twin), strict=True):
+            other.set_active(layer.active_mask)
+        for _ in range(4):  # the first are warm-up, then one is captured, then replays
+            x = tiny_input().cuda()
+            torch.compiler.cudagraph_mark_step_begin()
+            _, mine = train(call, model, x)
+            _, theirs = train(twin, twin, x)
+            assert_same(mine, theirs)
+        mask_randomly(model)

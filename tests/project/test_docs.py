@@ -105,6 +105,19 @@ def test_a_policy_of_your_own():
     assert all(0.5 <= share < 0.7 for share in faster)  # of two equally slow, both are faster
 
 
+def test_a_measure_of_your_own():
+    setting = Setting(perceptron())
+    (code,) = blocks("docs/training.md", "A measure of your own")
+    setting.run(code)
+    given = {name: setting[name] for name in ("model", "optimizer")}
+    control = neq.Controller(**given, probe=setting["images"], policy=setting["MostActive"]())
+    setting.train()
+    control.step()
+    assert control.scores.keys() == {"activity"}
+    shares = [layer.active_fraction for layer in setting["model"][:3:2]]
+    assert all(0.3 < share <= 0.5 for share in shares)  # those above the median
+
+
 def test_a_loop_of_your_own(capsys):
     (code,) = blocks("docs/integrations.md", "A loop of your own")
     Setting(perceptron()).run(code)

@@ -27,7 +27,7 @@ def test_no_command_shows_the_commands():
 
 
 def test_gives_the_reason(monkeypatch):
-    monkeypatch.setattr(compiled, "_devices", frozenset())
+    monkeypatch.setattr(compiled, "devices", frozenset())
     monkeypatch.setattr(compiled, "_reason", "the dog ate it")
     backends = doctor.backends()
     assert planner.BACKENDS.keys() <= backends.keys()
@@ -42,7 +42,7 @@ def test_says_why_triton_is_out(monkeypatch):
 
 
 def test_says_what_the_cuda_kernels_lack(monkeypatch):
-    monkeypatch.setattr(compiled, "_devices", frozenset({"cpu"}))
+    monkeypatch.setattr(compiled, "devices", frozenset({"cpu"}))
     monkeypatch.setattr(compiled, "_reason", "no nvcc")
     assert doctor.backends()["narrow"] == doctor.backends()["compiled, cuda"] == "no: no nvcc"
 

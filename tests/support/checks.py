@@ -24,7 +24,8 @@ def problem_of(op, dy, x, weight, order, count, bias, *geometry) -> Problem:
     shapes = (tuple(t.shape) for t in (dy, x, weight))
     bucket = ceil_div(int(count) * BUCKETS, len(order))
     column_major = conv is None and is_column_major(weight)
-    return Problem(op, dy.device.type, dy.dtype, *shapes, False, conv, bucket, column_major)
+    last = conv is not None and x.stride(1) == 1
+    return Problem(op, dy.device.type, dy.dtype, *shapes, last, conv, bucket, column_major)
 
 
 def answers(op: str, args: tuple) -> Iterator[tuple[str, tuple]]:

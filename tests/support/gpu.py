@@ -42,3 +42,16 @@ def assert_counts_beyond_an_int32(call, case, layout):
         zeros[-1:] = t
         far.append(zeros)
     assert_same(call(*far, *rest), exact_gradients(case.op, (dy, x, *rest)))
+
+
+def assert_same_bits_ten_thousand_times(call, case):
+    """Of values whose sums are rounded, so that any other order or operand shows."""
+    dy, x, weight, *rest = case.args(device="cuda")
+    dy, x = (torch.randn_like(t, dtype=torch.bfloat16) for t in (dy, x))
+    args = dy, x, weight.bfloat16(), *rest
+    first = [t.view(torch.int16) for t in call(*args)]
+    others = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(10_000):
+        for got, before in zip(call(*args), first, strict=True):
+            others += (got.view(torch.int16) != before).sum()  # nothing waits for the count
+    assert others == 0

@@ -1,6 +1,8 @@
 """Problems for the planner, and what it is told of them."""
 
 import json
+from contextlib import contextmanager
+from unittest import mock
 
 import torch
 
@@ -11,6 +13,16 @@ from tests.support.checks import meta, problem_of
 
 LINEAR = linear_case((64,), 8, 32, range(8))
 CONV = conv_case((4, 8, 10, 10), (3, 3), 32, range(8), padding=1)
+
+
+@contextmanager
+def processor(maker, capability):
+    """Inside, the cost models are those of this CPU."""
+    with (
+        mock.patch.object(machine, "cpu_maker", return_value=maker),
+        mock.patch("torch.backends.cpu.get_cpu_capability", return_value=capability),
+    ):
+        yield
 
 
 def choose(case, dtypes=FLOAT32, device="cpu"):

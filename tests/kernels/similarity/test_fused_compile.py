@@ -1,5 +1,7 @@
 """Without a GPU: the kernel that compares outputs compiles for every target."""
 
+from unittest import mock
+
 import pytest
 import torch
 
@@ -50,3 +52,20 @@ def test_outputs_of_other_sizes_compile_nothing_new():
             y = torch.empty(1, positions, neurons, 1, dtype=torch.float16)
             triton_similarity.row_similarity(y, y)
         assert len(compiled) == 1
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 1, 7, 1), (2, 9, 1, 1), (1, 1, 3, 5)], ids=str)
+def test_sizes_of_one(shape):
+    y = torch.empty(shape, dtype=torch.bfloat16)
+    assert kernels(90, lambda: triton_similarity.row_similarity(y, y))
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 2**31, 1, 1), (1, 1, 2**16, 2**15), (1, 1, 1, 2**31)], ids=str
+)
+def test_what_32_bits_do_not_count_is_left_to_torch(shape):
+    y = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    with mock.patch.object(triton_similarity.in_torch, "row_similarity") as in_torch:
+        assert triton_similarity.row_similarity(y, y) is in_torch.return_value
+    many = torch.empty((4, 2**30, 1, 1), dtype=torch.bfloat16, device="meta")
+    assert kernels(90, lambda: triton_similarity.row_similarity(many, many))

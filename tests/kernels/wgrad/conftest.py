@@ -54,6 +54,8 @@ def backends(monkeypatch, clock):
 
 @pytest.fixture
 def tf32_switch():
-    before = torch.backends.cuda.matmul.fp32_precision
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = [switch.fp32_precision for switch in switches]
     yield
-    torch.backends.cuda.matmul.fp32_precision = before
+    for switch, precision in zip(switches, before, strict=True):
+        switch.fp32_precision = precision

@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from neq_kernels import conv_wgrad, linear_wgrad
-from neq_kernels.device.gpu import Gpu
+from neq_kernels.device.gpu import Gpu, archs
 from neq_kernels.wgrad import fused, planner
 from tests.support.cases import (
     conv_case,
@@ -33,10 +33,18 @@ from tests.support.gpu import (
     assert_counts_beyond_an_int32,
     assert_follows_the_current_stream,
     assert_replays_in_a_graph,
+    assert_same_bits_ten_thousand_times,
 )
-from tests.support.interpreter import DTYPES, in_dtypes, not_interpreted, on_devices
+from tests.support.interpreter import (
+    DTYPES,
+    INTERPRETED,
+    in_dtypes,
+    not_interpreted,
+    on_devices,
+)
 
 LINEAR = linear_case((7, 10), 33, 40, [1, 2, 5, 8, 13, 21, 34])
+LAST = ("channels_last",) * 3
 CONV = conv_case(
     (2, 16, 9, 7), (3, 3), 40, [0, 3, 4, 11, 39], padding=1, layouts=("channels_last",) * 3
 )
@@ -51,6 +59,8 @@ deals = st.tuples(st.integers(1, 4), st.sampled_from([None, SMALL]))
 
 @pytest.fixture(scope="module")
 def planned():
+    if not INTERPRETED and not all(map(fused.fenced, archs())):
+        pytest.skip("this Triton does not fence what these tensor cores read")
     with every_call_by("fused", Gpu(90, 4)):
         yield
 
@@ -164,6 +174,22 @@ def test_more_elements_than_an_int32_counts():
     assert_counts_beyond_an_int32(conv_wgrad, case, "channels_last")
 
 
+@pytest.mark.gpu
+@not_interpreted
+@pytest.mark.parametrize(
+    "case",
+    [
+        linear_case((4096,), 1024, 1024, range(0, 1024, 2), bias=False),
+        linear_case((4096,), 384, 1024, range(0, 1024, 2)),
+        conv_case((8, 128, 14, 14), (3, 3), 256, range(0, 256, 3), padding=1, layouts=LAST),
+    ],
+    ids=["widest tile", "bias", "conv"],
+)
+def test_same_bits_ten_thousand_times(case):
+    """A race between copies and tensor cores would show now and then."""
+    assert_same_bits_ten_thousand_times(OPERATORS[case.op], case)
+
+
 def test_parts_fill_the_gpu_and_bound_the_scratch():
     def parts(tiles, steps):
         return fused.parts(tiles, steps, 264, overhead=8)
@@ -181,7 +207,7 @@ def test_parts_fill_the_gpu_and_bound_the_scratch():
 
 def test_tiles_waste_little():
     def rows_and_columns(arch, k, columns, spare, pieces=True):
-        return fused.tile(arch, torch.bfloat16, "ieee", k, columns, spare, pieces)[:2]
+        return fused.tile(arch, torch.bfloat16, k, columns, spare, pieces)[:2]
 
     rows = {k: rows_and_columns(90, k, 128, False)[0] for k in (1, 32, 33, 64, 128, 130)}
     assert rows == {1: 32, 32: 32, 33: 64, 64: 64, 128: 128, 130: 64}
@@ -195,7 +221,13 @@ def test_tiles_waste_little():
 def test_cost_claims_nothing_and_rules_out_what_the_kernel_cannot_do():
     problem = problem_of("conv_wgrad", *CONV.args((torch.bfloat16, torch.bfloat16)))
     problem = replace(problem, device="cuda", channels_last=True)
+    with mock.patch.object(fused, "archs", return_value={80}):
+        check_supports(problem)
+
+
+def check_supports(problem):
     conv, huge = problem.conv, (2, 2**11, 2**10, 2**10)
+    padded = (2, 2**9, 2**11, 2**11 - 1)  # 32 bits count its elements, but not to those around it
     assert fused.supports(problem)
     assert fused.cost(problem) == 1
     assert planner.predict(replace(problem, bucket=1)) != "fused"
@@ -209,6 +241,8 @@ def test_cost_claims_nothing_and_rules_out_what_the_kernel_cannot_do():
         {"dy": (0, *problem.dy[1:])},
         {"dy": (2**11, *huge[1:])},
         {"x": huge},
+        {"x": padded},
+        {"weight": (2**16, 2**15, 1, 1)},
     ):
         assert not fused.supports(replace(problem, **change)), change
     with mock.patch.object(fused, "triton_is_there", return_value=False):

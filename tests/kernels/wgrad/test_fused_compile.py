@@ -5,6 +5,7 @@ launches only compile.
 """
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -13,12 +14,20 @@ from bench.lib.problems import Problem, conv, linear, problems
 from bench.lib.wgrad_contenders import active_count
 from neq_kernels.wgrad import fused, planner
 from neq_kernels.wgrad.geometry import Conv
+from tests.support import sass
 from tests.support.aot import BLOCK_BYTES, every_target, kernels, launches
 
 WIDE, MMA = "cp.async.cg.shared.global", "mma.sync"  # a copy of 16 bytes; a product by a warp
 LARGE_MMA = {80: MMA, 90: "wgmma.mma_async", 100: "tcgen05.mma"}  # of tiles with 64 rows or more
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}  # the same, in machine code
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@pytest.fixture(autouse=True)
+def no_gpu():
+    """None that a machine may have decides what is compiled for others."""
+    with mock.patch.object(fused, "archs", return_value=set()):
+        yield
 
 
 def asked(problem: Problem, share: float, dtype, weight_dtype):
@@ -68,7 +77,7 @@ class Covering:
 
     def __call__(self, name, given):
         tile = name, given["ROWS"], given["COLUMNS"]
-        names = "PAIRS", "EVEN", "BIAS", "SPLIT", "PRECISION"
+        names = "PAIRS", "EVEN", "BIAS", "SPLIT"
         others = {other: given[other] for other in names if other in given}
         others |= {"X": given["C"] % 16, "dW": (given["dw"].dtype, given["dw_strides"][-1] == 1)}
         pairs = {(tile, *other) for other in others.items()}
@@ -78,14 +87,21 @@ class Covering:
 
 
 def check(kernel, arch):
-    """It multiplies on tensor cores, float32 only by TF32; what is aligned comes asynchronously, X
+    """It multiplies on tensor cores, but never float32; what is aligned comes asynchronously, X
     16 bytes at a time, and so leaves dW or its parts; so many run at a time as were counted on.
-    Read as Triton wrote it: to take its machine code apart lasts as long as compiling."""
+    Tensor cores read what was fenced, and keep their registers to themselves.
+    Else read as Triton wrote it: to take its machine code apart lasts as long as compiling."""
     if kernel.name == "finish":
         return
     given = kernel.arguments
     x, warps, large = given["x"], given["num_warps"], given["ROWS"] >= 64
-    cores = x.dtype is not FLOAT32 or given["PRECISION"] == "tf32"
+    cores = x.dtype is not FLOAT32
+    assert not kernel.asks("tf32"), kernel
+    if fused.fenced(arch):
+        assert not sass.unfenced(kernel.ptx), kernel
+    if kernel.asks("wgmma.mma_async"):
+        assert kernel.listing.count("HGMMA"), kernel
+        assert not sass.touched_too_early(kernel.listing), kernel
     assert bool(kernel.asks(LARGE_MMA[arch] if large else MMA)) == cores, kernel
 
     in_fours = given["PAIRS"] or x.dtype is FLOAT32  # dY
@@ -143,26 +159,88 @@ def test_all_that_can_be_asked_for(arch, dtype, weight_dtypes, tf32_switch):
     every = arch == 90 and dtype is BFLOAT16
 
     def ask_all():
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        torch.backends.cudnn.conv.fp32_precision = "ieee"
         of_the_suite(dtype, *weight_dtypes)
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
-        odd_ones(dtype, FLOAT32)
+        for weight_dtype in weight_dtypes:
+            odd_ones(dtype, weight_dtype)
 
     compiled = kernels(arch, ask_all, *([] if every else [Covering()]))
     for kernel in compiled:
         check(kernel, arch)
     assert {kernel.name for kernel in compiled} == {"product", "finish"}
     products = [kernel.arguments for kernel in compiled if kernel.name == "product"]
-    assert {given["ROWS"] for given in products} == {32, 64, 128}
+    assert {given["ROWS"] for given in products} == ({32, 64, 128} if dtype is BFLOAT16 else {64})
 
 
 @every_target
-@pytest.mark.parametrize("precision", ["tf32", "ieee"])
-def test_float32_follows_the_switch(arch, precision, tf32_switch):
-    torch.backends.cuda.matmul.fp32_precision = precision
-    given = asked(linear("", 4096, 256, 256), 0.5, FLOAT32, FLOAT32)
-    product, _ = kernels(arch, lambda: ask(*given))
-    assert product.arguments["PRECISION"] == precision
-    check(product, arch)
+@pytest.mark.parametrize("problem", [linear("", 4096, 256, 256), conv("", 64, 64, 64, 3)], ids=str)
+def test_tf32_is_refused(arch, problem, tf32_switch):
+    """And what was planned before the switch was turned keeps all bits of its inputs."""
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    for switch in switches:
+        switch.fp32_precision = "ieee"
+    given = asked(problem, 0.5, FLOAT32, FLOAT32)
+    for switch in switches:
+        switch.fp32_precision = "tf32"
+    assert asked(problem, 0.5, FLOAT32, FLOAT32) is None
+    assert asked(problem, 0.5, BFLOAT16, FLOAT32) is not None
+    for kernel in kernels(arch, lambda: ask(*given)):
+        assert not kernel.asks("tf32")
+        check(kernel, arch)
+
+
+@pytest.mark.parametrize("arch", [90, 100], ids="sm_{}".format)
+@pytest.mark.parametrize(
+    "problem", [linear("", 4096, 1024, 1024), conv("", 64, 256, 256, 3)], ids=str
+)
+def test_without_a_fence_it_is_refused(arch, problem):
+    """Whatever Triton is at hand: it writes fences, or ``supports`` is false."""
+    given = asked(problem, 0.5, BFLOAT16, BFLOAT16)
+    product, *_ = kernels(arch, lambda: ask(*given))
+    assert product.asks(LARGE_MMA[arch])
+    with mock.patch.object(fused, "archs", return_value={80, arch}):
+        supported = asked(problem, 0.5, BFLOAT16, BFLOAT16) is not None
+    assert supported == fused.fenced(arch)
+    assert not (supported and sass.unfenced(product.ptx))
+    bare = product.ptx.replace("fence.proxy.async", "//")
+    assert sass.unfenced(bare), "the check finds nothing where there is no fence"
+
+
+@pytest.mark.parametrize("version", [(3, 6), (3, 7), (3, 8), (4, 0)], ids=str)
+@pytest.mark.parametrize("arch", [80, 89, 90, 100, 103, 120])
+def test_which_triton_is_trusted_where(arch, version, tf32_switch):
+    with (
+        mock.patch.object(fused, "triton_version", return_value=version),
+        mock.patch.object(fused, "archs", return_value={arch}),
+    ):
+        problem = linear("", 4096, 1024, 1024)
+        trusted = version >= (3, 8) or not 90 <= arch < 120
+        assert (asked(problem, 0.5, BFLOAT16, BFLOAT16) is not None) == trusted
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        assert asked(problem, 0.5, FLOAT32, FLOAT32) is not None  # without tensor cores
+
+
+def test_registers_under_a_product_are_watched():
+    """Without its waits, the code that is right has faults."""
+    given = asked(linear("", 16384, 1024, 4096), 0.5, BFLOAT16, BFLOAT16)
+    code = kernels(90, lambda: ask(*given))[0].listing
+    assert code.count(sass.WAIT) >= 2
+    assert not sass.touched_too_early(code)
+    early = sass.touched_too_early(code.without(sass.WAIT))
+    a = {number for i in code.instructions if "HGMMA" in i.text for number in i.reads - i.writes}
+    assert a, "no product takes A from registers"
+    assert len(early) > 10
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_scattered_16_bit_sums_take_the_way_of_parts_on_hopper(bias):
+    """Converted at once, they were read under the last product: the check found it."""
+    problem = linear("", 16384, 768, 3072, column_major=True, bias=bias)
+    given = asked(problem, 0.75, BFLOAT16, BFLOAT16)
+    product, *_ = kernels(90, lambda: ask(*given))
+    assert product.arguments["SPLIT"]
+    check(product, 90)
 
 
 @every_target
@@ -198,3 +276,66 @@ def test_masks_and_batches_of_one_kind_compile_nothing_new():
         assert count(3008, 9600) == 2
         assert count(3000) == 3  # of the two kernels only the product counts samples
         assert count(4001, 9999) == 3
+
+
+ONES = [  # (samples, inputs, neurons): what Triton takes for a constant, as it is 1
+    (1, 1, 1), (1, 64, 64), (64, 1, 64), (64, 64, 1), (4096, 1, 1), (1, 1, 64), (1, 64, 1),
+]  # fmt: skip
+IMAGES_OF_ONE = [  # x, kernel, neurons: channels, neurons, rows, columns or outputs of one
+    ((2, 1, 9, 9), 3, 64), ((2, 64, 9, 9), 3, 1), ((2, 64, 1, 1), 1, 64), ((2, 64, 3, 3), 3, 64),
+    ((1, 1, 1, 1), 1, 1), ((2, 64, 1, 9), 1, 64), ((2, 64, 9, 1), 1, 64),
+]  # fmt: skip
+
+
+def compiles(call, dtype):
+    """Without a spill where tensor cores compute."""
+    if dtype is FLOAT32:
+        with launches(90) as compiled:
+            call()
+    else:
+        compiled = kernels(90, call)
+    assert compiled
+    for kernel in compiled:
+        assert not (fused.fenced(90) and sass.unfenced(kernel.ptx)), kernel
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT32], ids=str)
+@pytest.mark.parametrize("sizes", ONES, ids=str)
+def test_linear_sizes_of_one(sizes, dtype):
+    T, inputs, n = sizes
+    shapes = (T, n), (T, inputs), (n, inputs)
+    dy, x, weight = (torch.empty(shape, dtype=dtype, device="meta") for shape in shapes)
+    for layer in (weight, weight.t().contiguous().t()):
+        for bias in (True, False):
+            compiles(lambda w=layer, b=bias: ask(dy, x, w, 1, b, None), dtype)
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT32], ids=str)
+@pytest.mark.parametrize("sizes", IMAGES_OF_ONE, ids=str)
+def test_conv_sizes_of_one(sizes, dtype):
+    shape, side, n = sizes
+    geometry = Conv((1, 1), (0, 0), (1, 1), False, (0, 0), 1)
+    weight = torch.empty(n, shape[1], side, side, dtype=dtype, device="meta")
+    dy, x = (
+        torch.empty(s, dtype=dtype, device="meta").to(memory_format=torch.channels_last)
+        for s in (geometry.output(shape, weight), shape)
+    )
+    for layer in (weight, weight.to(memory_format=torch.channels_last)):
+        compiles(lambda w=layer: ask(dy, x, w, 1, True, geometry), dtype)
+
+
+@pytest.mark.parametrize(("wider", "copied"), [(2**12, True), (2**10, False)])
+def test_a_slice_whose_strides_32_bits_do_not_count_is_copied(wider, copied):
+    """64 channels of images with many more; the sizes alone are small."""
+    side = 2**10
+    strides = side**2 * wider, 1, side * wider, wider
+    x = torch.empty_strided((2, 64, side, side), strides, dtype=BFLOAT16, device="meta")
+    dy = torch.empty_like(x, memory_format=torch.channels_last)
+    weight = torch.empty(64, 64, 3, 3, dtype=BFLOAT16, device="meta")
+    geometry = Conv((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
+    product, *_ = kernels(90, lambda: ask(dy, x, weight, 32, False, geometry))
+    sizes, given = (2, side, side), product.arguments["x_strides"]
+    assert (
+        sum((size + 1) * stride for size, stride in zip(sizes[1:], given[1:], strict=True)) < 2**31
+    )
+    assert (given == strides[:1] + strides[2:]) != copied

@@ -167,6 +167,8 @@ def test_cost_claims_nothing_and_rules_out_what_the_kernel_cannot_do():
         {"dy": (2**11, CHANNELS, 2**10, 2**10)},
         {"dy": huge},
         {"x": huge},
+        {"x": (2, CHANNELS, 1000, 53687)},  # 32 bits count it, but not what is around it
+        {"weight": (2**31, 1, 1, 1)},
     ):
         assert not grouped.supports(replace(problem, **change)), change
     with mock.patch.object(grouped, "triton_is_there", return_value=False):

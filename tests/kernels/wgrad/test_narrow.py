@@ -30,6 +30,7 @@ from tests.support.gpu import (
     assert_counts_beyond_an_int32,
     assert_follows_the_current_stream,
     assert_replays_in_a_graph,
+    assert_same_bits_ten_thousand_times,
 )
 from tests.support.tensors import on_devices, pair
 
@@ -277,3 +278,23 @@ def test_plans_fill_the_gpu_and_fit():
     assert plan(1, 8, 16, 16).parts <= 8
     assert plan(8, 32, 128, 128).slices == 4
     assert plan(8, 32, 128, 40).octets == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels", [32, 64])
+def test_same_bits_ten_thousand_times(channels):
+    case = conv_case(
+        (32, channels, 28, 28), (3, 3), channels, range(0, channels, 2), padding=1,
+        layouts=CHANNELS_LAST,
+    )  # fmt: skip
+    assert_same_bits_ten_thousand_times(conv_wgrad, case)
+
+
+@pytest.mark.parametrize(("wider", "copied"), [(2**11, True), (2**9, False)])
+def test_a_slice_whose_strides_32_bits_do_not_count_is_copied(wider, copied):
+    shape, side = (2, 32, 2**10, 2**10), 2**10
+    strides = side**2 * wider, 1, side * wider, wider
+    x = torch.empty_strided(shape, strides, dtype=torch.bfloat16, device="meta")
+    got = narrow._in_pieces(x)
+    assert (got is not x) == copied
+    assert got.stride(2) * side < 2**30

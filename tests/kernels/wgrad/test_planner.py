@@ -16,7 +16,7 @@ from neq_kernels.wgrad.geometry import Conv
 from neq_kernels.wgrad.problem import Problem
 from tests.support.cases import conv_case, linear_case
 from tests.support.checks import problem_of
-from tests.support.planning import CONV, LINEAR, choose, measure
+from tests.support.planning import CONV, LINEAR, choose, measure, processor
 
 pytestmark = pytest.mark.usefixtures("one_thread", "fresh_planner")
 
@@ -63,16 +63,18 @@ def column_major(samples, active):
 
 
 @pytest.mark.parametrize("active", [230, 1152, 1728, 2303])
-@mock.patch("torch.backends.cpu.get_cpu_capability", return_value="AVX2")
-def test_column_major_weights_are_dense_for_few_samples_only(capability, active):
+@pytest.mark.parametrize(
+    ("maker", "capability", "many"),
+    [("AMD", "AVX2", "native"), ("Intel", "AVX512", "pack"), ("AMD", "AVX512", "native")],
+)
+def test_column_major_weights_are_dense_for_few_samples_only(maker, capability, many, active):
     """To write dW, and the sums elsewhere first, takes longer than the vendor takes for all."""
-    for_many = {"AVX2": "native", "AVX512": "native" if active < 1152 else "pack"}
-    for capability, choice in for_many.items():
-        with mock.patch("torch.backends.cpu.get_cpu_capability", return_value=capability):
-            for samples in (1, 2, 8) if active < 1152 else (1, 2, 8, 32):
-                assert planner.predict(column_major(samples, active)) == "dense"
-            if active < 2303 and compiled.why_not("cpu") is None:
-                assert planner.predict(column_major(512, active)) == choice
+    many = "native" if active < 1152 else many
+    with processor(maker, capability):
+        for samples in (1, 2, 8) if active < 1152 else (1, 2, 8, 32):
+            assert planner.predict(column_major(samples, active)) == "dense"
+        if active < 2303 and compiled.why_not("cpu") is None:
+            assert planner.predict(column_major(512, active)) == many
 
 
 @pytest.mark.parametrize(("device", "groups"), [("cpu", 2), ("cuda", 2), ("cuda", 32)])
@@ -98,17 +100,21 @@ def test_depthwise_prediction(kernel, active, layout, choice):
     assert choose(case.laid_out(layout)) == choice
 
 
-@mock.patch("torch.backends.cpu.get_cpu_capability", return_value="AVX512")
-def test_column_major_weight_prediction(capability):
+@pytest.mark.parametrize(("maker", "choice"), [("Intel", "pack"), ("AMD", "native")])
+def test_column_major_weight_prediction(maker, choice):
     case = linear_case((2048,), 2048, 1024, range(512))
-    assert choose(case) == "native"
-    assert choose(replace(case, layouts=("contiguous", "contiguous", "reversed"))) == "pack"
+    with processor(maker, "AVX512"):
+        assert choose(case) == "native"
+        assert choose(replace(case, layouts=("contiguous", "contiguous", "reversed"))) == choice
 
 
-@pytest.mark.parametrize(("capability", "choice"), [("AVX512", "native"), ("AVX2", "dense")])
-def test_prediction_knows_the_vector_instructions(capability, choice):
+@pytest.mark.parametrize(
+    ("maker", "capability", "choice"),
+    [("Intel", "AVX512", "native"), ("AMD", "AVX2", "dense"), ("AMD", "AVX512", "native")],
+)
+def test_prediction_knows_the_processor(maker, capability, choice):
     case = conv_case((4, 256, 28, 28), (1, 1), 256, range(240))
-    with mock.patch("torch.backends.cpu.get_cpu_capability", return_value=capability):
+    with processor(maker, capability):
         assert choose(case.laid_out("channels_last")) == choice
 
 
