@@ -44,7 +44,7 @@ NVCC_FLAGS = "-std=c++20 -O3 -Xcompiler=-fPIC,-fvisibility=hidden,-Wall".split()
 
 
 def cxx() -> str | None:
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++"]
     return next(filter(None, map(shutil.which, names)), None)
 
 

@@ -42,7 +42,7 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,  # with the name of its build
         **{name: _installed(name) for name in ("triton", "numpy")},
-        "c++": _compiler("c++", "g++", "clang++"),
+        "c++": _compiler("c++", "g++"),
         "nvcc": _compiler("nvcc"),
     }
 

@@ -11,7 +11,7 @@ try:
 except ModuleNotFoundError:
     _reason = (
         "the extension neq_kernels._C was not built, for want of a C++ compiler if neq is "
-        "installed: install g++ or clang++, then neq again"
+        "installed: install g++, then neq again"
     )
     devices: frozenset[str] = frozenset()
 except ImportError as error:

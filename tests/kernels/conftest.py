@@ -2,6 +2,9 @@ import pytest
 
 from tests.support.interpreter import INTERPRETED
 
+# test_interpreter.py runs it, in the interpreter that it is about
+collect_ignore = [] if INTERPRETED else ["test_addresses.py"]
+
 
 @pytest.fixture(autouse=True, scope="session")
 def addresses_are_checked():

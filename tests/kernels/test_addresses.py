@@ -6,9 +6,6 @@ import triton
 import triton.language as tl
 
 from tests.support import addresses
-from tests.support.interpreter import INTERPRETED
-
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="is about the interpreter")
 
 
 @triton.jit
