@@ -36,6 +36,11 @@ def cpu_maker() -> str:
     return {"GenuineIntel": "Intel", "AuthenticAMD": "AMD"}.get(maker, maker)
 
 
+def processor() -> tuple[str, str]:
+    """The maker of this machine's CPU, and torch's name for its vector instructions."""
+    return cpu_maker(), torch.backends.cpu.get_cpu_capability()
+
+
 def _cpuinfo(key: str) -> str:
     """The first value of a key in what Linux tells of its CPUs."""
     try:

@@ -117,8 +117,7 @@ def cost(problem: Problem) -> float:
 
 
 def _coefficients(problem: Problem, one_tap: bool) -> Coefficients:
-    processor = names.cpu_maker(), torch.backends.cpu.get_cpu_capability()
-    costs = COSTS.get(processor, OTHER_COSTS)
+    costs = COSTS.get(names.processor(), OTHER_COSTS)
     if problem.column_major:
         return costs.column_major
     if problem.conv is None:
