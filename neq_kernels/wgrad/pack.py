@@ -37,7 +37,7 @@ DEVICES = {
     "cuda": Device(64, 1, 175, 0, 175, 1e10),
 }
 # The FLOPs are the vendor's, which take twice the time there (native.COSTS): fewer fit in.
-PROCESSORS = {("AMD", "AVX512"): Device(16, 1.1, 2, 4, 7.5, 20e6)}
+PROCESSORS = {("AMD", "AVX512"): Device(16, 1.1, 2, 4, 15, 20e6)}
 
 # In 16 bits, matrix instructions of newer CPUs do so many times more FLOPs in the same time.
 HALF_PRECISION_FLOPS = 6
