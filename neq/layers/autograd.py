@@ -17,7 +17,7 @@ y = mask_node(F.conv2d(x, W, b), active)     # the same y; the node's dW and db 
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,38 +30,37 @@ from neq_kernels.device.bypass import may_bypass_dispatcher
 from neq_kernels.wgrad.dense import zero_frozen_
 from neq_kernels.wgrad.geometry import Conv
 
-
-class Call(NamedTuple):
-    """One call of the vendor's kernel, as a layer makes it."""
-
-    # run(weight, bias) gives y [..., n] or [N, n, *pixels]
-    run: Callable[[Tensor, Tensor | None], Tensor]
-    # The input as the kernel sees it: cast, padded, [..., inputs] or [N, inputs, *pixels]. None for
-    # layers such as norms, where one pass computes dW and dX and there are no rows to skip.
-    x: Tensor | None = None
-    weight: Tensor | None = None  # [n, ...] as neq's kernels take it; None: as the layer holds it
-    dim: int = 0  # the dimension of the layer's weight that counts its neurons
-    conv: Conv | None = None
-    is_one_node: bool = False  # is y one node of autograd's graph, with the gradients dX, dW, db?
-    is_unbatched: bool = False  # has x a batch dimension that the layer's input lacks?
+# Runs the vendor's kernel with a weight and a bias: y [..., n] or [N, n, *pixels].
+Run = Callable[[Tensor, Tensor | None], Tensor]
 
 
-def train_active(call: Call, weight: Tensor, bias: Tensor | None, active: ActiveSet) -> Tensor:
-    """y of the call, with a batch dimension if its x has one. Only active neurons get gradients.
+def train_active(
+    run: Run,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    active: ActiveSet,
+    dim: int = 0,
+    conv: Conv | None = None,
+    is_one_node: bool = False,
+) -> Tensor:
+    """y of the vendor's kernel. Only active neurons get gradients.
 
     Args:
-        call: The call of the vendor's kernel.
-        weight: The layer's weight, with its n neurons along ``call.dim``.
+        run: Runs the kernel, with the parameters that it is given.
+        x: The input as the kernel sees it: cast, padded, [..., inputs] or [N, inputs, *pixels].
+        weight: The layer's weight, with its n neurons along ``dim``.
         bias: [n], or None.
         active: Which of the n neurons are active.
+        dim: The dimension of the weight that counts its neurons.
+        conv: The geometry of a convolution; None for a linear layer.
+        is_one_node: Is y one node of autograd's graph, with the gradients dX, dW, db?
     """
-    run, x, matrix, dim, conv, is_one_node, _ = call
-    if x is not None:
-        matrix = weight if matrix is None else matrix
-        backend = choose_backend(x, matrix, active, conv)
-        if backend != "dense":
-            y = run(weight.detach(), detach(bias))
-            return row_grad(y, x, matrix, bias, active, conv, backend)
+    # neq's kernels take a linear layer's weight as [n, inputs]
+    matrix = weight.t() if dim and conv is None else weight
+    backend = choose_backend(x, matrix, active, conv)
+    if backend != "dense":
+        return row_grad(run(weight.detach(), detach(bias)), x, matrix, bias, active, conv, backend)
     if is_one_node:
         return mask_node(run(weight, bias), active, dim, conv)
     return run(*mask_grad(weight, bias, active, dim, conv))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from neq.distributed import sharding
 from neq.layers.active import ActiveSet, as_mask
-from neq.layers.autograd import Call, detach, row_grad, train_active
+from neq.layers.autograd import detach, row_grad
 from neq_kernels import _torch
 from neq_kernels.device.ranks import in_process_group
 
@@ -119,8 +119,10 @@ class NeuronLayer(nn.Module):
         weight = cast(Tensor, layer.weight)
         return y * weight.numel() // len(weight)
 
-    def _call(self, *args: Any, **kwargs: Any) -> Call | None:
-        """The vendor's call for these arguments; None where rows can't be told apart."""
+    def _train_active(
+        self, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Tensor | None:
+        """The forward of which backward skips frozen rows; None where they can't be told apart."""
         return None
 
     def _none_active(
@@ -201,13 +203,10 @@ class NeuronLayer(nn.Module):
                 f"{self._described()}: its weight is a DTensor (of tensor parallelism), and of "
                 "such a layer all neurons train or none: set_active(None)"
             )
-        call = None
+        y = None
         if weight.requires_grad and not weight.is_complex() and not _beyond_backward():
-            call = self._call(*args, **kwargs)
-        if call is None:
-            return self._element_wise(weight, bias, *args, **kwargs)
-        y = train_active(call, weight, bias, active)
-        return y.squeeze(0) if call.is_unbatched else y
+            y = self._train_active(weight, bias, *args, **kwargs)
+        return self._element_wise(weight, bias, *args, **kwargs) if y is None else y
 
     def _off_the_graph(
         self, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from neq.layers.autograd import Call, is_one_node
+from neq.layers.autograd import is_one_node, train_active
 from neq.layers.base import NeuronLayer, autocast, hooks_forbidden, samples_first
 from neq_kernels.wgrad.geometry import Conv
 
@@ -34,22 +34,30 @@ class NEqConv(NeuronLayer, nn.modules.conv._ConvNd):
     def by_neuron(self, output: Tensor) -> tuple[Tensor, int]:
         return samples_first(output, 1 - self.weight.dim())
 
-    def _call(self, input: Tensor, output_size: list[int] | None = None) -> Call | None:
-        weight = self.weight
+    def _train_active(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        input: Tensor,
+        output_size: list[int] | None = None,
+    ) -> Tensor | None:
         input = autocast(input)
         is_unbatched = input.dim() == weight.dim() - 1
         batch = input.unsqueeze(0) if is_unbatched else input
         if batch.dim() != weight.dim():
             return None  # torch raises its own error
         x, conv = self._prepare(batch, output_size)
-        return Call(
-            lambda weight, bias: self._convolve(x, weight, bias, conv),
+        y = train_active(
+            lambda w, b: self._convolve(x, w, b, conv),
             x,
-            dim=int(conv.transposed),
-            conv=conv,
-            is_one_node=is_one_node(x, weight),
-            is_unbatched=is_unbatched,
+            weight,
+            bias,
+            self.active,
+            int(conv.transposed),
+            conv,
+            is_one_node(x, weight),
         )
+        return y.squeeze(0) if is_unbatched else y
 
     def _none_active(
         self, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any

@@ -1,10 +1,12 @@
 """``NEqLinear``."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neq.layers.autograd import Call
+from neq.layers.autograd import train_active
 from neq.layers.base import NeuronLayer, autocast
 
 
@@ -23,8 +25,8 @@ class NEqLinear(NeuronLayer, nn.Linear):
 
     plain = nn.Linear
 
-    def _call(self, input: Tensor) -> Call | None:
+    def _train_active(self, weight: Tensor, bias: Tensor | None, input: Tensor) -> Tensor | None:
         if input.layout is not torch.strided or input.is_nested:
             return None
         x = autocast(input)
-        return Call(lambda weight, bias: F.linear(x, weight, bias), x)
+        return train_active(partial(F.linear, x), x, weight, bias, self.active)

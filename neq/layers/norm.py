@@ -5,7 +5,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from neq.layers.autograd import Call, is_one_node
+from neq.layers.autograd import is_one_node, mask_node
 from neq.layers.base import NeuronLayer, samples_first, shaped_like
 
 
@@ -60,13 +60,14 @@ class NEqInstanceNorm(NEqNorm, nn.modules.instancenorm._InstanceNorm):
 class OneNodeNorm(NEqNorm):
     """Norms that are one node of autograd's graph: a hook there zeroes the frozen gradients."""
 
-    def _call(self, input: Tensor) -> Call | None:
-        if torch.compiler.is_compiling() or self.neuron_dim is None:
+    def _train_active(self, weight: Tensor, bias: Tensor | None, input: Tensor) -> Tensor | None:
+        if torch.compiler.is_compiling() or weight.dim() != 1:
             return None
         # an empty batch makes a batch norm two nodes
-        if input.numel() == 0 or not is_one_node(input, self.weight):
+        if input.numel() == 0 or not is_one_node(input, weight):
             return None
-        return Call(lambda weight, bias: self.plain.forward(self, input), is_one_node=True)
+        y: Tensor = self.plain.forward(self, input)
+        return mask_node(y, self.active)
 
 
 class NEqBatchNorm1d(OneNodeNorm, nn.BatchNorm1d):

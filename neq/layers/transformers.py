@@ -8,7 +8,7 @@ from typing import cast
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from neq.layers.autograd import Call
+from neq.layers.autograd import train_active
 from neq.layers.base import NeuronLayer, autocast
 
 
@@ -32,6 +32,6 @@ class NEqTransformersConv1D(NeuronLayer, Conv1D):  # type: ignore[misc]  # Conv1
     def macs(layer: nn.Module, x: int, y: int) -> int:
         return y * len(cast(Tensor, layer.weight))
 
-    def _call(self, input: Tensor) -> Call | None:
+    def _train_active(self, weight: Tensor, bias: Tensor | None, input: Tensor) -> Tensor | None:
         x = autocast(input)
-        return Call(lambda weight, bias: self._vendor(weight, bias, x), x, self.weight.t(), dim=1)
+        return train_active(lambda w, b: self._vendor(w, b, x), x, weight, bias, self.active, dim=1)
