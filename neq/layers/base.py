@@ -197,29 +197,23 @@ class NeuronLayer(nn.Module):
         weight, bias = self.weight, self.bias
         active.on(weight.device)
         if nothing:
-            return self._off_the_graph(weight, bias, *args, **kwargs)
+            # off the graph: where nothing below trains either, backward does not visit the layer
+            y = self._none_active(weight.detach(), detach(bias), *args, **kwargs)
+            trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+            if not trains or not in_process_group() or _beyond_backward():
+                return y
+            return row_grad(y, None, weight, bias, active)  # DDP waits for every parameter
         if sharding.is_dtensor(weight):
             raise TypeError(
                 f"{self._described()}: its weight is a DTensor (of tensor parallelism), and of "
                 "such a layer all neurons train or none: set_active(None)"
             )
-        y = None
+        trained = None
         if weight.requires_grad and not weight.is_complex() and not _beyond_backward():
-            y = self._train_active(weight, bias, *args, **kwargs)
-        return self._element_wise(weight, bias, *args, **kwargs) if y is None else y
-
-    def _off_the_graph(
-        self, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any
-    ) -> Tensor:
-        """The forward of a layer without active neurons.
-
-        Where nothing below it trains either, backward does not visit it.
-        """
-        y = self._none_active(weight.detach(), detach(bias), *args, **kwargs)
-        trains = weight.requires_grad or (bias is not None and bias.requires_grad)
-        if not trains or not in_process_group() or _beyond_backward():
-            return y
-        return row_grad(y, None, weight, bias, self.active)  # DDP waits for every parameter
+            trained = self._train_active(weight, bias, *args, **kwargs)
+        if trained is None:
+            return self._element_wise(weight, bias, *args, **kwargs)
+        return trained
 
     def _element_wise(
         self, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any
