@@ -134,10 +134,9 @@ def choose(x: Tensor, weight: Tensor, neurons: int, k: int, conv: Conv | None = 
     """
     if k == neurons and _only is None:
         return "dense"
-    bucket = ceil_div(k * BUCKETS, neurons)
     layout = is_column_major(weight) if conv is None else x.stride(1) == 1
     where = x.device, torch.get_num_threads()
-    key = (bucket, x.shape, weight.shape, conv, layout, x.dtype, where)
+    key = (k, x.shape, weight.shape, conv, layout, x.dtype, where)
     choice = _choices.get(key)
     if choice is None:
         problem = problem_of(x, weight, neurons, k, conv)
