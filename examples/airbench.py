@@ -1,0 +1,108 @@
+"""Train the network of airbench94 or airbench93 on CIFAR-10, whole or by parts.
+
+    python examples/airbench.py --epochs 2 --width 0.25              # made-up images, no download
+    python examples/airbench.py --data cifar-10-batches-py           # airbench94's recipe
+    python examples/airbench.py --data FOLDER --net 93 --epochs 11 --seeds 0 1 2 --jobs 2
+    python examples/airbench.py --data FOLDER --arm scheduled --freeze 0.4 0.7
+
+Each run writes a JSON file to --output, named after the arm and the seed. A run that was stopped goes
+on from its last epoch; one that has ended is not made again. Seconds are the processor's on a CPU,
+the device's on a GPU, and evaluating is not among them.
+"""
+
+import argparse
+import multiprocessing
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.lib import cli
+from examples.airbench_arms import ARMS
+from examples.airbench_net import WIDTHS
+from examples.airbench_run import Result, Run, Settings, Where, finished
+from examples.cifar_data import load
+
+
+def run_all(
+    wanted: list[Settings], where: Where, data: Path | None, cache: Path | None, jobs: int
+) -> list[Result]:
+    """The results of these runs. Those that are missing are made, each in a process of its own."""
+    where.output.mkdir(parents=True, exist_ok=True)
+    missing = [settings for settings in wanted if not finished(settings, where.output)]
+    if missing and data and cache:
+        load(data, cache=cache)  # decoded once, before several processes would do it
+    todo = [(settings, where, data, cache) for settings in missing]
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Pool(jobs, tqdm.set_lock, (spawn.RLock(),), maxtasksperchild=1) as pool:
+        for settings, accuracy in pool.imap_unordered(_one, todo):
+            tqdm.write(f"{settings.title}: {settings.split} {accuracy:.2%}")
+    results = [finished(settings, where.output) for settings in wanted]
+    return [result for result in results if result is not None]
+
+
+def _one(todo: tuple[Settings, Where, Path | None, Path | None]) -> tuple[Settings, float]:
+    settings, where, path, cache = todo
+    worker = multiprocessing.current_process()._identity[0] - 1  # type: ignore[attr-defined]
+    if where.device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+    result = Run(settings, load(path, cache=cache), where).go(position=worker)
+    return settings, result["accuracy"]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = new_parser()
+    given = parser.parse_args(arguments)
+    amp = given.device.type == "cuda" if given.amp is None else given.amp
+    values = {key: value for key, value in vars(given).items() if key in vars(Settings())}
+    base = Settings(**{**values, "freeze": tuple(given.freeze)})
+    wanted = [replace(base, seed=seed) for seed in given.seeds]
+    where = Where(given.output, given.device, amp)
+    try:
+        for result in run_all(wanted, where, given.data, given.cache, given.jobs):
+            seconds = sum(result["seconds"].values())
+            print(
+                f"{Settings(**result['settings']).title}: {result['settings']['split']} "
+                f"{result['accuracy']:.2%}, {result['accuracy_of_one_view']:.2%} of one view, "
+                f"{seconds:.1f} s"
+            )
+    except (ValueError, ImportError, OSError) as error:
+        parser.error(str(error))
+
+
+def new_parser() -> argparse.ArgumentParser:
+    parser = cli.new_parser(__doc__)
+    add, default = parser.add_argument, Settings()
+    add("--arm", choices=ARMS, default="dense", help=f"one of {', '.join(ARMS)}")
+    add("--name", default="", help="of the result's file (default: the arm)")
+    add("--seeds", type=int, nargs="+", default=[0], metavar="SEED")
+    add("--net", choices=WIDTHS, default=default.net)
+    add("--width", type=cli.positive, default=1.0, help="a factor for the channels")
+    add("--images", type=cli.whole, metavar="N", help="to train on (default: all)")
+    add("--epochs", type=cli.positive, default=default.epochs, help="also parts of one")
+    add("--batch", type=cli.whole, default=default.batch)
+    add("--lr", type=cli.positive, default=1.0, help="a factor for the recipe's rate")
+    add("--augment", action=argparse.BooleanOptionalAction, default=True)
+    add("--split", choices=("test", "validation"), default="test", help="to evaluate")
+    add("--evaluated", type=cli.whole, metavar="N", help="images of that split (default: all)")
+    add("--curve", action="store_true", help="evaluate after each epoch")
+    add(
+        "--freeze", type=cli.share, nargs="+", default=default.freeze, metavar="SHARE",
+        help="scheduled: the shares of the run at which one more block is frozen",
+    )  # fmt: skip
+    add("--fraction", type=cli.share, default=0.5, help="random-rows: of the rows, that trains")
+    add("--data", type=Path, metavar="FOLDER", help="see examples/cifar_data.py")
+    add("--cache", type=Path, metavar="FOLDER", help="keeps the images decoded")
+    add("--output", type=Path, default=Path("runs/airbench"), metavar="FOLDER")
+    add("--jobs", type=cli.whole, default=1, metavar="N", help="runs side by side")
+    cli.add_device(parser)
+    add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 (default: on a GPU)")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
