@@ -5,13 +5,14 @@
     python examples/airbench.py --data FOLDER --net 93 --epochs 11 --seeds 0 1 2 --jobs 2
     python examples/airbench.py --data FOLDER --arm scheduled --freeze 0.4 0.7
 
-Each run writes a JSON file to --output, named after the arm and the seed. A run that was stopped goes
-on from its last epoch; one that has ended is not made again. Seconds are the processor's on a CPU,
-the device's on a GPU, and evaluating is not among them.
+Each run writes a JSON file to --output, named after the arm and the seed. A run that was stopped
+goes on from its last epoch; one that has ended is not made again. Seconds are the processor's on a
+CPU, the device's on a GPU, and evaluating is not among them.
 """
 
 import argparse
 import multiprocessing
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +38,7 @@ def run_all(
     if missing and data and cache:
         load(data, cache=cache)  # decoded once, before several processes would do it
     todo = [(settings, where, data, cache) for settings in missing]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that kill ends the runs too
     spawn = multiprocessing.get_context("spawn")
     with spawn.Pool(jobs, tqdm.set_lock, (spawn.RLock(),), maxtasksperchild=1) as pool:
         for settings, accuracy in pool.imap_unordered(_one, todo):

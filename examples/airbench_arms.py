@@ -24,12 +24,19 @@ class Dense:
         """The model is on its device, with the weights that it starts from."""
         self.model = model
 
+    def depth(self, done: float) -> int:
+        """How many blocks are frozen, the stem too, when this share of the run is done."""
+        return 0
+
     def state(self, done: float) -> str:
-        """What of the model trains, when this share of the run is done: a step's time follows."""
-        return "whole"
+        """What of the model trains then: a step's time follows from it."""
+        depth = self.depth(done)
+        return f"blocks 1-{depth} frozen" if depth else "whole"
 
     def enter(self, done: float) -> None:
         """Called before each step: bring the model into that state."""
+        if depth := self.depth(done):
+            freeze_prefix(self.model, depth)
 
     def end_epoch(self) -> None:
         """Called after each epoch, on the clock."""
@@ -44,16 +51,8 @@ class Dense:
 class Scheduled(Dense):
     """Blocks are frozen from the input up, when given shares of the run are done."""
 
-    def _depth(self, done: float) -> int:
+    def depth(self, done: float) -> int:
         return sum(done >= share for share in self.settings.freeze)
-
-    def state(self, done: float) -> str:
-        depth = self._depth(done)
-        return f"{depth} frozen" if depth else "whole"
-
-    def enter(self, done: float) -> None:
-        if depth := self._depth(done):
-            freeze_prefix(self.model, depth)
 
 
 class RandomRows(Dense):

@@ -104,8 +104,8 @@ def triangle(done: float) -> float:
 class Lookahead:
     """Slow copies of the weights and of the norms' statistics, that the fast ones return to.
 
-    Published, it moves all of them. Here it leaves alone what does not train: the slow copy of a
-    frozen row or of a norm that is frozen becomes the fast one, so nothing moves it, not even later.
+    Published, it moves all of them. Here it leaves alone what does not train: of a frozen row or a
+    frozen norm the slow copy becomes the fast one, so nothing moves it, not even later.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -182,9 +182,9 @@ class Run:
 
     def state(self, step: int) -> str:
         """What trains in this step: the time of the step follows from it."""
-        state = self.arm.state(step / self.steps)
-        bias = step < BIAS_EPOCHS * self.per_epoch and self.model.stem.training
-        return f"{state}, stem's bias" if bias else state
+        done = step / self.steps
+        bias = step < BIAS_EPOCHS * self.per_epoch and not self.arm.depth(done)
+        return self.arm.state(done) + (", stem's bias" if bias else "")
 
     def enter(self, step: int) -> None:
         """Bring the model into the state of this step, and the rates to its values."""
