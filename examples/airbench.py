@@ -4,6 +4,7 @@
     python examples/airbench.py --data cifar-10-batches-py           # airbench94's recipe
     python examples/airbench.py --data FOLDER --net 93 --epochs 11 --seeds 0 1 2 --jobs 2
     python examples/airbench.py --data FOLDER --arm scheduled --freeze 0.4 0.7
+    python examples/airbench.py --data FOLDER --task split --images 2500 --batch 100 --arm only
 
 Each run writes a JSON file to --output, named after the arm and the seed. A run that was stopped
 goes on from its last epoch; one that has ended is not made again. Seconds are the processor's on a
@@ -24,8 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.lib import cli
 from examples.airbench_arms import ARMS
-from examples.airbench_net import WIDTHS
+from examples.airbench_net import PARTS, WIDTHS
 from examples.airbench_run import Result, Run, Settings, Where, finished
+from examples.airbench_tasks import TASKS
 from examples.cifar_data import load
 
 
@@ -33,23 +35,27 @@ def run_all(
     wanted: list[Settings], where: Where, data: Path | None, cache: Path | None, jobs: int
 ) -> list[Result]:
     """The results of these runs. Those that are missing are made, each in a process of its own."""
-    where.output.mkdir(parents=True, exist_ok=True)
     missing = [settings for settings in wanted if not finished(settings, where.output)]
     if missing and data and cache:
         load(data, cache=cache)  # decoded once, before several processes would do it
-    todo = [(settings, where, data, cache) for settings in missing]
+    begin = where._replace(output=where.pretrained)
+    starts = dict.fromkeys(start for settings in missing if (start := settings.before()))
+    starts = [start for start in starts if not finished(start, begin.output)]
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that kill ends the runs too
     spawn = multiprocessing.get_context("spawn")
     with spawn.Pool(jobs, tqdm.set_lock, (spawn.RLock(),), maxtasksperchild=1) as pool:
-        for settings, accuracy in pool.imap_unordered(_one, todo):
-            tqdm.write(f"{settings.title}: {settings.split} {accuracy:.2%}")
+        for runs, place in ((starts, begin), (missing, where)):
+            place.output.mkdir(parents=True, exist_ok=True)
+            todo = [(settings, place, data, cache) for settings in runs]
+            for settings, accuracy in pool.imap_unordered(_one, todo):
+                tqdm.write(f"{settings.title}: {settings.split} {accuracy:.2%}")
     results = [finished(settings, where.output) for settings in wanted]
     return [result for result in results if result is not None]
 
 
 def _one(todo: tuple[Settings, Where, Path | None, Path | None]) -> tuple[Settings, float]:
     settings, where, path, cache = todo
-    worker = multiprocessing.current_process()._identity[0] - 1  # type: ignore[attr-defined]
+    worker = multiprocessing.current_process()._identity[0] - 1
     if where.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
     result = Run(settings, load(path, cache=cache), where).go(position=worker)
@@ -61,9 +67,10 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     amp = given.device.type == "cuda" if given.amp is None else given.amp
     values = {key: value for key, value in vars(given).items() if key in vars(Settings())}
-    base = Settings(**{**values, "freeze": tuple(given.freeze)})
+    values |= {key: tuple(values[key]) for key in ("freeze", "parts")}
+    base = Settings(**values)
     wanted = [replace(base, seed=seed) for seed in given.seeds]
-    where = Where(given.output, given.device, amp)
+    where = Where(given.output, given.output / "pretrained", given.device, amp)
     try:
         for result in run_all(wanted, where, given.data, given.cache, given.jobs):
             seconds = sum(result["seconds"].values())
@@ -80,6 +87,9 @@ def new_parser() -> argparse.ArgumentParser:
     parser = cli.new_parser(__doc__)
     add, default = parser.add_argument, Settings()
     add("--arm", choices=ARMS, default="dense", help=f"one of {', '.join(ARMS)}")
+    add("--task", choices=TASKS, default="scratch", help=f"one of {', '.join(TASKS)}")
+    add("--pretrain-epochs", type=cli.positive, default=default.pretrain_epochs)
+    add("--pretrain-images", type=cli.whole, metavar="N", help="(default: all)")
     add("--name", default="", help="of the result's file (default: the arm)")
     add("--seeds", type=int, nargs="+", default=[0], metavar="SEED")
     add("--net", choices=WIDTHS, default=default.net)
@@ -95,6 +105,10 @@ def new_parser() -> argparse.ArgumentParser:
     add(
         "--freeze", type=cli.share, nargs="+", default=default.freeze, metavar="SHARE",
         help="scheduled: the shares of the run at which one more block is frozen",
+    )  # fmt: skip
+    add(
+        "--parts", nargs="+", choices=PARTS, default=default.parts, metavar="PART",
+        help=f"only: those that train, of {', '.join(PARTS)}",
     )  # fmt: skip
     add("--fraction", type=cli.share, default=0.5, help="random-rows: of the rows, that trains")
     add("--data", type=Path, metavar="FOLDER", help="see examples/cifar_data.py")

@@ -1,12 +1,13 @@
 """The arms of examples/airbench.py: what trains, and when."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 import neq
+from examples.airbench_net import PARTS
 
 if TYPE_CHECKING:
     from examples.airbench_run import Settings
@@ -22,21 +23,14 @@ class Dense:
 
     def start(self, model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
         """The model is on its device, with the weights that it starts from."""
-        self.model = model
 
-    def depth(self, done: float) -> int:
-        """How many blocks are frozen, the stem too, when this share of the run is done."""
-        return 0
+    def frozen(self, done: float) -> Sequence[str]:
+        """The parts of the network that are frozen when this share of the run is done."""
+        return ()
 
-    def state(self, done: float) -> str:
-        """What of the model trains then: a step's time follows from it."""
-        depth = self.depth(done)
-        return f"blocks 1-{depth} frozen" if depth else "whole"
-
-    def enter(self, done: float) -> None:
-        """Called before each step: bring the model into that state."""
-        if depth := self.depth(done):
-            freeze_prefix(self.model, depth)
+    def rows(self) -> str:
+        """What of the other parts trains, for people: a step's time depends on it."""
+        return ""
 
     def end_epoch(self) -> None:
         """Called after each epoch, on the clock."""
@@ -51,8 +45,16 @@ class Dense:
 class Scheduled(Dense):
     """Blocks are frozen from the input up, when given shares of the run are done."""
 
-    def depth(self, done: float) -> int:
-        return sum(done >= share for share in self.settings.freeze)
+    def frozen(self, done: float) -> Sequence[str]:
+        depth = sum(done >= share for share in self.settings.freeze)
+        return PARTS[: 1 + depth] if depth else ()
+
+
+class Only(Dense):
+    """Some parts train, and the others never do."""
+
+    def frozen(self, done: float) -> Sequence[str]:
+        return [part for part in PARTS if part not in self.settings.parts]
 
 
 class RandomRows(Dense):
@@ -61,14 +63,13 @@ class RandomRows(Dense):
     optimizer = neq.optim.SGD
 
     def start(self, model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
-        super().start(model, optimizer)
         neq.convert(model)
         policy = neq.Random(self.settings.fraction, self.settings.seed)
         self.control = neq.Controller(model, policy=policy, optimizer=optimizer)
         self.control.step()  # rows are drawn for the first epoch too
 
-    def state(self, done: float) -> str:
-        return f"{self.settings.fraction:g} of the rows"
+    def rows(self) -> str:
+        return f"{self.settings.fraction:g} of the rows of "
 
     def end_epoch(self) -> None:
         self.control.step()
@@ -83,16 +84,18 @@ class RandomRows(Dense):
 ARMS: Mapping[str, type[Dense]] = {
     "dense": Dense,
     "scheduled": Scheduled,
+    "only": Only,
     "random-rows": RandomRows,
 }
 
 
-def freeze_prefix(model: nn.Sequential, depth: int) -> None:
-    """Freeze the stem and so many blocks: their parameters and their norms' statistics.
+def freeze(model: nn.Sequential, parts: Sequence[str]) -> None:
+    """Freeze these parts: their parameters and their norms' statistics.
 
-    Then nothing below records a graph or saves activations, and backward ends above.
+    A prefix of the network then records no graph and saves no activations; backward ends above it.
     """
-    for part in list(model.children())[: 1 + depth]:
+    for name in parts:
+        part = model.get_submodule(name)
         if part.training or any(p.requires_grad for p in part.parameters()):
             part.eval()
             part.requires_grad_(False)

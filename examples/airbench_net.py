@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import neq
 
 WIDTHS = {"94": (64, 256, 256), "93": (64, 128, 128)}  # channels of the three blocks
+PARTS = "stem", "block1", "block2", "block3", "head"
 WHITENED = 24  # each of the 12 directions of a patch of 2 x 2 pixels, and its negative
 
 LR, MOMENTUM, WEIGHT_DECAY = 11.5, 0.85, 0.0153  # the rate and the decay are for 1024 images
@@ -27,8 +28,8 @@ def network(net: str, width: float, classes: int) -> nn.Sequential:
     model.stem = nn.Sequential(nn.Conv2d(3, WHITENED, 2), nn.GELU())
     model.stem[0].weight.requires_grad = False
     nn.init.zeros_(model.stem[0].bias)
-    for i in range(3):
-        model.add_module(f"block{i + 1}", _block(channels[i], channels[i + 1]))
+    for i, part in enumerate(PARTS[1:-1]):
+        model.add_module(part, _block(channels[i], channels[i + 1]))
     model.head = nn.Sequential(
         nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(channels[-1], classes, bias=False), Scale()
     )

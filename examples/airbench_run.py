@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from bench.lib.environment import environment
 from examples import airbench_net
-from examples.airbench_arms import ARMS
+from examples.airbench_arms import ARMS, freeze
+from examples.airbench_tasks import TASKS, Start
 from examples.cifar_data import Data, Images, Normal, windows
 from examples.clock import Clock
 
@@ -25,6 +26,7 @@ SHIFT = 2  # pixels that a window moves, at most
 BIAS_EPOCHS = 3  # for which the stem's bias trains
 LOOK_EVERY = 5  # steps between two updates of Lookahead
 VALIDATION = 5000  # images, the last of the training set
+PRETRAIN_BATCH = 512
 
 Result = dict[str, Any]
 
@@ -35,6 +37,10 @@ class Settings:
 
     name: str = ""  # of the result's file; the arm's name if empty
     arm: str = "dense"
+    task: str = "scratch"
+    pretraining: bool = False  # is this run the task's pretraining?
+    pretrain_epochs: float = 8.0  # of it, for a task that has one
+    pretrain_images: int | None = None
     seed: int = 0
     net: str = "94"
     width: float = 1.0
@@ -47,17 +53,35 @@ class Settings:
     evaluated: int | None = None  # images of that split, all if None
     curve: bool = False  # evaluate after each epoch, not in the end only
     freeze: tuple[float, ...] = (0.4, 0.7)  # shares of the run: for the arm scheduled
+    parts: tuple[str, ...] = ("head",)  # that train: for the arm only
     fraction: float = 0.5  # of the rows that train: for the arm random-rows
 
     @property
     def title(self) -> str:
         return f"{self.name or self.arm}-{self.seed}"
 
+    def before(self) -> "Settings | None":
+        """The settings of the run that this one starts from; None: it starts from nothing."""
+        if self.pretraining or not TASKS[self.task].pretrained:
+            return None
+        return Settings(
+            name=f"{self.task}-{self.net}-{self.width:g}",
+            task=self.task,
+            pretraining=True,
+            seed=self.seed,
+            net=self.net,
+            width=self.width,
+            images=self.pretrain_images,
+            epochs=self.pretrain_epochs,
+            batch=PRETRAIN_BATCH,
+        )
+
 
 class Where(NamedTuple):
     """Where runs compute, and where they write."""
 
     output: Path
+    pretrained: Path  # what pretraining leaves
     device: torch.device
     amp: bool = False
 
@@ -93,6 +117,21 @@ def split(data: Data, settings: Settings) -> tuple[Images, Images]:
         Images(*(t[: settings.images] for t in train)),
         Images(*(t[: settings.evaluated] for t in evaluated)),
     )
+
+
+def _start_file(pretraining: Settings, folder: Path) -> Path:
+    return folder / f"{pretraining.title}-start.pt"
+
+
+def _start(settings: Settings, where: Where) -> Start | None:
+    """What the run starts from, if its task has a pretraining."""
+    before = settings.before()
+    if before is None:
+        return None
+    if finished(before, where.pretrained) is None:
+        raise ValueError(f"{settings.title} starts from {before.title}, which has not ended")
+    file = _start_file(before, where.pretrained)
+    return Start(**torch.load(file, map_location="cpu", weights_only=True))
 
 
 class Views:
@@ -132,7 +171,8 @@ class Run:
 
     def __init__(self, settings: Settings, data: Data, where: Where) -> None:
         self.settings, self.where = settings, where
-        device = where.device
+        device, task = where.device, TASKS[settings.task]
+        data = task.before(data) if settings.pretraining else task.after(data)
         train, evaluated = split(data, settings)
         if len(train.labels) < settings.batch:
             raise ValueError(f"a batch of {settings.batch} from {len(train.labels)} images")
@@ -148,6 +188,10 @@ class Run:
         torch.manual_seed(settings.seed)
         model = airbench_net.network(settings.net, settings.width, len(data.classes))
         airbench_net.whiten(model.stem[0], self.normal(self.train.pixels[:5000]).cpu())
+        if start := _start(settings, where):
+            self.normal.mean, self.normal.deviation = (t.to(device) for t in start[1:])
+            kept = {k: t for k, t in start.model.items() if not k.startswith("head.")}
+            model.load_state_dict(kept if task.fresh_head else start.model, strict=False)
         self.model = model.to(device)
         self.arm = ARMS[settings.arm](settings)
         self.optimizer = self.arm.optimizer(
@@ -173,6 +217,9 @@ class Run:
                 self.epochs.append(self.epoch(epoch, bar.update))
                 self._save()
         result = self.result()
+        if self.settings.pretraining:
+            start = Start(self.model.state_dict(), self.normal.mean, self.normal.deviation)
+            torch.save(start._asdict(), _start_file(self.settings, self.where.output))
         text = json.dumps(result, indent=1) + "\n"
         written = self.file.with_suffix(".part")
         written.write_text(text)
@@ -180,16 +227,20 @@ class Run:
         self.file.unlink()
         return result
 
+    def _frozen(self, step: int) -> list[str]:
+        # in the recipe the stem's weights never train, and its bias does not for long
+        stem = ["stem"] if step >= BIAS_EPOCHS * self.per_epoch else []
+        return [*stem, *self.arm.frozen(step / self.steps)]
+
     def state(self, step: int) -> str:
         """What trains in this step: the time of the step follows from it."""
-        done = step / self.steps
-        bias = step < BIAS_EPOCHS * self.per_epoch and not self.arm.depth(done)
-        return self.arm.state(done) + (", stem's bias" if bias else "")
+        frozen = self._frozen(step)
+        trained = "+".join(part for part in airbench_net.PARTS if part not in frozen)
+        return self.arm.rows() + trained
 
     def enter(self, step: int) -> None:
         """Bring the model into the state of this step, and the rates to its values."""
-        self.model.stem[0].bias.requires_grad_(step < BIAS_EPOCHS * self.per_epoch)
-        self.arm.enter(step / self.steps)
+        freeze(self.model, self._frozen(step))
         factor = airbench_net.triangle(step / self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = factor * group["full_lr"]

@@ -75,7 +75,7 @@ def new_parser() -> argparse.ArgumentParser:
 def _do(study: Study, given: argparse.Namespace) -> None:
     output = given.output / study.name
     amp = given.device.type == "cuda" if given.amp is None else given.amp
-    where = Where(output, given.device, amp)
+    where = Where(output, given.output / "pretrained", given.device, amp)
     if given.time:
         output.mkdir(parents=True, exist_ok=True)
         measure(study, load(given.data, cache=given.cache), where, given.time)

@@ -75,11 +75,9 @@ def _study(
 
 
 def _settings(place: str, values: dict[str, Any]) -> Settings:
-    known = {field.name for field in fields(Settings)} - {"name", "seed"}
+    known = {field.name for field in fields(Settings)} - {"name", "seed", "pretraining"}
     if unknown := values.keys() - known:
         raise ValueError(
             f"{place}: {', '.join(sorted(unknown))}: settings are {', '.join(sorted(known))}"
         )
-    if "freeze" in values:
-        values["freeze"] = tuple(values["freeze"])
-    return Settings(**values)
+    return Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

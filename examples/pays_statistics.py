@@ -48,7 +48,8 @@ def beyond(t: float, freedom: float) -> float:
     if t < 0:
         return 1 - beyond(-t, freedom)
     start = math.atan(t / math.sqrt(freedom))
-    half = (math.pi / 2 - start) / 2
+    # beyond 40 deviations there is nothing, and many degrees leave little of the interval
+    half = min(math.pi / 2 - start, 40 / math.sqrt(freedom)) / 2
     angles = start + half * (1 + NODES)
     area = half * float(WEIGHTS @ np.cos(angles) ** (freedom - 1))
     log_scale = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)
