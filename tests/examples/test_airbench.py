@@ -64,6 +64,54 @@ def test_as_a_user_runs_it(tmp_path):
     assert (tmp_path / "dense-0.json").read_bytes() == before  # it was not made again
 
 
+def test_the_recipe(data, where):
+    """A run is this loop: the published one, written out."""
+    settings = replace(TINY, epochs=4)
+    run, other = (Run(settings, data, where) for _ in range(2))
+    model, slow = other.model, {k: t.clone() for k, t in other.model.state_dict().items()}
+    scale = 1024 * (1 + 1 / (1 - 0.85))
+    norms = [m.bias for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    rest = [p for p in model.parameters() if p.requires_grad and all(p is not b for b in norms)]
+    rates = 64 * 11.5 / scale, 11.5 / scale
+    optimizer = torch.optim.SGD(
+        [
+            {"params": params, "lr": rate, "weight_decay": 0.0153 * 20 / scale / rate}
+            for params, rate in zip((norms, rest), rates, strict=True)
+        ],
+        momentum=0.85,
+        nesterov=True,
+    )
+    model.train()
+    for step in range(16):  # four of each epoch
+        epoch, done = step // 4, step / 16
+        model.stem[0].bias.requires_grad_(epoch < 3)
+        if step % 4 == 0:
+            before = weights(run)
+            run.epoch(epoch, lambda: None)
+            assert same(run, before, "stem.0.bias") == (epoch == 3)
+            generator = torch.Generator().manual_seed(epoch)  # of seed 0
+            order = torch.randperm(80, generator=generator)
+        chosen = order[20 * (step % 4) :][:20]
+        x = other.normal(other.views(chosen, epoch, generator))
+        logits = model(x).log_softmax(1)
+        smooth = torch.full((20, 10), 0.02)  # .2 of a label for all classes alike
+        smooth[torch.arange(20), other.train.labels[chosen]] += 0.8
+        optimizer.zero_grad()
+        (-smooth * logits).sum().backward()
+        factor = 0.2 + 0.8 * done / 0.23 if done < 0.23 else 1 - 0.93 * (done - 0.23) / 0.77
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = factor * rate
+        optimizer.step()
+        if step in (4, 9, 14, 15):
+            keep = 1 if step == 15 else 0.95**5 * ((step + 1) / 16) ** 3
+            for name, fast in model.state_dict().items():
+                if fast.is_floating_point() and not (epoch == 3 and name == "stem.0.bias"):
+                    slow[name] = keep * slow[name] + (1 - keep) * fast
+                    fast.copy_(slow[name])
+    for name, wanted in model.state_dict().items():
+        torch.testing.assert_close(run.model.state_dict()[name], wanted, atol=1e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize("arm", ["dense", "scheduled", "random-rows"])
 def test_a_stopped_run_goes_on(arm, data, where, tmp_path):
     settings = replace(TINY, arm=arm)
