@@ -4,7 +4,7 @@
     python examples/airbench.py --data cifar-10-batches-py           # airbench94's recipe
     python examples/airbench.py --data FOLDER --net 93 --epochs 11 --seeds 0 1 2 --jobs 2
     python examples/airbench.py --data FOLDER --arm scheduled --freeze 0.4 0.7
-    python examples/airbench.py --data FOLDER --task split --images 2500 --batch 100 --arm only
+    python examples/airbench.py --data FOLDER --task second-half --images 2500 --batch 100 --arm only
 
 Each run writes a JSON file to --output, named after the arm and the seed. A run that was stopped
 goes on from its last epoch; one that has ended is not made again. Seconds are the processor's on a

@@ -38,9 +38,9 @@ class Settings:
     name: str = ""  # of the result's file; the arm's name if empty
     arm: str = "dense"
     task: str = "scratch"
-    pretraining: bool = False  # is this run the task's pretraining?
-    pretrain_epochs: float = 8.0  # of it, for a task that has one
+    pretrain_epochs: float = 8.0  # of the run that it starts from, if the task has one
     pretrain_images: int | None = None
+    keep: bool = False  # the weights in the end, for runs that start from them
     seed: int = 0
     net: str = "94"
     width: float = 1.0
@@ -62,18 +62,19 @@ class Settings:
 
     def before(self) -> "Settings | None":
         """The settings of the run that this one starts from; None: it starts from nothing."""
-        if self.pretraining or not TASKS[self.task].pretrained:
+        task = TASKS[self.task].before
+        if task is None:
             return None
         return Settings(
-            name=f"{self.task}-{self.net}-{self.width:g}",
-            task=self.task,
-            pretraining=True,
+            name=f"{task}-{self.net}-{self.width:g}",
+            task=task,
             seed=self.seed,
             net=self.net,
             width=self.width,
             images=self.pretrain_images,
             epochs=self.pretrain_epochs,
             batch=PRETRAIN_BATCH,
+            keep=True,
         )
 
 
@@ -81,7 +82,7 @@ class Where(NamedTuple):
     """Where runs compute, and where they write."""
 
     output: Path
-    pretrained: Path  # what pretraining leaves
+    pretrained: Path  # the runs that others start from
     device: torch.device
     amp: bool = False
 
@@ -97,7 +98,9 @@ def finished(settings: Settings, output: Path) -> Result | None:
 
 
 def _refuse_another(file: Path, found: Result, settings: Settings) -> None:
-    given = json.loads(json.dumps(asdict(settings)))  # tuples as lists
+    # through JSON, which knows no tuples; what an older file does not know had its default
+    given, default = (json.loads(json.dumps(asdict(s))) for s in (settings, Settings()))
+    found = {**default, **json.loads(json.dumps(found))}
     if found != given:
         other = {key: found.get(key) for key in given if found.get(key) != given[key]}
         instead = {key: given[key] for key in other}
@@ -119,12 +122,12 @@ def split(data: Data, settings: Settings) -> tuple[Images, Images]:
     )
 
 
-def _start_file(pretraining: Settings, folder: Path) -> Path:
-    return folder / f"{pretraining.title}-start.pt"
+def _start_file(settings: Settings, folder: Path) -> Path:
+    return folder / f"{settings.title}-start.pt"
 
 
 def _start(settings: Settings, where: Where) -> Start | None:
-    """What the run starts from, if its task has a pretraining."""
+    """What the run starts from, if its task comes after another."""
     before = settings.before()
     if before is None:
         return None
@@ -172,7 +175,7 @@ class Run:
     def __init__(self, settings: Settings, data: Data, where: Where) -> None:
         self.settings, self.where = settings, where
         device, task = where.device, TASKS[settings.task]
-        data = task.before(data) if settings.pretraining else task.after(data)
+        data = task.data(data)
         train, evaluated = split(data, settings)
         if len(train.labels) < settings.batch:
             raise ValueError(f"a batch of {settings.batch} from {len(train.labels)} images")
@@ -217,7 +220,7 @@ class Run:
                 self.epochs.append(self.epoch(epoch, bar.update))
                 self._save()
         result = self.result()
-        if self.settings.pretraining:
+        if self.settings.keep:
             start = Start(self.model.state_dict(), self.normal.mean, self.normal.deviation)
             torch.save(start._asdict(), _start_file(self.settings, self.where.output))
         text = json.dumps(result, indent=1) + "\n"
@@ -343,8 +346,7 @@ class Run:
 
     def _load(self) -> None:
         state = torch.load(self.file, map_location=self.where.device, weights_only=True)
-        found = json.loads(json.dumps(state["settings"]))
-        _refuse_another(self.file, found, self.settings)
+        _refuse_another(self.file, state["settings"], self.settings)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.lookahead.slow = state["lookahead"]

@@ -75,7 +75,7 @@ def _study(
 
 
 def _settings(place: str, values: dict[str, Any]) -> Settings:
-    known = {field.name for field in fields(Settings)} - {"name", "seed", "pretraining"}
+    known = {field.name for field in fields(Settings)} - {"name", "seed", "keep"}
     if unknown := values.keys() - known:
         raise ValueError(
             f"{place}: {', '.join(sorted(unknown))}: settings are {', '.join(sorted(known))}"

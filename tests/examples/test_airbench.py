@@ -139,8 +139,17 @@ def test_another_runs_files_are_refused(data, where):
     with pytest.raises(ValueError, match=r"dense-0.pt is of another run, with \{'epochs': 5\}"):
         Run(replace(TINY, epochs=6), data, where)
     run.go()
+    file = where.output / "dense-0.json"
     with pytest.raises(ValueError, match=r"dense-0.json is of another run, with \{'width'"):
         finished(replace(TINY, width=1.0), where.output)
+    older = json.loads(file.read_text())
+    del older["settings"]["task"]  # a setting that a file does not know had its default
+    file.write_text(json.dumps(older))
+    assert finished(TINY, where.output) == older
+    with pytest.raises(
+        ValueError, match=r"with \{'task': 'scratch'\} instead of \{'task': 'corrupted'\}"
+    ):
+        finished(replace(TINY, task="corrupted"), where.output)
 
 
 def test_scheduled_freezes_from_below(data, where):
@@ -237,29 +246,28 @@ def test_six_views(data, where):
         torch.testing.assert_close(run._of_six(x), wanted)
 
 
-@pytest.mark.parametrize("task", ["split", "corrupted", "relabelled"])
-def test_tasks_start_from_a_pretraining(task, data, where):
-    small = replace(
-        TINY, task=task, pretrain_epochs=6, pretrain_images=None if task == "split" else 512
-    )
-    big = load(None, 1200, 40)
-    with pytest.raises(ValueError, match=f"dense-0 starts from {task}-94-0.125-0, which has not"):
+@pytest.mark.parametrize("task", ["second-half", "corrupted", "relabelled"])
+def test_tasks_start_from_another(task, data, where):
+    halves = task == "second-half"
+    small = replace(TINY, task=task, pretrain_epochs=6, pretrain_images=None if halves else 512)
+    begin, big = where._replace(output=where.pretrained), load(None, 1200, 40)
+    first = small.before()
+    with pytest.raises(ValueError, match=f"dense-0 starts from {first.title}, which has not ended"):
         Run(small, big, where)
-    begin = where._replace(output=where.pretrained)
     begin.output.mkdir()
-    before = Run(small.before(), big, begin)
+    before = Run(first, big, begin)
     before.go()
     run = Run(small, big, where)
     assert same(run, weights(before), "stem", "block")
-    assert len(run.model.head[2].weight) == (5 if task == "split" else 10)
-    assert same(run, weights(before), "head") == (task != "split")
+    assert len(run.model.head[2].weight) == (5 if halves else 10)
+    assert same(run, weights(before), "head") != halves
     assert torch.equal(run.normal.mean, before.normal.mean)
     assert 0 < run.go()["accuracy"] <= 1
 
 
 def test_what_tasks_learn(data):
-    split, corrupted, relabelled = (TASKS[name] for name in ("split", "corrupted", "relabelled"))
-    before, after = split.before(data), split.after(data)
+    learned = {name: task.data(data) for name, task in TASKS.items()}
+    before, after = learned["first-half"], learned["second-half"]
     assert [len(part.classes) for part in (before, after)] == [5, 5]
     later = data.train.labels >= 5
     assert torch.equal(after.train.pixels, data.train.pixels[later])
@@ -267,12 +275,12 @@ def test_what_tasks_learn(data):
     assert torch.equal(before.train.labels, data.train.labels[~later])
     assert before.classes + after.classes == data.classes
 
-    assert corrupted.before(data) is relabelled.before(data) is data
-    pixels = corrupted.after(data).test.pixels
+    assert learned["scratch"] is data
+    pixels = learned["corrupted"].test.pixels
     assert torch.equal(pixels[:, 1], 255 - data.test.pixels[:, 0])
-    assert torch.equal(corrupted.after(data).test.labels, data.test.labels)
-    assert torch.equal(relabelled.after(data).train.labels, (data.train.labels + 1) % 10)
-    assert torch.equal(relabelled.after(data).train.pixels, data.train.pixels)
+    assert torch.equal(learned["corrupted"].test.labels, data.test.labels)
+    assert torch.equal(learned["relabelled"].train.labels, (data.train.labels + 1) % 10)
+    assert torch.equal(learned["relabelled"].train.pixels, data.train.pixels)
 
 
 @pytest.mark.parametrize(

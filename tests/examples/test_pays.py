@@ -106,6 +106,20 @@ def test_from_protocol_to_table(protocol, tmp_path, capsys):
     assert {file: file.read_bytes() for file in kept} == kept
 
 
+def test_tasks_after_another(protocol, tmp_path, capsys):
+    """What runs start from is trained once, for all arms with that seed."""
+    settings = {**STUDY["settings"], "task": "second-half", "pretrain_epochs": 1}
+    arms = {"dense": {}, "head": {"arm": "only", "parts": ["head"]}}
+    file = protocol(settings=settings, arms=arms, against={"head": "dense"}, seeds=[0, 1])
+    text = run(capsys, file, "--output", tmp_path)
+    assert "small: 2 of 2 runs" in text
+    (before,) = (tmp_path / "pretrained").glob("*.json")
+    assert before.stem == "first-half-94-0.125-0"
+    (head,) = (tmp_path / "small").glob("head-*.json")
+    assert json.loads(head.read_text())["steps"] == {"head": 12}
+    assert "first-half" not in run(capsys, file, "--output", tmp_path)
+
+
 def test_steps_are_timed(protocol, tmp_path, capsys):
     out = tmp_path / "out"
     text = run(capsys, protocol(), "--output", out, "--time", "0.1")
