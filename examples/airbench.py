@@ -4,7 +4,7 @@
     python examples/airbench.py --data cifar-10-batches-py           # airbench94's recipe
     python examples/airbench.py --data FOLDER --net 93 --epochs 11 --seeds 0 1 2 --jobs 2
     python examples/airbench.py --data FOLDER --arm scheduled --freeze 0.4 0.7
-    python examples/airbench.py --data FOLDER --task second-half --images 2500 --batch 100 --arm only
+    python examples/airbench.py --data FOLDER --task second-half --images 500 --batch 50 --lr 0.3
 
 Each run writes a JSON file to --output, named after the arm and the seed. A run that was stopped
 goes on from its last epoch; one that has ended is not made again. Seconds are the processor's on a
@@ -15,6 +15,7 @@ import argparse
 import multiprocessing
 import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,31 +35,40 @@ from examples.cifar_data import load
 def run_all(
     wanted: list[Settings], where: Where, data: Path | None, cache: Path | None, jobs: int
 ) -> list[Result]:
-    """The results of these runs. Those that are missing are made, each in a process of its own."""
+    """The results of these runs. Those that are missing are made, so many side by side, each then
+    in a process of its own.
+    """
     missing = [settings for settings in wanted if not finished(settings, where.output)]
     if missing and data and cache:
         load(data, cache=cache)  # decoded once, before several processes would do it
     begin = where._replace(output=where.pretrained)
     starts = dict.fromkeys(start for settings in missing if (start := settings.before()))
     starts = [start for start in starts if not finished(start, begin.output)]
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that kill ends the runs too
-    spawn = multiprocessing.get_context("spawn")
-    with spawn.Pool(jobs, tqdm.set_lock, (spawn.RLock(),), maxtasksperchild=1) as pool:
-        for runs, place in ((starts, begin), (missing, where)):
-            place.output.mkdir(parents=True, exist_ok=True)
-            todo = [(settings, place, data, cache) for settings in runs]
-            for settings, accuracy in pool.imap_unordered(_one, todo):
-                tqdm.write(f"{settings.title}: {settings.split} {accuracy:.2%}")
+    for runs, place in ((starts, begin), (missing, where)):
+        place.output.mkdir(parents=True, exist_ok=True)
+        for settings, accuracy in _each(runs, place, data, cache, jobs):
+            tqdm.write(f"{settings.title}: {settings.split} {accuracy:.2%}")
     results = [finished(settings, where.output) for settings in wanted]
     return [result for result in results if result is not None]
 
 
-def _one(todo: tuple[Settings, Where, Path | None, Path | None]) -> tuple[Settings, float]:
-    settings, where, path, cache = todo
-    worker = multiprocessing.current_process()._identity[0] - 1
+def _each(
+    runs: list[Settings], where: Where, data: Path | None, cache: Path | None, jobs: int
+) -> Iterator[tuple[Settings, float]]:
+    todo = [(settings, where, data, cache, i % jobs) for i, settings in enumerate(runs)]
+    if jobs == 1:
+        yield from map(_one, todo)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Pool(jobs, tqdm.set_lock, (spawn.RLock(),), maxtasksperchild=1) as pool:
+        yield from pool.imap_unordered(_one, todo)
+
+
+def _one(todo: tuple[Settings, Where, Path | None, Path | None, int]) -> tuple[Settings, float]:
+    settings, where, path, cache, position = todo
     if where.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
-    result = Run(settings, load(path, cache=cache), where).go(position=worker)
+    result = Run(settings, load(path, cache=cache), where).go(position)
     return settings, result["accuracy"]
 
 
@@ -121,4 +131,5 @@ def new_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that kill ends the runs too
     main()

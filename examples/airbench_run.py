@@ -209,13 +209,11 @@ class Run:
         if self.file.is_file():
             self._load()
 
-    def go(self, position: int | None = None) -> Result:
+    def go(self, position: int = 0) -> Result:
         """Train to the end, and write the result. position: of the progress bar on the screen."""
         title, done = self.settings.title, min(self.steps, len(self.epochs) * self.per_epoch)
-        bar = tqdm(
-            total=self.steps, initial=done, desc=title, disable=None, position=position, leave=False
-        )
-        with bar:
+        look = {"disable": None, "leave": False, "position": position}
+        with tqdm(total=self.steps, initial=done, desc=title, **look) as bar:
             for epoch in range(len(self.epochs), math.ceil(self.steps / self.per_epoch)):
                 self.epochs.append(self.epoch(epoch, bar.update))
                 self._save()

@@ -15,6 +15,7 @@ the steps of all states in turns, on a quiet machine. A run's seconds are then i
 
 import argparse
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -151,4 +152,5 @@ def _step(run: Run, step: int) -> Callable[[int], object]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that kill ends the runs too
     main()
