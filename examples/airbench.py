@@ -16,6 +16,7 @@ import multiprocessing
 import signal
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,8 +36,8 @@ from examples.cifar_data import load
 def run_all(
     wanted: list[Settings], where: Where, data: Path | None, cache: Path | None, jobs: int
 ) -> list[Result]:
-    """The results of these runs. Those that are missing are made, so many side by side, each then
-    in a process of its own.
+    """The results of these runs. Those that are missing are made, so many side by side in
+    processes of their own.
     """
     missing = [settings for settings in wanted if not finished(settings, where.output)]
     if missing and data and cache:
@@ -60,8 +61,14 @@ def _each(
         yield from map(_one, todo)
         return
     spawn = multiprocessing.get_context("spawn")
-    with spawn.Pool(jobs, tqdm.set_lock, (spawn.RLock(),), maxtasksperchild=1) as pool:
-        yield from pool.imap_unordered(_one, todo)
+    # an executor tells when a process was killed; a Pool would wait for its run for ever
+    with ProcessPoolExecutor(jobs, spawn, tqdm.set_lock, (spawn.RLock(),)) as pool:
+        try:
+            yield from pool.map(_one, todo)
+        except BaseException:  # Ctrl-C, a kill, an error: don't wait for the other runs
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
 
 
 def _one(todo: tuple[Settings, Where, Path | None, Path | None, int]) -> tuple[Settings, float]:
