@@ -72,7 +72,8 @@ def _accuracies(runs: Sequence[Result]) -> list[float]:
 def seconds_of(run: Result, times: StepTimes) -> float:
     """Its steps by their times as they were measured side by side; else by the run's own clock."""
     if run["steps"].keys() <= times.keys():
-        return sum(times[state] * count for state, count in run["steps"].items()) / 1e3
+        steps = sum(times[state] * count for state, count in run["steps"].items()) / 1e3
+        return steps + float(run["seconds"]["freeze"])  # what it takes to decide and to freeze
     return float(sum(run["seconds"].values()))
 
 

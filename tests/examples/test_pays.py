@@ -135,7 +135,7 @@ def result(accuracy, seconds, steps=None):
     return {
         "accuracy": accuracy,
         "accuracy_of_one_view": accuracy,
-        "seconds": {"forward": seconds},
+        "seconds": {"forward": seconds - 1, "freeze": 1},
         "steps": steps or {"all": 10},
     }
 
@@ -157,8 +157,10 @@ def test_summary(protocol):
     low, high = prefix["interval"]
     assert low < prefix["difference"] < high
     assert prefix["p_not_worse"] < prefix["p_better"]
-    timed = pays_report.summary(study, runs, {"all": 250.0})  # ten steps of 250 ms
-    assert {line["seconds"] for line in timed} == {2.5}
+    timed = pays_report.summary(
+        study, runs, {"all": 250.0}
+    )  # ten steps of 250 ms, and a second to freeze
+    assert {line["seconds"] for line in timed} == {3.5}
 
 
 def test_power(protocol, tmp_path, capsys):
