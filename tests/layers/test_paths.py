@@ -10,7 +10,7 @@ from torch import nn
 import neq
 from neq_kernels import ops
 from neq_kernels.wgrad import dense, planner
-from tests.support.layers import ALL, MATRIX, Operators, Saved, first_of_each, run
+from tests.support.layers import ALL, MATRIX, NORM, Operators, Saved, first_of_each, run
 
 each = pytest.mark.parametrize
 pytestmark = [
@@ -19,7 +19,7 @@ pytestmark = [
 ]
 
 
-@each("case", ALL, ids=repr)
+@each("case", [*MATRIX, *NORM], ids=repr)
 def test_no_active_row(case):
     plain, layer = case.twins()
     layer.set_active([])

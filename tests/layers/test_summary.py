@@ -82,7 +82,11 @@ LEFT_ALONE = {
     ),
     "subclass": (lambda: OwnLinear(4, 4), "a subclass of Linear that neq does not know"),
     "other module": (Scale, "not a kind of layer that neq knows"),
-    "embedding": (lambda: nn.Embedding(4, 4), "not a kind of layer that neq knows"),
+    "rescaled embedding": (
+        lambda: nn.Embedding(4, 4, max_norm=1.0),
+        "max_norm must be None, got 1.0: it rescales rows in each forward, frozen ones too",
+    ),
+    "embedding bag": (lambda: nn.EmbeddingBag(4, 4), "not a kind of layer that neq knows"),
     "recurrent": (lambda: nn.LSTM(4, 4), "not a kind of layer that neq knows"),
     "meta": (lambda: nn.Linear(4, 4, device="meta"), "on the meta device"),
     "not affine": (lambda: nn.LayerNorm(4, elementwise_affine=False), "it has no weight"),
@@ -134,13 +138,13 @@ def test_a_pruned_layer_can_be_converted_once_the_pruning_is_made_permanent():
 
 
 def test_summary_as_a_table():
-    model = nn.Sequential(nn.Linear(3, 40), nn.ReLU(), nn.Embedding(5, 3), nn.BatchNorm1d(8))
+    model = nn.Sequential(nn.Linear(3, 40), nn.ReLU(), nn.Bilinear(5, 3, 2), nn.BatchNorm1d(8))
     neq.convert(model)
     model[0].set_active(range(10))
     assert str(neq.summary(model)) == (
         "layer  kind            neurons  active\n"
         "0      NEqLinear            40   25.0%\n"
-        "2      Embedding             -       -  not a kind of layer that neq knows\n"
+        "2      Bilinear              -       -  not a kind of layer that neq knows\n"
         "3      NEqBatchNorm1d        8  100.0%\n"
         "total                       48   37.5%"
     )
