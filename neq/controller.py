@@ -41,8 +41,9 @@ class Controller:
         on_thaw: What a neuron's optimizer state is when it trains again: see ``neq.optim.Guard``.
         warmup: How many epochs train all neurons. With 0 the policy chooses before the first epoch.
         leave_alone: Layers that are neither measured nor changed: names of layers or of modules
-            that contain them, or ``leave_alone(module, name) -> bool``. By default the model's last
-            Linear, the classifier, as published; ``()`` for none.
+            that contain them, or ``leave_alone(module, name) -> bool``. Layers that share a weight
+            are left alone together. By default the model's last Linear, the classifier, as
+            published, with an Embedding that is tied to it; ``()`` for none.
         memory: Where outputs are kept for the next epoch. ``"device"``: beside the model.
             ``"host"``: in main memory. ``"sketch"``: beside the model, a sample of their positions.
         history: A ``History``, or the path of a JSONL file.
