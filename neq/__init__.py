@@ -33,6 +33,8 @@ from neq.layers.summary import summary
 from neq.measure.base import Measure
 from neq.measure.equilibrium import Velocity, similarity
 from neq.measure.probes import NoiseProbe, Probe, WeightProbe
+from neq.prefix.blocks import Block, blocks
+from neq.prefix.prefix import Prefix
 from neq.policies import (
     AdaptiveEps,
     Budget,
@@ -48,6 +50,7 @@ from neq.policies import (
 __all__ = [
     "Account",
     "AdaptiveEps",
+    "Block",
     "Budget",
     "Controller",
     "Equilibrium",
@@ -77,12 +80,14 @@ __all__ = [
     "NeuronLayer",
     "NoiseProbe",
     "Policy",
+    "Prefix",
     "Probe",
     "Random",
     "Velocity",
     "WeightProbe",
     "__version__",
     "account",
+    "blocks",
     "convert",
     "optim",
     "revert",

@@ -1,7 +1,6 @@
 """Counts what a training step costs, from a forward pass and the multiply-adds of each layer."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -12,9 +11,9 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 from neq.cost.account import Account, Costs, LayerAccount, Work
-from neq.layers.active import ActiveSet
 from neq.layers.base import NeuronLayer
 from neq.layers.conversion import convertible
+from neq.layers.groups import all_active
 from neq.measure.evaluating import call, evaluating, hooked
 
 
@@ -61,7 +60,7 @@ def account(
         elif any(p is not None for p in module._parameters.values()):
             uncounted.append(name or "(the model)")
     now = _calls(model, kinds, example_inputs)
-    with _all_active(model) as masked:
+    with all_active(model) as masked:
         dense = _calls(model, kinds, example_inputs) if masked else now
 
     updates = _updates(model, optimizer)
@@ -124,20 +123,6 @@ def _first_tensor(inputs: Any) -> Tensor:
     if found is None:
         raise ValueError("example_inputs: there is no tensor among them")
     return found
-
-
-@contextmanager
-def _all_active(model: nn.Module) -> Iterator[bool]:
-    """Inside, all neurons are active. Yields whether some were frozen before."""
-    layers = [m for m in model.modules() if isinstance(m, NeuronLayer)]
-    kept = [layer.active for layer in layers]
-    try:
-        for layer in layers:
-            layer.active = ActiveSet(layer.n_neurons, layer.weight.device)
-        yield not all(active.everything for active in kept)
-    finally:
-        for layer, active in zip(layers, kept, strict=True):
-            layer.active = active
 
 
 def _costs(

@@ -31,6 +31,8 @@ class NeuronLayer(nn.Module):
         plain: The torch class that the layer replaces.
         by_rows: Can rows of the weight gradient be skipped? Not in a norm, where one pass computes
             dW and dX.
+        has_statistics: Can it have running statistics? Then they rest when no neuron is active, and
+            the layer normalises by them.
         in_published_count: Does the NEq paper count the FLOPs of such layers?
         layer_name: The layer's name in the model that ``neq.convert`` converted; errors show it.
         weight: The torch module's weight.
@@ -48,6 +50,7 @@ class NeuronLayer(nn.Module):
 
     plain: ClassVar[type[nn.Module]]
     by_rows: ClassVar[bool] = True
+    has_statistics: ClassVar[bool] = False
     in_published_count: ClassVar[bool] = False
 
     __signature__: ClassVar[inspect.Signature]  # what ``help`` and notebooks show
@@ -188,10 +191,11 @@ class NeuronLayer(nn.Module):
         active = self.active
         if torch.compiler.is_compiling():
             # a graph that depends on this layer's own mask would be recompiled at each change
-            everything, nothing = not active.ever_masked, False
+            everything, nothing = not active.ever_masked, self.has_statistics and active.nothing
         else:
-            everything, nothing = active.k == active.neurons, active.k == 0
-        if everything or not (torch.is_grad_enabled() or _beyond_backward()):
+            everything, nothing = active.k == active.neurons, active.nothing
+        records = torch.is_grad_enabled() or _beyond_backward()
+        if everything or not (records or nothing):
             out: Tensor = super().forward(*args, **kwargs)
             return out
         weight, bias = self.weight, self.bias
@@ -200,7 +204,7 @@ class NeuronLayer(nn.Module):
             # off the graph: where nothing below trains either, backward does not visit the layer
             y = self._none_active(weight.detach(), detach(bias), *args, **kwargs)
             trains = weight.requires_grad or (bias is not None and bias.requires_grad)
-            if not trains or not in_process_group() or _beyond_backward():
+            if not (records and trains and in_process_group()) or _beyond_backward():
                 return y
             return row_grad(y, None, weight, bias, active)  # DDP waits for every parameter
         if sharding.is_dtensor(weight):

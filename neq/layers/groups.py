@@ -1,10 +1,12 @@
 """Groups: layers of a model that share one weight, and so one choice of active neurons."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from neq.layers.active import ActiveSet
 from neq.layers.base import NeuronLayer
 from neq.layers.conversion import convert
 
@@ -112,3 +114,17 @@ def left_alone(model: nn.Module, groups: dict[str, Group], leave_alone: LeaveAlo
             )
         alone |= inside
     return alone
+
+
+@contextmanager
+def all_active(model: nn.Module) -> Iterator[bool]:
+    """Inside, all neurons are active. Yields whether some were frozen before."""
+    layers = [m for m in model.modules() if isinstance(m, NeuronLayer)]
+    kept = [layer.active for layer in layers]
+    try:
+        for layer in layers:
+            layer.active = ActiveSet(layer.n_neurons, layer.weight.device)
+        yield not all(active.everything for active in kept)
+    finally:
+        for layer, active in zip(layers, kept, strict=True):
+            layer.active = active

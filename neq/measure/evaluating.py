@@ -94,12 +94,9 @@ def as_inputs(model: nn.Module, batch: Any) -> Inputs:
     return tuple(batch[: _required(model)]) if isinstance(batch, (tuple, list)) else (batch,)
 
 
-def call(model: nn.Module, inputs: Inputs) -> None:
-    """Call the model with arguments that ``as_inputs`` made."""
-    if isinstance(inputs, Mapping):
-        model(**inputs)
-    else:
-        model(*inputs)
+def call(model: nn.Module, inputs: Inputs) -> Any:
+    """Call the model with arguments that ``as_inputs`` made. Returns its output."""
+    return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
 
 
 def device_of(model: nn.Module) -> torch.device:
