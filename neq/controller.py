@@ -17,7 +17,7 @@ from neq.distributed.ranks import Ranks
 from neq.history import EpochRecord, History, layer_record
 from neq.integrations.wrapped import model_in, optimizer_in
 from neq.layers.active import as_mask
-from neq.layers.groups import LeaveAlone, groups_of, left_alone
+from neq.layers.groups import LeaveAlone, chosen_for
 from neq.measure.base import Where
 from neq.measure.evaluating import Inputs, as_inputs, forgetting
 from neq.measure.probes import Probe
@@ -42,7 +42,8 @@ class Controller:
         warmup: How many epochs train all neurons. With 0 the policy chooses before the first epoch.
         leave_alone: Layers that are neither measured nor changed: names of layers or of modules
             that contain them, or ``leave_alone(module, name) -> bool``. By default the model's last
-            Linear, the classifier, as published; ``()`` for none.
+            Linear, the classifier, as published; ``()`` for none. A layer none of whose parameters
+            requires a gradient when the Controller is made is left alone too.
         memory: Where outputs are kept for the next epoch. ``"device"``: beside the model.
             ``"host"``: in main memory. ``"sketch"``: beside the model, a sample of their positions.
         history: A ``History``, or the path of a JSONL file.
@@ -109,11 +110,7 @@ class Controller:
         self.epoch = 0
         self.scores: dict[str, Tensor] = {}
 
-        groups = groups_of(self.model)
-        alone = left_alone(self.model, groups, leave_alone)
-        self.layers = {name: group for name, group in groups.items() if name not in alone}
-        if not self.layers:
-            raise ValueError("leave_alone: no layer is left to decide on")
+        self.layers = chosen_for(self.model, leave_alone)
         self._sizes = [group.n_neurons for group in self.layers.values()]
         self._device = next(iter(self.layers.values())).device
         self._ranks = Ranks(process_group)

@@ -69,7 +69,8 @@ class LayerAccount:
         kind: The name of its class.
         calls: How often one forward of the model calls it.
         converted: Is it a layer of neq?
-        neurons: How many neurons it has; 0 if it is not converted.
+        neurons: How many neurons it has; 0 if it is not converted, or does not train
+            (``requires_grad=False``).
         active: How many of them are active.
         dense: The costs with all neurons active.
         now: The costs with the neurons that are active now.
@@ -156,7 +157,7 @@ class Account:
         head = "layer", "kind", "calls", "active", "forward", "dgrad", "wgrad", "optimizer", "moved"
         rows: list[tuple[str, ...]] = [head]
         for name, layer in self.layers.items():
-            active = f"{layer.active / layer.neurons:.1%}" if layer.converted else "-"
+            active = f"{layer.active / layer.neurons:.1%}" if layer.neurons else "-"
             labels = name or "(the model)", layer.kind, str(layer.calls), active
             rows.append((*labels, *_cells(layer.now)))
         rows.append(("now", "", "", "", *_cells(self.now)))

@@ -8,6 +8,8 @@ from neq._table import aligned
 from neq.layers.base import NeuronLayer
 from neq.layers.conversion import check_module, convertible, obstacle, same_neurons
 
+_UNTRAINED = "does not train (requires_grad=False)"
+
 
 @dataclass(frozen=True)
 class LayerSummary:
@@ -16,9 +18,9 @@ class LayerSummary:
     Attributes:
         name: Its name in the model.
         kind: The name of its class.
-        neurons: How many neurons it has; 0 if it is not converted.
+        neurons: How many neurons it has; 0 if it is not converted or does not train.
         active: How many of them are active.
-        reason: Why it is not converted; empty if it is.
+        reason: Why it is not converted or does not train; empty otherwise.
     """
 
     name: str
@@ -88,6 +90,8 @@ def summary(model: nn.Module) -> Summary:
     for name, module in model.named_modules():
         if isinstance(module, NeuronLayer):
             counts, reason = (module.n_neurons, module.active.k), ""
+            if not module.trains:
+                counts, reason = (0, 0), _UNTRAINED
         elif isinstance(module, known) or _owns_parameters(module):
             counts, reason = (0, 0), obstacle(module) or "not asked for"
             owner, layer = owners.get(id(module._parameters.get("weight")), ("", None))

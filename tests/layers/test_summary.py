@@ -157,6 +157,16 @@ def test_summary_as_values():
     assert (conv.kind, conv.neurons, conv.active, conv.reason) == ("Conv2d", 0, 0, "not asked for")
 
 
+def test_a_layer_that_does_not_train_says_so():
+    model = neq.convert(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)))
+    model[0].requires_grad_(False)
+    summary = neq.summary(model)
+    assert summary.neurons == 2
+    assert summary.layers[0].reason == "does not train (requires_grad=False)"
+    model[0].bias.requires_grad_(True)
+    assert neq.summary(model).neurons == 6
+
+
 def test_summary_of_a_model_with_nothing_to_say():
     assert str(neq.summary(nn.ReLU())).splitlines()[1].split() == ["total", "0", "-"]
 
