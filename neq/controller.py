@@ -1,6 +1,7 @@
 """Measure, then choose the neurons that train: once per epoch."""
 
 import time
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,21 @@ from neq.layers.groups import LeaveAlone, chosen_for
 from neq.measure.base import Where
 from neq.measure.evaluating import Inputs, as_inputs, forgetting
 from neq.measure.probes import Probe
+from neq.measure.stopwatch import Stopwatch
 from neq.optim import Guard, OnThaw, RowOptimizer
+from neq.optim.steps import StepCount
 from neq.policies import Equilibrium, Motion, Policy
+
+# optimizers keep their Controllers alive, so none is missing here that still guards one
+_IN_CHARGE: "weakref.WeakSet[Controller]" = weakref.WeakSet()
 
 
 class Controller:
     """Chooses after each epoch the neurons that train in the next.
+
+    It starts with all neurons of its layers active, whatever they were before: rows that you have
+    set by hand hold in layers that it leaves alone. A model's layers have one Controller: a new one
+    ends an earlier one, as ``remove`` does.
 
     Args:
         model: The model, on its device and with the weights with which training starts: the
@@ -118,7 +128,6 @@ class Controller:
         keeps_precision = self.probe is None or self.probe.keeps_precision
         devices = [group.device for group in self.layers.values()]
         self.measure.attach(self._sizes, devices, memory, keeps_precision)
-        self._guards = self._guard(on_thaw)
         self._inputs: Inputs | None = None
         if example_inputs is not None:
             self._inputs = as_inputs(self.model, example_inputs)
@@ -128,6 +137,10 @@ class Controller:
         if self._inputs is not None:
             with forgetting():
                 self._account = account(self.model, self._inputs)
+        self._take_over()
+        self._guard(on_thaw)
+        if self.optimizers:
+            self._count = StepCount(self.optimizers[0], None, self.step)
         self.policy.attach(self)
         self._samples = _on_host(self._observe())
         if warmup == 0:
@@ -141,9 +154,11 @@ class Controller:
             The record of the epoch. As a string, one line to print.
 
         Raises:
+            RuntimeError: If ``remove`` was called, or another Controller has taken over.
             ValueError: If the probe gives other samples than before.
         """
-        stopwatch = _Stopwatch(self._device)
+        self._check_in_charge()
+        stopwatch = Stopwatch(self._device)
         samples = self._observe()
         sums = self._ranks.sum_(self.measure.sums()).cpu()  # the host waits here for the device
         trained = self._active()
@@ -188,11 +203,8 @@ class Controller:
 
     def remove(self) -> None:
         """Let go of model and optimizers: all neurons train again, and nothing is guarded."""
-        for guard in self._guards:
-            guard.remove()
-        self.policy.detach()
-        for group in self.layers.values():
-            group.set_active(None)
+        if not self._ended:
+            self._end("remove() was called")
 
     def state_dict(self, *, outputs: bool = True) -> dict[str, Any]:
         """What ``load_state_dict`` needs to continue with the same bits.
@@ -222,8 +234,10 @@ class Controller:
             state: What ``state_dict`` returned.
 
         Raises:
+            RuntimeError: If ``remove`` was called, or another Controller has taken over.
             ValueError: If the state is of other layers.
         """
+        self._check_in_charge()
         if missing := sorted({*self.state_dict(outputs=False)} - state.keys()):
             raise ValueError(
                 f"this is no state of a Controller of neq {__version__}: it lacks {missing}"
@@ -254,17 +268,46 @@ class Controller:
                     f"layer {name!r} has {n} neurons, the state was saved with {len(mask)}"
                 )
 
-    def _guard(self, on_thaw: OnThaw) -> list[Guard]:
+    def _take_over(self) -> None:
+        """Start with all neurons active, as the only Controller of these layers."""
+        self._ended = ""
+        self._guards: list[Guard] = []
+        self._told: list[Optimizer] = []  # those that a Controller told the layers
+        self._count: StepCount | None = None
+        mine = {layer for group in self.layers.values() for layer in group}
+        for other in list(_IN_CHARGE):
+            if any(not mine.isdisjoint(group) for group in other.layers.values()):
+                other._end("another Controller chooses for its layers")
+                self._told += other._told
+        for group in self.layers.values():
+            group.set_active(None)
+        _IN_CHARGE.add(self)
+
+    def _end(self, reason: str) -> None:
+        self._ended = reason
+        _IN_CHARGE.discard(self)
+        for guard in self._guards:
+            guard.remove()
+        if self._count is not None:
+            self._count.remove()
+        self.policy.detach()
+        for group in self.layers.values():
+            group.set_active(None)
+
+    def _check_in_charge(self) -> None:
+        if self._ended:
+            raise RuntimeError(f"this Controller has let go of its model: {self._ended}")
+
+    def _guard(self, on_thaw: OnThaw) -> None:
         """Guard the optimizers that do not leave frozen neurons alone by themselves."""
-        guards = []
         for one in self.optimizers:
             if isinstance(one, RowOptimizer):
-                if not one.follows:
+                if not one.follows or one in self._told:
                     one.follow(self.model, on_thaw)
+                    self._told.append(one)
                 if one.covers(layer for group in self.layers.values() for layer in group):
                     continue
-            guards.append(Guard(one, self.model, on_thaw=on_thaw))
-        return guards
+            self._guards.append(Guard(one, self.model, on_thaw=on_thaw))
 
     def _observe(self) -> list[Tensor]:
         """Run the probe. Returns marks that tell its samples from others."""
@@ -332,25 +375,3 @@ def _as_probe(probe: Any, policy: Policy) -> Probe | None:
 
 def _on_host(marks: list[Tensor]) -> Tensor:
     return torch.cat([torch.zeros(0, dtype=torch.float64), *(mark.cpu() for mark in marks)])
-
-
-class _Stopwatch:
-    """Seconds since it was made. On a GPU, work that was queued before does not count."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._start = self._now()
-
-    def _now(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def seconds(self) -> float:
-        end = self._now()
-        if not self._cuda:
-            return float(end - self._start)
-        end.synchronize()
-        return float(self._start.elapsed_time(end)) / 1e3
