@@ -139,8 +139,7 @@ class Controller:
                 self._account = account(self.model, self._inputs)
         self._take_over()
         self._guard(on_thaw)
-        if self.optimizers:
-            self._count = StepCount(self.optimizers[0], None, self.step)
+        self._count = StepCount(self.optimizers[0], None, self.step) if self.optimizers else None
         self.policy.attach(self)
         self._samples = _on_host(self._observe())
         if warmup == 0:
@@ -273,7 +272,7 @@ class Controller:
         self._ended = ""
         self._guards: list[Guard] = []
         self._told: list[Optimizer] = []  # those that a Controller told the layers
-        self._count: StepCount | None = None
+        self._count = None
         mine = {layer for group in self.layers.values() for layer in group}
         for other in list(_IN_CHARGE):
             if any(not mine.isdisjoint(group) for group in other.layers.values()):
