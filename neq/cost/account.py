@@ -13,7 +13,7 @@ its whole wgrad unless all of its neurons are frozen.
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
-from neq._table import aligned
+from neq._table import aligned, si
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class Account:
         if before:
             lines.append(
                 f"backprop FLOPs as published (wgrad of convolutions and batch norms, per sample): "
-                f"{_si(after)} of {_si(before)} ({after / before - 1:+.1%})"
+                f"{si(after)} of {si(before)} ({after / before - 1:+.1%})"
             )
         if self.uncounted:
             lines.append(f"not counted: {', '.join(self.uncounted)}")
@@ -176,11 +176,4 @@ class Account:
 
 def _cells(costs: Costs) -> tuple[str, ...]:
     parts = costs.forward, costs.dgrad, costs.wgrad, costs.optimizer
-    return (*(_si(part.flops) for part in parts), _si(costs.total.bytes) + "B")
-
-
-def _si(x: float) -> str:
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if x >= size:
-            return f"{x / size:.2f} {unit}"
-    return f"{x:.0f} "
+    return (*(si(part.flops) for part in parts), si(costs.total.bytes) + "B")
