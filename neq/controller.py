@@ -3,6 +3,7 @@
 import time
 import weakref
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from neq._version import __version__
-from neq.cost.account import Account
-from neq.cost.flops import account
-from neq.cost.units import Unit, parameters, wgrad_flops, wgrad_ms
+from neq.cost.step import StepCosts
+from neq.cost.units import Unit
 from neq.distributed.ranks import Ranks
-from neq.history import EpochRecord, History, layer_record
+from neq.history import EpochRecord, History, dense_seconds, layer_record
 from neq.integrations.wrapped import model_in, optimizer_in
 from neq.layers.active import as_mask
 from neq.layers.groups import LeaveAlone, chosen_for
 from neq.measure.base import Where
-from neq.measure.evaluating import Inputs, as_inputs, forgetting
+from neq.measure.evaluating import Inputs, as_inputs
 from neq.measure.probes import Probe
 from neq.measure.stopwatch import Stopwatch
 from neq.optim import Guard, OnThaw, RowOptimizer
@@ -119,6 +119,7 @@ class Controller:
         self.history = history if isinstance(history, History) else History(history)
         self.epoch = 0
         self.scores: dict[str, Tensor] = {}
+        self._records: list[EpochRecord] = []  # of this process, also where it writes no history
 
         self.layers = chosen_for(self.model, leave_alone)
         self._sizes = [group.n_neurons for group in self.layers.values()]
@@ -128,15 +129,12 @@ class Controller:
         keeps_precision = self.probe is None or self.probe.keeps_precision
         devices = [group.device for group in self.layers.values()]
         self.measure.attach(self._sizes, devices, memory, keeps_precision)
-        self._inputs: Inputs | None = None
+        inputs: Inputs | None = None
         if example_inputs is not None:
-            self._inputs = as_inputs(self.model, example_inputs)
+            inputs = as_inputs(self.model, example_inputs)
         elif self.probe is not None:
-            self._inputs = self.probe.example(self.model)
-        self._account: Account | None = None
-        if self._inputs is not None:
-            with forgetting():
-                self._account = account(self.model, self._inputs)
+            inputs = self.probe.example(self.model)
+        self._costs = StepCosts(self.model, self.layers, inputs, self.optimizers)
         self._take_over()
         self._guard(on_thaw)
         self._count = StepCount(self.optimizers[0], None, self.step) if self.optimizers else None
@@ -189,16 +187,7 @@ class Controller:
         Raises:
             ValueError: If the unit needs example inputs and there are none.
         """
-        if unit == "parameters":
-            return parameters(self.layers)
-        if self._account is None or self._inputs is None:
-            raise ValueError(
-                f"costs in {unit} are those of a step: give the Controller example_inputs, a batch "
-                "like those of training"
-            )
-        if unit == "flops":
-            return wgrad_flops(self._account, self.model, self.layers)
-        return wgrad_ms(self.model, self.layers, self._inputs)
+        return self._costs.of(unit)
 
     def remove(self) -> None:
         """Let go of model and optimizers: all neurons train again, and nothing is guarded."""
@@ -350,15 +339,19 @@ class Controller:
         return torch.cat([mask.to(masks[0].device) for mask in masks]).cpu()
 
     def _record(self, trained: Tensor, seconds: float, probe_seconds: float) -> EpochRecord:
-        flops, step_flops = dict.fromkeys(self.layers, 0.0), 0.0
-        if self._account is not None:
-            flops, step_flops = self.costs("flops"), float(self._account.dense.total.flops)
-        active = self._active().split(self._sizes)
-        records = [
-            layer_record(motion, now, flops[motion.name])
-            for motion, now in zip(self._motions(trained), active, strict=True)
-        ]
-        return EpochRecord(self.epoch, seconds, probe_seconds, step_flops, tuple(records))
+        costs, active = self._costs, self._active().split(self._sizes)
+        by_rows = bool(self.optimizers) and not self._guards  # does freezing save updates too?
+        layers = tuple(
+            layer_record(m, now, costs.wgrad[m.name], costs.update[m.name] * by_rows)
+            for m, now in zip(self._motions(trained), active, strict=True)
+        )
+        steps = None
+        if self._count is not None:
+            steps = self._count.steps
+            self._count.restart()
+        record = EpochRecord(self.epoch, seconds, probe_seconds, costs.flops, layers, steps)
+        self._records.append(record)
+        return replace(record, dense_seconds=dense_seconds(self._records, steps))
 
 
 def _as_probe(probe: Any, policy: Policy) -> Probe | None:
