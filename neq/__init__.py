@@ -5,6 +5,7 @@ from neq._version import __version__
 from neq.controller import Controller
 from neq.cost.account import Account
 from neq.cost.flops import account
+from neq.cost.summary import summary
 from neq.history import History
 from neq.layers.base import NeuronLayer
 from neq.layers.conv import (
@@ -29,7 +30,6 @@ from neq.layers.norm import (
     NEqRMSNorm,
     NEqSyncBatchNorm,
 )
-from neq.layers.summary import summary
 from neq.measure.base import Measure
 from neq.measure.equilibrium import Velocity, similarity
 from neq.measure.probes import NoiseProbe, Probe, WeightProbe

@@ -71,7 +71,7 @@ def account(
         # a shared parameter is stepped once: by the first layer that has it
         update = [(p, *updates.pop(p)) for p in params if p in updates]
         neurons, active, share = 0, 0, Fraction(1)
-        if isinstance(module, NeuronLayer):
+        if isinstance(module, NeuronLayer) and module.trains:
             neurons, active = module.n_neurons, module.active.k
             share = Fraction(active, neurons)
         layers[name] = LayerAccount(
@@ -153,7 +153,8 @@ def _costs(
     for p, flops, moved in update:
         elements = int(share * p.numel())
         optimizer += Work(flops * elements, moved * elements * p.element_size())
-    published = 2 * macs * share / samples if kind.in_published_count else 0
+    counts = kind.in_published_count and weight.requires_grad
+    published = 2 * macs * share / samples if counts else 0
     return Costs(forward, dgrad, wgrad, optimizer, float(published))
 
 

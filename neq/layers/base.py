@@ -98,6 +98,11 @@ class NeuronLayer(nn.Module):
         """The output with samples in dimension 0, and its dimension that counts the neurons."""
         return samples_first(output, -1)
 
+    @property
+    def trains(self) -> bool:
+        """Does a parameter of the layer require a gradient? If not, no neuron of it trains."""
+        return any(p.requires_grad for p in self.parameters())
+
     def parameter_rows(self) -> Tensor:
         """[n_neurons, parameters]: a row of weights for each neuron, then its bias."""
         return with_bias(self._weight_rows(), self.bias)

@@ -99,6 +99,13 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
     return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
 
 
+def named(model: nn.Module, inputs: Inputs) -> Mapping[str, Any]:
+    """The arguments of the model by name. Those of ``*args`` have none."""
+    if isinstance(inputs, Mapping):
+        return inputs
+    return inspect.signature(model.forward).bind_partial(*inputs).arguments
+
+
 def device_of(model: nn.Module) -> torch.device:
     """The device of the model's first parameter; the CPU if it has none."""
     parameter = next(model.parameters(), None)
