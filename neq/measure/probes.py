@@ -81,6 +81,8 @@ class Probe:
     ) -> list[Tensor]:
         """Run the model, and show each output of each layer in the order of computation.
 
+        Of a layer that looks its outputs up, it shows all of them: its parameters. They come last.
+
         Args:
             model: The model.
             groups: The groups of layers in the model.
@@ -97,6 +99,7 @@ class Probe:
             layer: partial(_show, observe, number)
             for number, layers in enumerate(groups)
             for layer in layers
+            if not layer.looks_up
         }
         marks = []
         with evaluating(model), hooked(hooks):
@@ -105,6 +108,10 @@ class Probe:
                 self.feed(model, batch)
         if not marks:
             raise ValueError("the probe gave no batch: a loader must have at least one")
+        for number, layers in enumerate(groups):
+            for layer in layers:
+                if layer.looks_up:
+                    _show_parameters(observe, number, layer)
         return marks
 
     def feed(self, model: nn.Module, batch: Any) -> None:
@@ -183,9 +190,7 @@ class WeightProbe(Probe):
         self, model: nn.Module, groups: Sequence[Sequence[NeuronLayer]], observe: Observe
     ) -> list[Tensor]:
         for number, (layer, *_) in enumerate(groups):
-            parameters = layer.parameter_rows()
-            if parameters.shape[1] > 1:
-                observe(number, parameters.unsqueeze(0), 1)
+            _show_parameters(observe, number, layer)
         return []
 
     def example(self, model: nn.Module) -> None:
@@ -210,3 +215,9 @@ def _show(
     observe: Observe, number: int, layer: NeuronLayer, args: Any, kwargs: Any, output: Tensor
 ) -> None:
     observe(number, *layer.by_neuron(output))
+
+
+def _show_parameters(observe: Observe, number: int, layer: NeuronLayer) -> None:
+    parameters = layer.parameter_rows()
+    if parameters.shape[1] > 1:
+        observe(number, parameters.unsqueeze(0), 1)
