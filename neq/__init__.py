@@ -17,6 +17,7 @@ from neq.layers.conv import (
     NEqConvTranspose3d,
 )
 from neq.layers.conversion import convert, revert
+from neq.layers.embedding import NEqEmbedding
 from neq.layers.linear import NEqLinear
 from neq.layers.norm import (
     NEqBatchNorm1d,
@@ -69,6 +70,7 @@ __all__ = [
     "NEqConvTranspose1d",
     "NEqConvTranspose2d",
     "NEqConvTranspose3d",
+    "NEqEmbedding",
     "NEqGroupNorm",
     "NEqInstanceNorm1d",
     "NEqInstanceNorm2d",

@@ -2,8 +2,9 @@
 
 One multiply-add is two FLOPs. Forward, dgrad and wgrad of a matrix layer each cost its
 multiply-adds. In a norm each costs two multiply-adds per element, as the published code counts
-them. Biases and modules without a weight are not counted. Bytes are the least that have to move:
-every operand is read once, and every result is written once.
+them. In an Embedding only wgrad costs FLOPs, one addition per element of the output; a sparse
+gradient counts as a dense one. Biases and modules without a weight are not counted. Bytes are the
+least that have to move: every operand is read once, and every result is written once.
 
 In a layer with frozen neurons, wgrad and the optimizer's step cost the active share. For the step
 this is true of ``neq.optim.SGD`` and ``AdamW``, but not of torch's under a ``Guard``. A norm costs

@@ -142,13 +142,16 @@ def _costs(
         macs_of_call = kind.macs(layer, one.x, one.y)
         macs += macs_of_call
         flops = 2 * macs_of_call
-        forward += Work(flops, one.x_bytes + parameter_bytes + one.y_bytes)
+        # a lookup reads the rows that it gives, and its wgrad adds them up
+        used = one.y_bytes if kind.looks_up else parameter_bytes
+        wgrad_flops = one.y if kind.looks_up else flops
+        forward += Work(flops, one.x_bytes + used + one.y_bytes)
         if one.dgrad:  # that of a norm reads the input too
             read = one.y_bytes + weight.nbytes + (0 if kind.by_rows else one.x_bytes)
             dgrad += Work(flops, read + one.x_bytes)
         if weight.requires_grad and part:
             read = one.x_bytes + int(part * one.y_bytes)
-            wgrad += Work(int(part * flops), read + parameter_bytes)
+            wgrad += Work(int(part * wgrad_flops), read + parameter_bytes)
     optimizer = Work()
     for p, flops, moved in update:
         elements = int(share * p.numel())

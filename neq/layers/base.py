@@ -22,8 +22,9 @@ from neq_kernels.device.ranks import in_process_group
 class NeuronLayer(nn.Module):
     """A layer that trains its active neurons only: the base of all drop-in layers.
 
-    A neuron is one output row of a Linear's weight, one output channel of a convolution, or one
-    affine element of a norm. Its weight row and its bias are active or frozen together.
+    A neuron is one output row of a Linear's weight, one output channel of a convolution, one affine
+    element of a norm, or one entry of an Embedding. Its weight row and its bias are active or
+    frozen together.
 
     Among the bases of a drop-in layer it comes before the torch module.
 
@@ -33,6 +34,10 @@ class NeuronLayer(nn.Module):
             dW and dX.
         has_statistics: Can it have running statistics? Then they rest when no neuron is active, and
             the layer normalises by them.
+        looks_up: Are the outputs rows of the weight, as in an Embedding? Then a neuron's outputs
+            don't depend on a probe, and cost no arithmetic.
+        divides_like: The torch class whose weights are divided into the same neurons; None for
+            ``plain``. Such layers may share a weight.
         in_published_count: Does the NEq paper count the FLOPs of such layers?
         layer_name: The layer's name in the model that ``neq.convert`` converted; errors show it.
         weight: The torch module's weight.
@@ -51,6 +56,8 @@ class NeuronLayer(nn.Module):
     plain: ClassVar[type[nn.Module]]
     by_rows: ClassVar[bool] = True
     has_statistics: ClassVar[bool] = False
+    looks_up: ClassVar[bool] = False
+    divides_like: ClassVar[type[nn.Module] | None] = None
     in_published_count: ClassVar[bool] = False
 
     __signature__: ClassVar[inspect.Signature]  # what ``help`` and notebooks show
@@ -71,6 +78,8 @@ class NeuronLayer(nn.Module):
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
+            if (refusal := self.refusal(self)) is not None:
+                raise ValueError(f"{type(self).__name__}: {refusal}")
             if self.weight is None or self.weight.numel() == 0:
                 raise ValueError(f"{type(self).__name__}: without a weight it has no neurons")
             self.active = ActiveSet(self.n_neurons, self.weight.device)
@@ -79,6 +88,11 @@ class NeuronLayer(nn.Module):
         return self.plain.__name__  # so that repr(model) stays as it was
 
     # -- what a kind of layer knows of itself ---------------------------------------------------
+
+    @staticmethod
+    def refusal(module: nn.Module) -> str | None:
+        """Why this module, of the class ``plain``, can't be such a layer; None if it can."""
+        return None
 
     @property
     def n_neurons(self) -> int:
@@ -105,7 +119,7 @@ class NeuronLayer(nn.Module):
 
     def parameter_rows(self) -> Tensor:
         """[n_neurons, parameters]: a row of weights for each neuron, then its bias."""
-        return with_bias(self._weight_rows(), self.bias)
+        return sharding.whole(with_bias(self._weight_rows(), self.bias))
 
     def _weight_rows(self) -> Tensor:
         """[n_neurons, weights]"""

@@ -94,6 +94,8 @@ class Probe:
     ) -> list[Tensor]:
         """Run the model, and show each output of each layer in the order of computation.
 
+        Of a layer that looks its outputs up, it shows all of them: its parameters. They come last.
+
         Args:
             model: The model.
             groups: The groups of layers in the model.
@@ -116,7 +118,10 @@ class Probe:
             observe(number, y, channel_dim)
 
         hooks = {
-            layer: partial(show, number) for number, layers in enumerate(groups) for layer in layers
+            layer: partial(show, number)
+            for number, layers in enumerate(groups)
+            for layer in layers
+            if not layer.looks_up
         }
         marks = []
         with evaluating(model), hooked(hooks):
@@ -126,6 +131,10 @@ class Probe:
                 self.feed(model, batch)
         if not marks:
             raise ValueError("the probe gave no batch: a loader must have at least one")
+        for number, layers in enumerate(groups):
+            for layer in layers:
+                if layer.looks_up:
+                    _show_parameters(observe, number, layer)
         return marks
 
     def feed(self, model: nn.Module, batch: Any) -> None:
@@ -216,9 +225,7 @@ class WeightProbe(Probe):
         self, model: nn.Module, groups: Sequence[Sequence[NeuronLayer]], observe: Observe
     ) -> list[Tensor]:
         for number, (layer, *_) in enumerate(groups):
-            parameters = layer.parameter_rows()
-            if parameters.shape[1] > 1:
-                observe(number, parameters.unsqueeze(0), 1)
+            _show_parameters(observe, number, layer)
         return []
 
     def example(self, model: nn.Module) -> None:
@@ -239,19 +246,7 @@ def _mark(batch: Any) -> Tensor:
     return torch.zeros(0)
 
 
-def _inputs(model: nn.Module, batch: Any) -> Inputs:
-    if not _has_tensor(batch):
-        raise TypeError(
-            f"probe: there is no tensor in its batch, a {type(batch).__name__}: the model needs "
-            "tensors, such as those that a tokenizer returns; or give neq.Probe a forward(model, "
-            "batch) that makes them"
-        )
-    return as_inputs(model, batch)
-
-
-def _has_tensor(batch: Any) -> bool:
-    if isinstance(batch, Mapping):
-        batch = list(batch.values())
-    if isinstance(batch, (tuple, list)):
-        return any(map(_has_tensor, batch))
-    return isinstance(batch, Tensor)
+def _show_parameters(observe: Observe, number: int, layer: NeuronLayer) -> None:
+    parameters = layer.parameter_rows()
+    if parameters.shape[1] > 1:
+        observe(number, parameters.unsqueeze(0), 1)
