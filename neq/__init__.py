@@ -34,10 +34,9 @@ from neq.layers.norm import (
 from neq.measure.base import Measure
 from neq.measure.equilibrium import Velocity, similarity
 from neq.measure.probes import NoiseProbe, Probe, WeightProbe
-from neq.prefix.blocks import Block, blocks
-from neq.prefix.prefix import Prefix
 from neq.policies import (
     AdaptiveEps,
+    BottomUp,
     Budget,
     Equilibrium,
     Everything,
@@ -47,11 +46,14 @@ from neq.policies import (
     Policy,
     Random,
 )
+from neq.prefix.blocks import Block, blocks
+from neq.prefix.prefix import Prefix
 
 __all__ = [
     "Account",
     "AdaptiveEps",
     "Block",
+    "BottomUp",
     "Budget",
     "Controller",
     "Equilibrium",

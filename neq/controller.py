@@ -2,7 +2,7 @@
 
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from neq.cost.units import Unit
 from neq.distributed.ranks import Ranks
 from neq.history import EpochRecord, History, dense_seconds, layer_record
 from neq.integrations.wrapped import model_in, optimizer_in
-from neq.layers.active import as_mask
+from neq.layers.base import NeuronLayer
 from neq.layers.groups import LeaveAlone, chosen_for
 from neq.measure.base import Where
 from neq.measure.evaluating import Inputs, as_inputs
@@ -26,6 +26,9 @@ from neq.measure.stopwatch import Stopwatch
 from neq.optim import Guard, OnThaw, RowOptimizer
 from neq.optim.steps import StepCount
 from neq.policies import Equilibrium, Motion, Policy
+from neq.policies.decide import decide
+from neq.prefix.blocks import Block
+from neq.prefix.prefix import Prefix
 
 # optimizers keep their Controllers alive, so none is missing here that still guards one
 _IN_CHARGE: "weakref.WeakSet[Controller]" = weakref.WeakSet()
@@ -59,6 +62,8 @@ class Controller:
         history: A ``History``, or the path of a JSONL file.
         example_inputs: A batch like those of training, on which the costs of a step are counted or
             timed; by default the probe's first.
+        statistics: Batches of training, some dozens. From these, norms that are frozen with a
+            prefix get running statistics that fit the weights they keep.
         process_group: The ranks that train copies of this model; by default all.
 
     Attributes:
@@ -67,13 +72,16 @@ class Controller:
             one weight.
         optimizers: The torch optimizers without wrappers.
         policy: The policy.
+        prefix: The ``Prefix`` that the policy freezes; None if it freezes none.
+        loss: The validation loss that the latest step was given.
         history: The ``History``.
         epoch: How many epochs are over.
         scores: What the measure found for each neuron: by name, float64 [n] each. The neurons of
             all groups come one group after the other.
 
     Raises:
-        ValueError: If the policy measures and there is no probe, or no layer is left to choose for.
+        ValueError: If the policy measures and there is no probe, if it freezes a prefix of a model
+            that can't be cut, or if no layer is left to choose for.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
@@ -106,6 +114,7 @@ class Controller:
         memory: Where = "device",
         history: History | str | Path | None = None,
         example_inputs: Any = None,
+        statistics: Iterable[Any] | None = None,
         process_group: Any = None,
     ) -> None:
         self.model = model_in(model)
@@ -118,6 +127,7 @@ class Controller:
         self.warmup = warmup
         self.history = history if isinstance(history, History) else History(history)
         self.epoch = 0
+        self.loss: float | None = None
         self.scores: dict[str, Tensor] = {}
         self._records: list[EpochRecord] = []  # of this process, also where it writes no history
 
@@ -138,14 +148,19 @@ class Controller:
         self._take_over()
         self._guard(on_thaw)
         self._count = StepCount(self.optimizers[0], None, self.step) if self.optimizers else None
+        self.prefix = self._prefix_of(inputs, leave_alone)
+        self._statistics = statistics
         self.policy.attach(self)
         self._samples = _on_host(self._observe())
         if warmup == 0:
             self._decide(self._active())
         self._since = time.perf_counter()
 
-    def step(self) -> EpochRecord:
+    def step(self, loss: float | None = None) -> EpochRecord:
         """After an epoch: measure how its neurons moved, and choose those that train in the next.
+
+        Args:
+            loss: The validation loss, if there is one. ``BottomUp`` thaws when it gets worse.
 
         Returns:
             The record of the epoch. As a string, one line to print.
@@ -156,6 +171,9 @@ class Controller:
         """
         self._check_in_charge()
         stopwatch = Stopwatch(self._device)
+        self.loss = loss
+        if self.prefix is not None:
+            self.prefix.warn_of_changes()
         samples = self._observe()
         sums = self._ranks.sum_(self.measure.sums()).cpu()  # the host waits here for the device
         trained = self._active()
@@ -176,6 +194,11 @@ class Controller:
         if self._ranks.is_first:
             self.history.append(record)
         return record
+
+    @property
+    def blocks(self) -> Sequence[Block]:
+        """The blocks that the policy may freeze, from the input up."""
+        return () if self.prefix is None else self.prefix.blocks
 
     def costs(self, unit: Unit) -> dict[str, float]:
         """What it costs to train all neurons of each group, by its name.
@@ -206,6 +229,7 @@ class Controller:
         return {
             "epoch": self.epoch,
             "masks": {name: mask.clone() for name, mask in masks.items()},
+            "depth": 0 if self.prefix is None else self.prefix.depth,
             "scores": {name: values.clone() for name, values in self.scores.items()},
             "samples": self._samples.clone(),
             "measure": self.measure.state_dict(outputs),
@@ -232,6 +256,8 @@ class Controller:
             )
         self._check_layers(state["masks"])
         self.epoch = state["epoch"]
+        if self.prefix is not None:
+            self.prefix.freeze(state["depth"])
         for name, mask in state["masks"].items():
             self.layers[name].set_active(mask)
         self.scores = {name: values.cpu().clone() for name, values in state["scores"].items()}
@@ -279,6 +305,8 @@ class Controller:
         if self._count is not None:
             self._count.remove()
         self.policy.detach()
+        if self.prefix is not None:
+            self.prefix.freeze(0)
         for group in self.layers.values():
             group.set_active(None)
 
@@ -297,6 +325,20 @@ class Controller:
                     continue
             self._guards.append(Guard(one, self.model, on_thaw=on_thaw))
 
+    def _prefix_of(self, inputs: Inputs | None, leave_alone: LeaveAlone) -> Prefix | None:
+        if not self.policy.freezes_prefix:
+            return None
+        if inputs is None:
+            raise ValueError(
+                f"{type(self.policy).__name__} freezes a prefix, which a forward has to find: give "
+                "the Controller example_inputs, a batch like those of training"
+            )
+        mine = {layer for group in self.layers.values() for layer in group}
+        alone = [m for m in self.model.modules() if isinstance(m, NeuronLayer) and m not in mine]
+        # the classifier, which is left alone by default, comes after all blocks; of a language
+        # model it may share the embedding's weight, and is frozen with it
+        return Prefix(self.model, inputs, keep=() if leave_alone is None else alone)
+
     def _observe(self) -> list[Tensor]:
         """Run the probe. Returns marks that tell its samples from others."""
         if self.probe is None:
@@ -307,29 +349,19 @@ class Controller:
     def _decide(self, active: Tensor) -> None:
         """Ask the policy, and set what it chose. ``active``: bool [all neurons], as now."""
         motions = self._motions(active)
-        kind = type(self.policy).__name__
-        chosen = list(self.policy.choose(motions, self.epoch))
-        if len(chosen) != len(motions):
-            raise ValueError(
-                f"{kind}.choose must give rows for each of the {len(motions)} layers, "
-                f"got {len(chosen)}"
-            )
-        masks = [
-            as_mask(rows, len(motion), f"{kind}.choose, layer {motion.name!r}")
-            for motion, rows in zip(motions, chosen, strict=True)
-        ]
-        # a policy that draws or times may choose differently on another rank
-        decided = self._ranks.from_first(torch.cat(masks), self._device).split(self._sizes)
-        for motion, mask in zip(motions, decided, strict=True):
-            if not torch.equal(motion.active, mask):
-                motion.layer.set_active(mask)
+        decide(self.policy, motions, self.epoch, self.prefix, self._ranks, self._statistics)
 
     def _motions(self, active: Tensor) -> list[Motion]:
         """What the policy is given. ``active``: bool [all neurons], group after group."""
         masks = active.split(self._sizes)
         scores = {name: values.split(self._sizes) for name, values in self.scores.items()}
         return [
-            Motion.of(group, {name: parts[i] for name, parts in scores.items()}, masks[i])
+            Motion.of(
+                group,
+                {name: parts[i] for name, parts in scores.items()},
+                masks[i],
+                None if self.prefix is None else self.prefix.block_of(group),
+            )
             for i, group in enumerate(self.layers.values())
         ]
 

@@ -11,5 +11,5 @@ def is_dtensor(p: Tensor) -> bool:
 
 
 def whole(t: Tensor) -> Tensor:
-    """A DTensor's values from all processes, which have to call this together; else ``t`` itself."""
+    """A DTensor's values from all processes, which call this together; else ``t`` itself."""
     return cast(Any, t).full_tensor() if is_dtensor(t) else t

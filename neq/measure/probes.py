@@ -246,6 +246,24 @@ def _mark(batch: Any) -> Tensor:
     return torch.zeros(0)
 
 
+def _inputs(model: nn.Module, batch: Any) -> Inputs:
+    if not _has_tensor(batch):
+        raise TypeError(
+            f"probe: there is no tensor in its batch, a {type(batch).__name__}: the model needs "
+            "tensors, such as those that a tokenizer returns; or give neq.Probe a forward(model, "
+            "batch) that makes them"
+        )
+    return as_inputs(model, batch)
+
+
+def _has_tensor(batch: Any) -> bool:
+    if isinstance(batch, Mapping):
+        batch = list(batch.values())
+    if isinstance(batch, (tuple, list)):
+        return any(map(_has_tensor, batch))
+    return isinstance(batch, Tensor)
+
+
 def _show_parameters(observe: Observe, number: int, layer: NeuronLayer) -> None:
     parameters = layer.parameter_rows()
     if parameters.shape[1] > 1:

@@ -22,7 +22,7 @@ class FromBelow(Policy):
     def __init__(self, above: Policy | None) -> None:
         self.above = Everything() if above is None else above
         self._training: Training
-        self._annealing: Annealing | None = None
+        self._annealing = Annealing(())
 
     def attach(self, training: Training) -> None:
         self._training = training
@@ -30,8 +30,7 @@ class FromBelow(Policy):
         self.above.attach(training)
 
     def detach(self) -> None:
-        if self._annealing is not None:
-            self._annealing.remove()
+        self._annealing.remove()
         self.above.detach()
 
     def measure(self) -> Measure:
@@ -122,10 +121,27 @@ class BottomUp(FromBelow):
             for done, rests in zip(before, self._resting(layers, frozen), strict=True)
         ]
         while len(self._ends) < count and self._rested[len(self._ends)] >= self.patience:
-            if self.anneal:
-                self._anneal(len(self._ends), epoch, epoch + self.anneal)
-            self._ends.append(epoch + self.anneal)
+            self._grow(epoch + self.anneal)
         return sum(end <= epoch for end in self._ends)
+
+    def _grow(self, end: int) -> None:
+        """Freeze one more block at that epoch."""
+        if self.anneal:
+            self._anneal(len(self._ends), end - self.anneal, end)
+        self._ends.append(end)
+
+    def state_dict(self) -> dict[str, Any]:
+        own = {"fastest": self._fastest, "rested": list(self._rested), "ends": list(self._ends)}
+        return {**super().state_dict(), **own, "thaw": self._thaw.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._fastest, self._rested = state["fastest"], list(state["rested"])
+        self._thaw.load_state_dict(state["thaw"])
+        self._annealing.spans.clear()
+        self._ends = []
+        for end in state["ends"]:
+            self._grow(end)
 
     def _resting(self, layers: Sequence[Motion], frozen: int) -> list[bool]:
         """Of each block: are enough of its neurons at equilibrium, or is it frozen?"""
@@ -197,14 +213,14 @@ class Scheduled(FromBelow):
         self.measures = self.above.measures
         anneal = float(shares == "cubic") if anneal is None else anneal
         self.annealed = check_share("anneal", anneal)
-        self.shares = shares if isinstance(shares, str) else list(shares)
-        for share in () if isinstance(shares, str) else shares:
-            check_share("shares", share)
+        cubic = isinstance(shares, str)
+        self.shares = [] if cubic else [check_share("shares", float(share)) for share in shares]
+        self._is_cubic = cubic
 
     def attach(self, training: Training) -> None:
         super().attach(training)
         count = len(training.blocks)
-        if isinstance(self.shares, str):
+        if self._is_cubic:
             rest = 1 - self.first
             self.shares = [(self.first + rest * i / count) ** 3 for i in range(count)]
         if len(self.shares) > count:

@@ -32,7 +32,9 @@ class Block:
     parameters: tuple[str, ...]
 
 
-def blocks(model: nn.Module, example_inputs: Any, *, at: Sequence[str] | None = None) -> list[Block]:
+def blocks(
+    model: nn.Module, example_inputs: Any, *, at: Sequence[str] | None = None
+) -> list[Block]:
     """Where a network can be cut: its blocks, in the order of execution.
 
     The model runs forward once, in eval mode; nothing of it changes. What comes after the last
@@ -62,8 +64,8 @@ def blocks(model: nn.Module, example_inputs: Any, *, at: Sequence[str] | None = 
         cuts = _chosen(found, cuts, at, everything)
     if not cuts:
         raise ValueError(
-            f"{type(model).__name__} has no place to cut: no module but its last has an output that "
-            "every path crosses (a shortcut leads past each, or its blocks are no modules)"
+            f"{type(model).__name__} has no place to cut: no module below its last layer has an "
+            "output that every path crosses (a shortcut leads past each, or blocks are no modules)"
         )
     result, before = [], Crossing("", frozenset(), frozenset())
     for cut in cuts:

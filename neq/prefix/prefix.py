@@ -6,8 +6,10 @@ mode: dropout is off, and norms normalise by their running statistics.
 """
 
 import threading
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -50,6 +52,7 @@ class Prefix:
         model: Any model; it may be wrapped in DDP or ``torch.compile``.
         example_inputs: A batch like those of training, for one traced forward.
         at: The names of the modules with which blocks end; by default every place there is.
+        keep: Modules that always train: there are blocks below the first of them only.
 
     Attributes:
         model: The model without wrappers.
@@ -70,11 +73,27 @@ class Prefix:
     """
 
     def __init__(
-        self, model: nn.Module, example_inputs: Any, *, at: Sequence[str] | None = None
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        *,
+        at: Sequence[str] | None = None,
+        keep: Iterable[nn.Module] = (),
     ) -> None:
         self.model = model_in(model)
-        self.blocks = tuple(blocks(self.model, example_inputs, at=at))
+        kept = {p for module in keep for p in module.parameters()}
+        self.blocks = tuple(
+            takewhile(
+                lambda block: kept.isdisjoint(map(self.model.get_parameter, block.parameters)),
+                blocks(self.model, example_inputs, at=at),
+            )
+        )
         self.depth = 0
+        self._numbers = {  # of the block that each parameter is frozen with
+            self.model.get_parameter(name): number
+            for number, block in enumerate(self.blocks)
+            for name in block.parameters
+        }
         self._handles: list[RemovableHandle] = []
         self._layers: list[NeuronLayer] = []  # the frozen ones
         self._marked: dict[str, Tensor] = {}
@@ -103,6 +122,31 @@ class Prefix:
         """The names of frozen parameters and buffers that are not what they were when frozen."""
         now = self._marks()
         return [name for name, mark in self._marked.items() if not torch.equal(mark, now[name])]
+
+    def warn_of_changes(self) -> None:
+        """Warn if something has ``changed``."""
+        if changed := self.changed():
+            names = ", ".join(changed[:3]) + ", …" * (len(changed) > 3)
+            warnings.warn(
+                f"the frozen prefix has changed: {names} (a moving average or Lookahead that is "
+                "copied into the model, weights that are normalised by hand, a checkpoint that was "
+                "loaded); leave out what is frozen",
+                stacklevel=3,
+            )
+
+    def block_of(self, modules: Iterable[nn.Module]) -> int | None:
+        """The number of the block that modules are frozen with; None if they always train.
+
+        Args:
+            modules: Modules that own parameters.
+        """
+        numbers = [
+            self._numbers[p]
+            for module in modules
+            for p in module.parameters(recurse=False)
+            if p in self._numbers
+        ]
+        return min(numbers, default=None)
 
     def parameters(self) -> Iterator[Tensor]:
         """The parameters of the frozen blocks."""
@@ -156,7 +200,7 @@ class Prefix:
                 yield own, self.model.get_submodule(owner)
 
     def _marks(self) -> dict[str, Tensor]:
-        """Of each frozen tensor, by its name, what nearly surely changes if one of its bits does."""
+        """Of each frozen tensor, by name, what nearly surely changes if one of its bits does."""
         tensors: dict[str, Tensor] = {}
         for block in self.blocks[: self.depth]:
             tensors |= {name: self.model.get_parameter(name) for name in block.parameters}
@@ -221,7 +265,8 @@ def _reached(output: Any, parameters: list[Tensor]) -> Any:
     places = [i for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.requires_grad]
     if not places or not parameters:
         return output
-    tensors = _Reach.apply(len(places), *(leaves[i] for i in places), *parameters)
+    reach: Any = _Reach.apply
+    tensors = reach(len(places), *(leaves[i] for i in places), *parameters)
     for i, t in zip(places, tensors, strict=True):
         leaves[i] = t
     return _torch.tree_unflatten(leaves, structure)

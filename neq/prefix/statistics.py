@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from neq.layers.groups import all_active
 from neq.measure.evaluating import as_inputs, call, evaluating

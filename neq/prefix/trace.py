@@ -1,8 +1,9 @@
 """One traced forward: which modules ran when, and where every path of the network crosses.
 
 Autograd numbers the nodes of its graph in the order of execution. A node is a *crossing* if no edge
-of the graph leads from a later node to an earlier one past it: all that later layers know of earlier
-ones passes through its output. Inside a residual block there is none, since the shortcut leads past.
+of the graph leads past it, from a later node to an earlier one. All that later layers know of
+earlier ones then passes through its output. Inside a residual block there is none, since the
+shortcut leads past.
 """
 
 from collections.abc import Iterator, Mapping
@@ -35,7 +36,7 @@ class Crossing:
 
 
 class _Place(NamedTuple):
-    """Where a tensor was computed: the number of its node, and which of the node's outputs it is."""
+    """Where a tensor was computed: the number of its node, and which of its outputs it is."""
 
     node: int
     output: int
