@@ -5,6 +5,7 @@ from neq._version import __version__
 from neq.controller import Controller
 from neq.cost.account import Account
 from neq.cost.flops import account
+from neq.cost.summary import summary
 from neq.history import History
 from neq.layers.base import NeuronLayer
 from neq.layers.conv import (
@@ -30,12 +31,12 @@ from neq.layers.norm import (
     NEqRMSNorm,
     NEqSyncBatchNorm,
 )
-from neq.layers.summary import summary
 from neq.measure.base import Measure
 from neq.measure.equilibrium import Velocity, similarity
 from neq.measure.probes import NoiseProbe, Probe, WeightProbe
 from neq.policies import (
     AdaptiveEps,
+    BottomUp,
     Budget,
     Equilibrium,
     Everything,
@@ -45,10 +46,14 @@ from neq.policies import (
     Policy,
     Random,
 )
+from neq.prefix.blocks import Block, blocks
+from neq.prefix.prefix import Prefix
 
 __all__ = [
     "Account",
     "AdaptiveEps",
+    "Block",
+    "BottomUp",
     "Budget",
     "Controller",
     "Equilibrium",
@@ -79,12 +84,14 @@ __all__ = [
     "NeuronLayer",
     "NoiseProbe",
     "Policy",
+    "Prefix",
     "Probe",
     "Random",
     "Velocity",
     "WeightProbe",
     "__version__",
     "account",
+    "blocks",
     "convert",
     "optim",
     "revert",

@@ -1,7 +1,9 @@
 """Measure, then choose the neurons that train: once per epoch."""
 
 import time
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +12,34 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from neq._version import __version__
-from neq.cost.account import Account
-from neq.cost.flops import account
-from neq.cost.units import Unit, parameters, wgrad_flops, wgrad_ms
+from neq.cost.step import StepCosts
+from neq.cost.units import Unit
 from neq.distributed.ranks import Ranks
-from neq.history import EpochRecord, History, layer_record
+from neq.history import EpochRecord, History, dense_seconds, layer_record
 from neq.integrations.wrapped import model_in, optimizer_in
-from neq.layers.active import as_mask
-from neq.layers.groups import LeaveAlone, groups_of, left_alone
+from neq.layers.base import NeuronLayer
+from neq.layers.groups import LeaveAlone, chosen_for
 from neq.measure.base import Where
-from neq.measure.evaluating import Inputs, as_inputs, forgetting
+from neq.measure.evaluating import Inputs, as_inputs
 from neq.measure.probes import Probe
+from neq.measure.stopwatch import Stopwatch
 from neq.optim import Guard, OnThaw, RowOptimizer
+from neq.optim.steps import StepCount
 from neq.policies import Equilibrium, Motion, Policy
+from neq.policies.decide import decide
+from neq.prefix.blocks import Block
+from neq.prefix.prefix import Prefix
+
+# optimizers keep their Controllers alive, so none is missing here that still guards one
+_IN_CHARGE: "weakref.WeakSet[Controller]" = weakref.WeakSet()
 
 
 class Controller:
     """Chooses after each epoch the neurons that train in the next.
+
+    It starts with all neurons of its layers active, whatever they were before: rows that you have
+    set by hand hold in layers that it leaves alone. A model's layers have one Controller: a new one
+    ends an earlier one, as ``remove`` does.
 
     Args:
         model: The model, on its device and with the weights with which training starts: the
@@ -43,12 +56,15 @@ class Controller:
         leave_alone: Layers that are neither measured nor changed: names of layers or of modules
             that contain them, or ``leave_alone(module, name) -> bool``. Layers that share a weight
             are left alone together. By default the model's last Linear, the classifier, as
-            published, with an Embedding that is tied to it; ``()`` for none.
+            published, with an Embedding that is tied to it; ``()`` for none. A layer none of whose
+            parameters requires a gradient when the Controller is made is left alone too.
         memory: Where outputs are kept for the next epoch. ``"device"``: beside the model.
             ``"host"``: in main memory. ``"sketch"``: beside the model, a sample of their positions.
         history: A ``History``, or the path of a JSONL file.
         example_inputs: A batch like those of training, on which the costs of a step are counted or
             timed; by default the probe's first.
+        statistics: Batches of training, some dozens. From these, norms that are frozen with a
+            prefix get running statistics that fit the weights they keep.
         process_group: The ranks that train copies of this model; by default all.
 
     Attributes:
@@ -57,13 +73,16 @@ class Controller:
             one weight.
         optimizers: The torch optimizers without wrappers.
         policy: The policy.
+        prefix: The ``Prefix`` that the policy freezes; None if it freezes none.
+        loss: The validation loss that the latest step was given.
         history: The ``History``.
         epoch: How many epochs are over.
         scores: What the measure found for each neuron: by name, float64 [n] each. The neurons of
             all groups come one group after the other.
 
     Raises:
-        ValueError: If the policy measures and there is no probe, or no layer is left to choose for.
+        ValueError: If the policy measures and there is no probe, if it freezes a prefix of a model
+            that can't be cut, or if no layer is left to choose for.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
@@ -96,6 +115,7 @@ class Controller:
         memory: Where = "device",
         history: History | str | Path | None = None,
         example_inputs: Any = None,
+        statistics: Iterable[Any] | None = None,
         process_group: Any = None,
     ) -> None:
         self.model = model_in(model)
@@ -108,13 +128,11 @@ class Controller:
         self.warmup = warmup
         self.history = history if isinstance(history, History) else History(history)
         self.epoch = 0
+        self.loss: float | None = None
         self.scores: dict[str, Tensor] = {}
+        self._records: list[EpochRecord] = []  # of this process, also where it writes no history
 
-        groups = groups_of(self.model)
-        alone = left_alone(self.model, groups, leave_alone)
-        self.layers = {name: group for name, group in groups.items() if name not in alone}
-        if not self.layers:
-            raise ValueError("leave_alone: no layer is left to decide on")
+        self.layers = chosen_for(self.model, leave_alone)
         self._sizes = [group.n_neurons for group in self.layers.values()]
         self._device = next(iter(self.layers.values())).device
         self._ranks = Ranks(process_group)
@@ -122,32 +140,41 @@ class Controller:
         keeps_precision = self.probe is None or self.probe.keeps_precision
         devices = [group.device for group in self.layers.values()]
         self.measure.attach(self._sizes, devices, memory, keeps_precision)
-        self._guards = self._guard(on_thaw)
-        self._inputs: Inputs | None = None
+        inputs: Inputs | None = None
         if example_inputs is not None:
-            self._inputs = as_inputs(self.model, example_inputs)
+            inputs = as_inputs(self.model, example_inputs)
         elif self.probe is not None:
-            self._inputs = self.probe.example(self.model)
-        self._account: Account | None = None
-        if self._inputs is not None:
-            with forgetting():
-                self._account = account(self.model, self._inputs)
+            inputs = self.probe.example(self.model)
+        self._costs = StepCosts(self.model, self.layers, inputs, self.optimizers)
+        self._take_over()
+        self._guard(on_thaw)
+        self._count = StepCount(self.optimizers[0], None, self.step) if self.optimizers else None
+        self.prefix = self._prefix_of(inputs, leave_alone)
+        self._statistics = statistics
         self.policy.attach(self)
         self._samples = _on_host(self._observe())
         if warmup == 0:
             self._decide(self._active())
         self._since = time.perf_counter()
 
-    def step(self) -> EpochRecord:
+    def step(self, loss: float | None = None) -> EpochRecord:
         """After an epoch: measure how its neurons moved, and choose those that train in the next.
+
+        Args:
+            loss: The validation loss, if there is one. ``BottomUp`` thaws when it gets worse.
 
         Returns:
             The record of the epoch. As a string, one line to print.
 
         Raises:
+            RuntimeError: If ``remove`` was called, or another Controller has taken over.
             ValueError: If the probe gives other samples than before.
         """
-        stopwatch = _Stopwatch(self._device)
+        self._check_in_charge()
+        stopwatch = Stopwatch(self._device)
+        self.loss = loss
+        if self.prefix is not None:
+            self.prefix.warn_of_changes()
         samples = self._observe()
         sums = self._ranks.sum_(self.measure.sums()).cpu()  # the host waits here for the device
         trained = self._active()
@@ -169,6 +196,11 @@ class Controller:
             self.history.append(record)
         return record
 
+    @property
+    def blocks(self) -> Sequence[Block]:
+        """The blocks that the policy may freeze, from the input up."""
+        return () if self.prefix is None else self.prefix.blocks
+
     def costs(self, unit: Unit) -> dict[str, float]:
         """What it costs to train all neurons of each group, by its name.
 
@@ -179,24 +211,12 @@ class Controller:
         Raises:
             ValueError: If the unit needs example inputs and there are none.
         """
-        if unit == "parameters":
-            return parameters(self.layers)
-        if self._account is None or self._inputs is None:
-            raise ValueError(
-                f"costs in {unit} are those of a step: give the Controller example_inputs, a batch "
-                "like those of training"
-            )
-        if unit == "flops":
-            return wgrad_flops(self._account, self.model, self.layers)
-        return wgrad_ms(self.model, self.layers, self._inputs)
+        return self._costs.of(unit)
 
     def remove(self) -> None:
         """Let go of model and optimizers: all neurons train again, and nothing is guarded."""
-        for guard in self._guards:
-            guard.remove()
-        self.policy.detach()
-        for group in self.layers.values():
-            group.set_active(None)
+        if not self._ended:
+            self._end("remove() was called")
 
     def state_dict(self, *, outputs: bool = True) -> dict[str, Any]:
         """What ``load_state_dict`` needs to continue with the same bits.
@@ -210,6 +230,7 @@ class Controller:
         return {
             "epoch": self.epoch,
             "masks": {name: mask.clone() for name, mask in masks.items()},
+            "depth": 0 if self.prefix is None else self.prefix.depth,
             "scores": {name: values.clone() for name, values in self.scores.items()},
             "samples": self._samples.clone(),
             "measure": self.measure.state_dict(outputs),
@@ -226,14 +247,18 @@ class Controller:
             state: What ``state_dict`` returned.
 
         Raises:
+            RuntimeError: If ``remove`` was called, or another Controller has taken over.
             ValueError: If the state is of other layers.
         """
+        self._check_in_charge()
         if missing := sorted({*self.state_dict(outputs=False)} - state.keys()):
             raise ValueError(
                 f"this is no state of a Controller of neq {__version__}: it lacks {missing}"
             )
         self._check_layers(state["masks"])
         self.epoch = state["epoch"]
+        if self.prefix is not None:
+            self.prefix.freeze(state["depth"])
         for name, mask in state["masks"].items():
             self.layers[name].set_active(mask)
         self.scores = {name: values.cpu().clone() for name, values in state["scores"].items()}
@@ -258,17 +283,62 @@ class Controller:
                     f"layer {name!r} has {n} neurons, the state was saved with {len(mask)}"
                 )
 
-    def _guard(self, on_thaw: OnThaw) -> list[Guard]:
+    def _take_over(self) -> None:
+        """Start with all neurons active, as the only Controller of these layers."""
+        self._ended = ""
+        self._guards: list[Guard] = []
+        self._told: list[Optimizer] = []  # those that a Controller told the layers
+        self._count = None
+        mine = {layer for group in self.layers.values() for layer in group}
+        for other in list(_IN_CHARGE):
+            if any(not mine.isdisjoint(group) for group in other.layers.values()):
+                other._end("another Controller chooses for its layers")
+                self._told += other._told
+        for group in self.layers.values():
+            group.set_active(None)
+        _IN_CHARGE.add(self)
+
+    def _end(self, reason: str) -> None:
+        self._ended = reason
+        _IN_CHARGE.discard(self)
+        for guard in self._guards:
+            guard.remove()
+        if self._count is not None:
+            self._count.remove()
+        self.policy.detach()
+        if self.prefix is not None:
+            self.prefix.freeze(0)
+        for group in self.layers.values():
+            group.set_active(None)
+
+    def _check_in_charge(self) -> None:
+        if self._ended:
+            raise RuntimeError(f"this Controller has let go of its model: {self._ended}")
+
+    def _guard(self, on_thaw: OnThaw) -> None:
         """Guard the optimizers that do not leave frozen neurons alone by themselves."""
-        guards = []
         for one in self.optimizers:
             if isinstance(one, RowOptimizer):
-                if not one.follows:
+                if not one.follows or one in self._told:
                     one.follow(self.model, on_thaw)
+                    self._told.append(one)
                 if one.covers(layer for group in self.layers.values() for layer in group):
                     continue
-            guards.append(Guard(one, self.model, on_thaw=on_thaw))
-        return guards
+            self._guards.append(Guard(one, self.model, on_thaw=on_thaw))
+
+    def _prefix_of(self, inputs: Inputs | None, leave_alone: LeaveAlone) -> Prefix | None:
+        if not self.policy.freezes_prefix:
+            return None
+        if inputs is None:
+            raise ValueError(
+                f"{type(self.policy).__name__} freezes a prefix, which a forward has to find: give "
+                "the Controller example_inputs, a batch like those of training"
+            )
+        mine = {layer for group in self.layers.values() for layer in group}
+        alone = [m for m in self.model.modules() if isinstance(m, NeuronLayer) and m not in mine]
+        # the classifier, which is left alone by default, comes after all blocks; of a language
+        # model it may share the embedding's weight, and is frozen with it
+        return Prefix(self.model, inputs, keep=() if leave_alone is None else alone)
 
     def _observe(self) -> list[Tensor]:
         """Run the probe. Returns marks that tell its samples from others."""
@@ -280,29 +350,19 @@ class Controller:
     def _decide(self, active: Tensor) -> None:
         """Ask the policy, and set what it chose. ``active``: bool [all neurons], as now."""
         motions = self._motions(active)
-        kind = type(self.policy).__name__
-        chosen = list(self.policy.choose(motions, self.epoch))
-        if len(chosen) != len(motions):
-            raise ValueError(
-                f"{kind}.choose must give rows for each of the {len(motions)} layers, "
-                f"got {len(chosen)}"
-            )
-        masks = [
-            as_mask(rows, len(motion), f"{kind}.choose, layer {motion.name!r}")
-            for motion, rows in zip(motions, chosen, strict=True)
-        ]
-        # a policy that draws or times may choose differently on another rank
-        decided = self._ranks.from_first(torch.cat(masks), self._device).split(self._sizes)
-        for motion, mask in zip(motions, decided, strict=True):
-            if not torch.equal(motion.active, mask):
-                motion.layer.set_active(mask)
+        decide(self.policy, motions, self.epoch, self.prefix, self._ranks, self._statistics)
 
     def _motions(self, active: Tensor) -> list[Motion]:
         """What the policy is given. ``active``: bool [all neurons], group after group."""
         masks = active.split(self._sizes)
         scores = {name: values.split(self._sizes) for name, values in self.scores.items()}
         return [
-            Motion.of(group, {name: parts[i] for name, parts in scores.items()}, masks[i])
+            Motion.of(
+                group,
+                {name: parts[i] for name, parts in scores.items()},
+                masks[i],
+                None if self.prefix is None else self.prefix.block_of(group),
+            )
             for i, group in enumerate(self.layers.values())
         ]
 
@@ -312,15 +372,19 @@ class Controller:
         return torch.cat([mask.to(masks[0].device) for mask in masks]).cpu()
 
     def _record(self, trained: Tensor, seconds: float, probe_seconds: float) -> EpochRecord:
-        flops, step_flops = dict.fromkeys(self.layers, 0.0), 0.0
-        if self._account is not None:
-            flops, step_flops = self.costs("flops"), float(self._account.dense.total.flops)
-        active = self._active().split(self._sizes)
-        records = [
-            layer_record(motion, now, flops[motion.name])
-            for motion, now in zip(self._motions(trained), active, strict=True)
-        ]
-        return EpochRecord(self.epoch, seconds, probe_seconds, step_flops, tuple(records))
+        costs, active = self._costs, self._active().split(self._sizes)
+        by_rows = bool(self.optimizers) and not self._guards  # does freezing save updates too?
+        layers = tuple(
+            layer_record(m, now, costs.wgrad[m.name], costs.update[m.name] * by_rows)
+            for m, now in zip(self._motions(trained), active, strict=True)
+        )
+        steps = None
+        if self._count is not None:
+            steps = self._count.steps
+            self._count.restart()
+        record = EpochRecord(self.epoch, seconds, probe_seconds, costs.flops, layers, steps)
+        self._records.append(record)
+        return replace(record, dense_seconds=dense_seconds(self._records, steps))
 
 
 def _as_probe(probe: Any, policy: Policy) -> Probe | None:
@@ -336,25 +400,3 @@ def _as_probe(probe: Any, policy: Policy) -> Probe | None:
 
 def _on_host(marks: list[Tensor]) -> Tensor:
     return torch.cat([torch.zeros(0, dtype=torch.float64), *(mark.cpu() for mark in marks)])
-
-
-class _Stopwatch:
-    """Seconds since it was made. On a GPU, work that was queued before does not count."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._start = self._now()
-
-    def _now(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def seconds(self) -> float:
-        end = self._now()
-        if not self._cuda:
-            return float(end - self._start)
-        end.synchronize()
-        return float(self._start.elapsed_time(end)) / 1e3

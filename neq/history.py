@@ -1,9 +1,10 @@
 """Records of each epoch: kept in memory, in a file, and sent to a logger."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -13,6 +14,11 @@ from neq.policies.base import Motion
 
 SPEED_EXPONENTS = tuple(e / 2 for e in range(-12, 1))
 """Speeds |v| are counted between these powers of ten. Slower and faster ones go to the end bins."""
+
+_COMPARABLE = (
+    1.0  # second: what a shorter epoch takes says more of the machine than of the training
+)
+_DELAYED = -0.5  # an epoch that takes more than half as long again did other things besides
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,9 @@ class LayerRecord:
         speeds: How many neurons fall into each bin of ``SPEED_EXPONENTS``, 14 in all; empty if
             nothing was measured.
         wgrad_flops: The FLOPs of its weight gradient in one dense step; 0 if not counted.
+        update_flops: The FLOPs of the optimizer's dense step on it; 0 if not counted, or if the
+            optimizer steps frozen neurons too, as those of torch do.
+        thawed: How many neurons were frozen in the epoch just over and train in the next.
     """
 
     name: str
@@ -41,11 +50,22 @@ class LayerRecord:
     speed: float | None
     speeds: list[int]
     wgrad_flops: float
+    update_flops: float = 0.0
+    thawed: int = 0
+
+    @property
+    def skippable_flops(self) -> float:
+        """The FLOPs of a dense step that freezing all of its neurons saves."""
+        return self.wgrad_flops + self.update_flops
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EpochRecord:
     """One epoch. As a string, one line to print.
+
+    The line says what was saved of a *step*, by FLOPs and by the clock, and the most that could be;
+    then the share of neurons that is frozen in the next epoch. The clock is left out where it can't
+    tell.
 
     Attributes:
         epoch: How many epochs are over.
@@ -53,6 +73,9 @@ class EpochRecord:
         probe_seconds: The time to measure and to choose.
         step_flops: The FLOPs of a whole dense step; 0 if not counted.
         layers: One record for each layer.
+        steps: How many steps the first optimizer has made; None if there is no optimizer.
+        dense_seconds: The median time of the epochs so far in which all neurons trained, of those
+            with as many steps; None if there is none, or they are too short to compare with.
     """
 
     epoch: int
@@ -60,6 +83,8 @@ class EpochRecord:
     probe_seconds: float
     step_flops: float
     layers: tuple[LayerRecord, ...]
+    steps: int | None = None
+    dense_seconds: float | None = None
 
     @property
     def neurons(self) -> int:
@@ -77,20 +102,65 @@ class EpochRecord:
         return 1 - self.active / self.neurons
 
     @property
+    def dense(self) -> bool:
+        """Did all neurons train in the epoch just over?"""
+        return all(layer.trained == layer.neurons for layer in self.layers)
+
+    @property
     def wgrad_saved(self) -> float:
         """The share of the layers' wgrad FLOPs that is skipped in the next epoch."""
-        return _saved(self.layers, "active", sum(layer.wgrad_flops for layer in self.layers))
+        all_of_it = sum(layer.wgrad_flops for layer in self.layers)
+        saved = sum(layer.wgrad_flops * (1 - layer.active / layer.neurons) for layer in self.layers)
+        return saved / all_of_it if all_of_it else 0.0
 
     @property
     def step_saved(self) -> float:
         """The share of a dense step's FLOPs that was skipped in the epoch just over."""
-        return _saved(self.layers, "trained", self.step_flops)
+        return self._share(layer.trained for layer in self.layers)
+
+    @property
+    def step_saved_next(self) -> float:
+        """The share of a dense step's FLOPs that is skipped in the next epoch."""
+        return self._share(layer.active for layer in self.layers)
+
+    @property
+    def step_saved_at_most(self) -> float:
+        """The share of a dense step's FLOPs that freezing all neurons would skip."""
+        return self._share([0] * len(self.layers))
+
+    @property
+    def time_saved(self) -> float | None:
+        """The share of a dense epoch's time that was saved in the epoch just over.
+
+        None where the clock can't tell: there is no epoch to compare with, or other work delayed
+        this one. Whatever else the loop does is in both.
+        """
+        return None if self.dense else time_saved(self.seconds, self.dense_seconds)
+
+    def _share(self, training: Iterable[int]) -> float:
+        """The FLOPs saved if so many neurons of each layer train, as a share of a step's."""
+        if not self.step_flops:
+            return 0.0
+        saved = (
+            layer.skippable_flops * (1 - k / layer.neurons)
+            for layer, k in zip(self.layers, training, strict=True)
+        )
+        return sum(saved) / self.step_flops
 
     def __str__(self) -> str:
-        parts = [f"epoch {self.epoch}", f"{self.frozen_share:.1%} frozen"]
-        if any(layer.wgrad_flops for layer in self.layers):
-            parts.append(f"{self.wgrad_saved:.1%} of wgrad saved")
-        return ", ".join([*parts, f"probe {self.probe_seconds:.2f} s"])
+        saved = []
+        if self.step_flops:
+            saved.append(
+                f"{self.step_saved:.1%} of a step's FLOPs (at most {self.step_saved_at_most:.1%})"
+            )
+        if self.time_saved is not None:
+            saved.append(f"{self.time_saved:.1%} of its time")
+        parts = [f"saved {' and '.join(saved)}"] if saved else []
+        parts.append(f"{self.frozen_share:.1%} of neurons frozen in the next")
+        return f"epoch {self.epoch}: {'; '.join([*parts, f'probe {self.probe_seconds:.2f} s'])}"
+
+    def __repr__(self) -> str:
+        return f"<{self}>"
 
     @classmethod
     def from_json(cls, line: str) -> "EpochRecord":
@@ -169,8 +239,11 @@ class History:
         figures = {
             "neq/frozen_share": record.frozen_share,
             "neq/wgrad_saved": record.wgrad_saved,
+            "neq/step_saved": record.step_saved,
             "neq/probe_seconds": record.probe_seconds,
         }
+        if record.time_saved is not None:
+            figures["neq/time_saved"] = record.time_saved
         for layer in record.layers:
             figures[f"neq/frozen_share/{layer.name}"] = 1 - layer.active / layer.neurons
         if hasattr(self.writer, "add_scalar"):
@@ -181,13 +254,16 @@ class History:
             self.writer.log({"neq/epoch": record.epoch, **figures})
 
 
-def layer_record(motion: Motion, active: Tensor, wgrad_flops: float) -> LayerRecord:
+def layer_record(
+    motion: Motion, active: Tensor, wgrad_flops: float, update_flops: float = 0.0
+) -> LayerRecord:
     """Sum up a layer's neurons.
 
     Args:
         motion: How they moved in the epoch just over, and which of them trained in it.
         active: Which of them train in the next: bool [n].
         wgrad_flops: The FLOPs of the layer's dense weight gradient.
+        update_flops: Those of the optimizer's dense step, if freezing saves them.
     """
     measured = ~motion.velocity.isnan()
     speed = motion.velocity[measured].abs()
@@ -203,12 +279,33 @@ def layer_record(motion: Motion, active: Tensor, wgrad_flops: float) -> LayerRec
         speed=float(speed.median()) if len(speed) else None,
         speeds=bins.tolist() if len(speed) else [],
         wgrad_flops=wgrad_flops,
+        update_flops=update_flops,
+        thawed=int((active & ~motion.active).sum()),
     )
 
 
-def _saved(layers: Sequence[LayerRecord], which: str, of: float) -> float:
-    saved = sum(layer.wgrad_flops * (1 - getattr(layer, which) / layer.neurons) for layer in layers)
-    return saved / of if of else 0.0
+def dense_seconds(records: Iterable[EpochRecord], steps: int | None) -> float | None:
+    """The median time of dense epochs with so many steps; None if it can't be compared with.
+
+    Args:
+        records: Records of one run.
+        steps: How many steps the epoch has that is to be compared.
+    """
+    times = [r.seconds for r in records if r.dense and r.steps == steps and steps != 0]
+    return median(times) if times and median(times) >= _COMPARABLE else None
+
+
+def time_saved(seconds: float, dense: float | None) -> float | None:
+    """The share of a dense epoch's time that was saved; None if the clock can't tell.
+
+    Args:
+        seconds: The time of an epoch.
+        dense: That of a dense one, or None.
+    """
+    if dense is None:
+        return None
+    saved = 1 - seconds / dense
+    return saved if saved >= _DELAYED else None
 
 
 def read(path: str | Path) -> list[EpochRecord]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils import _pytree
 
 # Is a function transform (torch.func) active?
 transforms_active = torch._C._are_functorch_transforms_active
@@ -55,3 +56,16 @@ def current_stream(device: int) -> int:
     """The handle of CUDA's current stream. torch's public function takes microseconds."""
     stream: int = torch._C._cuda_getCurrentRawStream(device)
     return stream
+
+
+def sequence_number(node: Any) -> int:
+    """The number of a node of autograd's graph. Nodes are numbered as they are made."""
+    number: int = node._sequence_nr()
+    return number
+
+
+# The number that the next node will get.
+next_sequence_number = torch._C._autograd._get_sequence_nr
+
+# Take nested containers apart, and put them together again.
+tree_flatten, tree_unflatten = _pytree.tree_flatten, _pytree.tree_unflatten

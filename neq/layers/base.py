@@ -32,6 +32,8 @@ class NeuronLayer(nn.Module):
         plain: The torch class that the layer replaces.
         by_rows: Can rows of the weight gradient be skipped? Not in a norm, where one pass computes
             dW and dX.
+        has_statistics: Can it have running statistics? Then they stand still when no neuron is
+            active, and the layer normalises by them.
         looks_up: Are the outputs rows of the weight, as in an Embedding? Then a neuron's outputs
             don't depend on a probe, and cost no arithmetic.
         divides_like: The torch class whose weights are divided into the same neurons; None for
@@ -53,6 +55,7 @@ class NeuronLayer(nn.Module):
 
     plain: ClassVar[type[nn.Module]]
     by_rows: ClassVar[bool] = True
+    has_statistics: ClassVar[bool] = False
     looks_up: ClassVar[bool] = False
     divides_like: ClassVar[type[nn.Module] | None] = None
     in_published_count: ClassVar[bool] = False
@@ -108,6 +111,11 @@ class NeuronLayer(nn.Module):
     def by_neuron(self, output: Tensor) -> tuple[Tensor, int]:
         """The output with samples in dimension 0, and its dimension that counts the neurons."""
         return samples_first(output, -1)
+
+    @property
+    def trains(self) -> bool:
+        """Does a parameter of the layer require a gradient? If not, no neuron of it trains."""
+        return any(p.requires_grad for p in self.parameters())
 
     def parameter_rows(self) -> Tensor:
         """[n_neurons, parameters]: a row of weights for each neuron, then its bias."""
@@ -202,10 +210,11 @@ class NeuronLayer(nn.Module):
         active = self.active
         if torch.compiler.is_compiling():
             # a graph that depends on this layer's own mask would be recompiled at each change
-            everything, nothing = not active.ever_masked, False
+            everything, nothing = not active.ever_masked, self.has_statistics and active.nothing
         else:
-            everything, nothing = active.k == active.neurons, active.k == 0
-        if everything or not (torch.is_grad_enabled() or _beyond_backward()):
+            everything, nothing = active.k == active.neurons, active.nothing
+        records = torch.is_grad_enabled() or _beyond_backward()
+        if everything or not (records or nothing):
             out: Tensor = super().forward(*args, **kwargs)
             return out
         weight, bias = self.weight, self.bias
@@ -214,7 +223,7 @@ class NeuronLayer(nn.Module):
             # off the graph: where nothing below trains either, backward does not visit the layer
             y = self._none_active(weight.detach(), detach(bias), *args, **kwargs)
             trains = weight.requires_grad or (bias is not None and bias.requires_grad)
-            if not trains or not in_process_group() or _beyond_backward():
+            if not (records and trains and in_process_group()) or _beyond_backward():
                 return y
             return self._report_zeros(y, weight, bias)  # DDP waits for every parameter
         if sharding.is_dtensor(weight):

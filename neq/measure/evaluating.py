@@ -94,12 +94,16 @@ def as_inputs(model: nn.Module, batch: Any) -> Inputs:
     return tuple(batch[: _required(model)]) if isinstance(batch, (tuple, list)) else (batch,)
 
 
-def call(model: nn.Module, inputs: Inputs) -> None:
-    """Call the model with arguments that ``as_inputs`` made."""
+def call(model: nn.Module, inputs: Inputs) -> Any:
+    """Call the model with arguments that ``as_inputs`` made. Returns its output."""
+    return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+
+
+def named(model: nn.Module, inputs: Inputs) -> Mapping[str, Any]:
+    """The arguments of the model by name. Those of ``*args`` have none."""
     if isinstance(inputs, Mapping):
-        model(**inputs)
-    else:
-        model(*inputs)
+        return inputs
+    return inspect.signature(model.forward).bind_partial(*inputs).arguments
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from neq.cost.units import Unit
@@ -14,6 +14,7 @@ from neq.layers.groups import Group
 from neq.measure.base import Measure
 from neq.measure.equilibrium import Recurrence
 from neq.measure.velocity import OutputVelocity
+from neq.prefix.blocks import Block
 
 Choice = Tensor | Sequence[int] | Sequence[bool] | None
 """The neurons of a layer that train: indices, a bool mask [n], or None for all."""
@@ -31,6 +32,8 @@ class Motion:
         phi: The similarity of each neuron's outputs to those of the epoch before: float64 [n].
         velocity: The velocity of each neuron: float64 [n].
         active: Which neurons trained: bool [n].
+        block: The number of the block that it lies in, counted from the input; None above the last
+            one, or if the policy freezes no prefix.
         scores: All that was measured: by name, float64 [n] each.
     """
 
@@ -39,20 +42,28 @@ class Motion:
     phi: Tensor
     velocity: Tensor
     active: Tensor
+    block: int | None = None
     scores: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
 
     @classmethod
-    def of(cls, group: Group, scores: Mapping[str, Tensor], active: Tensor) -> "Motion":
+    def of(
+        cls,
+        group: Group,
+        scores: Mapping[str, Tensor],
+        active: Tensor,
+        block: int | None = None,
+    ) -> "Motion":
         """Make one for a group.
 
         Args:
             group: The layers, with n neurons.
             scores: What was measured: by name, float64 [n] each.
             active: Which neurons trained: bool [n].
+            block: The number of the block that it lies in, or None.
         """
         unmeasured = torch.full((group.n_neurons,), torch.nan, dtype=torch.float64)
         phi, velocity = scores.get("phi", unmeasured), scores.get("velocity", unmeasured)
-        return cls(group.name, group.first, phi, velocity, active, scores)
+        return cls(group.name, group.first, phi, velocity, active, block, scores)
 
     def __len__(self) -> int:
         return len(self.velocity)
@@ -62,8 +73,20 @@ class Training(Protocol):
     """What a policy may ask about the training. A Controller is one."""
 
     @property
+    def model(self) -> nn.Module:
+        """The model without wrappers."""
+
+    @property
     def layers(self) -> Mapping[str, Group]:
         """The groups of layers to choose for, by name."""
+
+    @property
+    def blocks(self) -> Sequence[Block]:
+        """The blocks that can be frozen, from the input up; none unless ``freezes_prefix``."""
+
+    @property
+    def loss(self) -> float | None:
+        """The validation loss of the epoch just over, if it is known."""
 
     @property
     def optimizers(self) -> Sequence[Optimizer]:
@@ -84,6 +107,7 @@ class Policy:
 
     Attributes:
         measures: Does the policy look at scores, and so need a probe?
+        freezes_prefix: Does it freeze blocks from the input up, and so need ``depth``?
         per_sample: Average φ over samples, as the released code does?
         mu: The momentum of the velocity.
         recurrence: The formula of the ``"paper"`` or of the ``"released"`` code.
@@ -96,6 +120,7 @@ class Policy:
     """
 
     measures: bool = True
+    freezes_prefix: bool = False
     per_sample: bool = False
     mu: float = 0.5
     recurrence: Recurrence = "paper"
@@ -113,6 +138,17 @@ class Policy:
             For each group indices, a bool mask [n], or None for all neurons.
         """
         raise NotImplementedError(f"{type(self).__name__} must define choose(layers, epoch)")
+
+    def depth(self, layers: Sequence[Motion], epoch: int) -> int:
+        """How many blocks are frozen whole, from the input up. Asked before ``choose``.
+
+        What ``choose`` then gives for layers inside of them does not count.
+
+        Args:
+            layers: How the neurons of each group of layers moved; each knows its block.
+            epoch: How many epochs are over.
+        """
+        return 0
 
     def measure(self) -> Measure:
         """The measure that gives the scores; by default ``OutputVelocity``. Called once."""

@@ -119,6 +119,20 @@ def test_dgrad_is_pruned_below_the_first_layer_that_trains():
     assert pruned == [flops] * 4
 
 
+def test_a_layer_that_does_not_train_is_outside_of_shares():
+    model = neq.convert(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)))
+    model[0].requires_grad_(False).set_active([0])
+    model[1].set_active([0])
+    result = account(model, torch.randn(2, 3, 5, 5))
+    first = result.layers["0"]
+    assert (first.converted, first.neurons, first.active) == (True, 0, 0)
+    assert first.now.wgrad == first.now.optimizer == Work()
+    assert first.now.published_backprop_flops == first.dense.published_backprop_flops == 0
+    assert result.skipped == 0.5
+    line = next(x for x in str(result).splitlines() if x.startswith("0 "))
+    assert line.split()[:4] == ["0", "NEqConv2d", "1", "-"]
+
+
 def test_a_parameter_that_needs_no_gradient():
     model = neq.convert(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))).requires_grad_(False)
     costs = account(model, torch.randn(2, 4)).dense

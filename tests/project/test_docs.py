@@ -67,7 +67,7 @@ def convolutional():
 
 
 def epochs_told(capsys):
-    return capsys.readouterr().out.count("% of wgrad saved")
+    return capsys.readouterr().out.count("of neurons frozen in the next")
 
 
 def test_readme(capsys):

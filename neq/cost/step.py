@@ -1,0 +1,66 @@
+"""What a step of training costs, for each group of layers."""
+
+from collections.abc import Sequence
+
+from torch import nn
+from torch.optim import SGD, Adam, Optimizer
+
+from neq.cost.account import Account
+from neq.cost.flops import account
+from neq.cost.units import Layers, Unit, parameters, update_flops, wgrad_flops, wgrad_ms
+from neq.measure.evaluating import Inputs, forgetting
+
+
+class StepCosts:
+    """The costs of a dense step on some example inputs.
+
+    Args:
+        model: The model.
+        layers: The groups of layers, by name.
+        inputs: The model's arguments, or None: then only parameters are counted.
+        optimizers: Those that step the model.
+
+    Attributes:
+        flops: The FLOPs of the whole step; 0 if not counted.
+        wgrad: Those of the weight gradient of each group.
+        update: Those of the optimizer's step on each group.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Layers,
+        inputs: Inputs | None,
+        optimizers: Sequence[Optimizer],
+    ) -> None:
+        self._model, self._layers, self._inputs = model, layers, inputs
+        self.flops = 0.0
+        self.wgrad = self.update = dict.fromkeys(layers, 0.0)
+        if inputs is not None:
+            counted: Account
+            with forgetting():
+                counted = account(model, inputs, optimizer=_countable(optimizers))
+            self.flops = float(counted.dense.total.flops)
+            self.wgrad = wgrad_flops(counted, model, layers)
+            self.update = update_flops(counted, model, layers)
+
+    def of(self, unit: Unit) -> dict[str, float]:
+        """What it costs to train all neurons of each group: see ``neq.Controller.costs``."""
+        if unit == "parameters":
+            return parameters(self._layers)
+        if self._inputs is None:
+            raise ValueError(
+                f"costs in {unit} are those of a step: give the Controller example_inputs, a batch "
+                "like those of training"
+            )
+        return (
+            dict(self.wgrad)
+            if unit == "flops"
+            else wgrad_ms(self._model, self._layers, self._inputs)
+        )
+
+
+def _countable(optimizers: Sequence[Optimizer]) -> Optimizer | None:
+    """The only optimizer, if ``account`` knows what its step costs."""
+    known = len(optimizers) == 1 and isinstance(optimizers[0], SGD | Adam)
+    return optimizers[0] if known else None

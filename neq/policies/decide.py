@@ -1,0 +1,58 @@
+"""Asking a policy, and setting what it chose."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from neq.distributed.ranks import Ranks
+from neq.layers.active import as_mask
+from neq.policies.base import Motion, Policy
+from neq.prefix.prefix import Prefix
+
+
+def decide(
+    policy: Policy,
+    motions: Sequence[Motion],
+    epoch: int,
+    prefix: Prefix | None,
+    ranks: Ranks,
+    statistics: Iterable[Any] | None = None,
+) -> None:
+    """Ask a policy which neurons train, and set them. Rank 0's answer holds on every rank.
+
+    Args:
+        policy: The policy.
+        motions: How the neurons of each group moved.
+        epoch: How many epochs are over.
+        prefix: What it can freeze whole, if it does so.
+        ranks: The processes that train copies of the model.
+        statistics: Batches for the norms that are frozen with the prefix.
+
+    Raises:
+        ValueError: If the answer does not fit the model.
+    """
+    kind = type(policy).__name__
+    blocks = () if prefix is None else prefix.blocks
+    depth = policy.depth(motions, epoch) if blocks else 0
+    if not 0 <= depth <= len(blocks):
+        raise ValueError(f"{kind}.depth must be in [0, {len(blocks)}], got {depth}")
+    chosen = list(policy.choose(motions, epoch))
+    if len(chosen) != len(motions):
+        raise ValueError(
+            f"{kind}.choose must give rows for each of the {len(motions)} layers, got {len(chosen)}"
+        )
+    masks = [
+        as_mask(rows, len(motion), f"{kind}.choose, layer {motion.name!r}")
+        for motion, rows in zip(motions, chosen, strict=True)
+    ]
+    frozen = torch.arange(len(blocks)) < depth  # bool [blocks]
+    # a policy that draws or times may choose differently on another rank
+    decided = ranks.from_first(torch.cat([frozen, *masks]), motions[0].layer.weight.device)
+    frozen, *masks = decided.split([len(blocks), *map(len, motions)])
+    if prefix is not None and int(frozen.sum()) != prefix.depth:
+        prefix.freeze(int(frozen.sum()), statistics=statistics)
+    for motion, mask in zip(motions, masks, strict=True):
+        inside = motion.block is not None and frozen[motion.block]
+        if not inside and not torch.equal(motion.layer.active_mask.cpu(), mask):
+            motion.layer.set_active(mask)
