@@ -18,7 +18,7 @@ from neq.distributed.ranks import Ranks
 from neq.history import EpochRecord, History, dense_seconds, layer_record
 from neq.integrations.wrapped import model_in, optimizer_in
 from neq.layers.active import as_mask
-from neq.layers.groups import LeaveAlone, chosen_for
+from neq.layers.groups import LeaveAlone, check_masks, chosen_for
 from neq.measure.base import Where
 from neq.measure.evaluating import Inputs, as_inputs
 from neq.measure.probes import Probe
@@ -50,6 +50,10 @@ class Controller:
         policy: Chooses the neurons that train; by default ``Equilibrium()``.
         on_thaw: What a neuron's optimizer state is when it trains again: see ``neq.optim.Guard``.
         warmup: How many epochs train all neurons. With 0 the policy chooses before the first epoch.
+        every: After how many steps of its first optimizer the Controller measures and chooses by
+            itself. An epoch is then this many steps. By default it does so when ``step`` is called.
+            Steps that a GradScaler skips do not count, and while gradients are accumulated there
+            are none. Of several optimizers, put the one first that steps last.
         leave_alone: Layers that are neither measured nor changed: names of layers or of modules
             that contain them, or ``leave_alone(module, name) -> bool``. By default the model's last
             Linear, the classifier, as published; ``()`` for none. A layer none of whose parameters
@@ -68,12 +72,15 @@ class Controller:
         optimizers: The torch optimizers without wrappers.
         policy: The policy.
         history: The ``History``.
+        every: As given.
         epoch: How many epochs are over.
+        record: The record of the latest epoch; None before its end.
         scores: What the measure found for each neuron: by name, float64 [n] each. The neurons of
             all groups come one group after the other.
 
     Raises:
-        ValueError: If the policy measures and there is no probe, or no layer is left to choose for.
+        ValueError: If the policy measures and there is no probe, or no layer is left to choose for,
+            or ``every`` is given without an optimizer.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
@@ -102,6 +109,7 @@ class Controller:
         policy: Policy | None = None,
         on_thaw: OnThaw = "keep",
         warmup: int = 1,
+        every: int | None = None,
         leave_alone: LeaveAlone = None,
         memory: Where = "device",
         history: History | str | Path | None = None,
@@ -115,9 +123,15 @@ class Controller:
         self.probe = _as_probe(probe, self.policy)
         if warmup < 0:
             raise ValueError(f"warmup must be a number of epochs, at least 0; got {warmup}")
-        self.warmup = warmup
+        if every is not None and (every < 1 or not self.optimizers):
+            raise ValueError(
+                "every must be a number of steps of an optimizer, at least 1; "
+                f"got {every} and {len(self.optimizers)} optimizers"
+            )
+        self.warmup, self.every = warmup, every
         self.history = history if isinstance(history, History) else History(history)
         self.epoch = 0
+        self.record: EpochRecord | None = None
         self.scores: dict[str, Tensor] = {}
         self._records: list[EpochRecord] = []  # of this process, also where it writes no history
 
@@ -137,7 +151,8 @@ class Controller:
         self._costs = StepCosts(self.model, self.layers, inputs, self.optimizers)
         self._take_over()
         self._guard(on_thaw)
-        self._count = StepCount(self.optimizers[0], None, self.step) if self.optimizers else None
+        if self.optimizers:
+            self._count = StepCount(self.optimizers[0], every, self._measure_and_choose)
         self.policy.attach(self)
         self._samples = _on_host(self._observe())
         if warmup == 0:
@@ -151,10 +166,19 @@ class Controller:
             The record of the epoch. As a string, one line to print.
 
         Raises:
-            RuntimeError: If ``remove`` was called, or another Controller has taken over.
+            RuntimeError: If ``remove`` was called, or another Controller has taken over, or the
+                Controller does this by itself (``every``).
             ValueError: If the probe gives other samples than before.
         """
         self._check_in_charge()
+        if self.every is not None:
+            raise RuntimeError(
+                f"this Controller measures and chooses by itself, every {self.every} optimizer "
+                "steps: step() is for one without every; control.record is the latest record"
+            )
+        return self._measure_and_choose()
+
+    def _measure_and_choose(self) -> EpochRecord:
         stopwatch = Stopwatch(self._device)
         samples = self._observe()
         sums = self._ranks.sum_(self.measure.sums()).cpu()  # the host waits here for the device
@@ -171,7 +195,9 @@ class Controller:
             self._decide(trained)
         probe_seconds = stopwatch.seconds()
         now = time.perf_counter()
-        record = self._record(trained, now - self._since - probe_seconds, probe_seconds)
+        record = self.record = self._record(
+            trained, now - self._since - probe_seconds, probe_seconds
+        )
         self._since = now
         if self._ranks.is_first:
             self.history.append(record)
@@ -200,11 +226,12 @@ class Controller:
         Args:
             outputs: Include the previous outputs, which are most of the state. Without them, the
                 model is measured when the state is loaded. That gives the same outputs if the
-                model then has the weights that it has now.
+                model then has the weights that it has now, and had at the end of the epoch.
         """
         masks = dict(zip(self.layers, self._active().split(self._sizes), strict=True))
         return {
             "epoch": self.epoch,
+            "steps": self._count.steps if self._count else 0,
             "masks": {name: mask.clone() for name, mask in masks.items()},
             "scores": {name: values.clone() for name, values in self.scores.items()},
             "samples": self._samples.clone(),
@@ -230,8 +257,10 @@ class Controller:
             raise ValueError(
                 f"this is no state of a Controller of neq {__version__}: it lacks {missing}"
             )
-        self._check_layers(state["masks"])
+        check_masks(self.layers, state["masks"])
         self.epoch = state["epoch"]
+        if self._count is not None:
+            self._count.restart(state["steps"])
         for name, mask in state["masks"].items():
             self.layers[name].set_active(mask)
         self.scores = {name: values.cpu().clone() for name, values in state["scores"].items()}
@@ -241,27 +270,12 @@ class Controller:
             self._observe()
         self._since = time.perf_counter()
 
-    def _check_layers(self, masks: dict[str, Tensor]) -> None:
-        if list(masks) != list(self.layers):
-            missing = sorted(self.layers.keys() - masks.keys())
-            unknown = sorted(masks.keys() - self.layers.keys())
-            raise ValueError(
-                f"the state is of other layers: it lacks {missing}, and this model lacks {unknown}"
-                if missing or unknown
-                else "the state is of the same layers in another order"
-            )
-        for (name, mask), n in zip(masks.items(), self._sizes, strict=True):
-            if len(mask) != n:
-                raise ValueError(
-                    f"layer {name!r} has {n} neurons, the state was saved with {len(mask)}"
-                )
-
     def _take_over(self) -> None:
         """Start with all neurons active, as the only Controller of these layers."""
         self._ended = ""
         self._guards: list[Guard] = []
         self._told: list[Optimizer] = []  # those that a Controller told the layers
-        self._count = None
+        self._count: StepCount | None = None
         mine = {layer for group in self.layers.values() for layer in group}
         for other in list(_IN_CHARGE):
             if any(not mine.isdisjoint(group) for group in other.layers.values()):
