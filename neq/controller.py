@@ -149,6 +149,10 @@ class Controller:
         elif self.probe is not None:
             inputs = self.probe.example(self.model)
         self._costs = StepCosts(self.model, self.layers, inputs, self.optimizers)
+        self._guards: list[Guard] = []
+        self._told: list[Optimizer] = []  # those that a Controller told the layers
+        self._count: StepCount | None = None
+        self._ended = ""  # why it is over
         self._take_over()
         self._guard(on_thaw)
         if self.optimizers:
@@ -272,10 +276,6 @@ class Controller:
 
     def _take_over(self) -> None:
         """Start with all neurons active, as the only Controller of these layers."""
-        self._ended = ""
-        self._guards: list[Guard] = []
-        self._told: list[Optimizer] = []  # those that a Controller told the layers
-        self._count: StepCount | None = None
         mine = {layer for group in self.layers.values() for layer in group}
         for other in list(_IN_CHARGE):
             if any(not mine.isdisjoint(group) for group in other.layers.values()):
