@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from math import floor, inf, log10
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -136,6 +137,24 @@ class EpochRecord:
         this one. Whatever else the loop does is in both.
         """
         return None if self.dense else time_saved(self.seconds, self.dense_seconds)
+
+    def would_freeze(self, eps: float) -> float:
+        """The share of all neurons that were slower than ``eps``: what it would freeze.
+
+        It is exact where ``eps`` is a power of ten in ``SPEED_EXPONENTS``, and interpolated between
+        them. Neurons below the least count from there on, those above the greatest never.
+
+        Args:
+            eps: A threshold on |v|, as for ``neq.Equilibrium``.
+        """
+        at = 2 * (log10(eps) - SPEED_EXPONENTS[0]) if eps > 0 else -inf  # in bins
+        at = min(round(at, 9), len(SPEED_EXPONENTS) - 1)
+        if at < 0:
+            return 0.0
+        whole, part = floor(at), at - floor(at)
+        counts = [layer.speeds for layer in self.layers if layer.speeds]
+        slower = sum(sum(bins[: whole + 1]) + part * bins[whole + 1] for bins in counts)
+        return slower / self.neurons
 
     def _share(self, training: Iterable[int]) -> float:
         """The FLOPs saved if so many neurons of each layer train, as a share of a step's."""
