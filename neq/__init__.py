@@ -44,6 +44,7 @@ from neq.policies import (
     Policy,
     Random,
 )
+from neq.schedule import ReduceLROnEquilibrium
 
 __all__ = [
     "Account",
@@ -79,6 +80,7 @@ __all__ = [
     "Policy",
     "Probe",
     "Random",
+    "ReduceLROnEquilibrium",
     "Velocity",
     "WeightProbe",
     "__version__",

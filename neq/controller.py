@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from neq._version import __version__
+from neq.advice import advise
 from neq.cost.step import StepCosts
 from neq.cost.units import Unit
 from neq.distributed.ranks import Ranks
@@ -20,12 +21,13 @@ from neq.integrations.wrapped import model_in, optimizer_in
 from neq.layers.active import as_mask
 from neq.layers.groups import LeaveAlone, check_masks, chosen_for
 from neq.measure.base import Where
+from neq.measure.equilibrium import mean_speed
 from neq.measure.evaluating import Inputs, as_inputs
-from neq.measure.probes import Probe
 from neq.measure.stopwatch import Stopwatch
 from neq.optim import Guard, OnThaw, RowOptimizer
 from neq.optim.steps import StepCount
-from neq.policies import Equilibrium, Motion, Policy
+from neq.policies import Equilibrium, Everything, Motion, Policy
+from neq.policies.base import probe_for
 
 # optimizers keep their Controllers alive, so none is missing here that still guards one
 _IN_CHARGE: "weakref.WeakSet[Controller]" = weakref.WeakSet()
@@ -54,6 +56,8 @@ class Controller:
             itself. An epoch is then this many steps. By default it does so when ``step`` is called.
             Steps that a GradScaler skips do not count, and while gradients are accumulated there
             are none. Of several optimizers, put the one first that steps last.
+        epochs: How many epochs the training has in all, if you know. Then ``record.advice`` says
+            what the rest of it will save.
         leave_alone: Layers that are neither measured nor changed: names of layers or of modules
             that contain them, or ``leave_alone(module, name) -> bool``. By default the model's last
             Linear, the classifier, as published; ``()`` for none. A layer none of whose parameters
@@ -110,6 +114,7 @@ class Controller:
         on_thaw: OnThaw = "keep",
         warmup: int = 1,
         every: int | None = None,
+        epochs: int | None = None,
         leave_alone: LeaveAlone = None,
         memory: Where = "device",
         history: History | str | Path | None = None,
@@ -120,15 +125,9 @@ class Controller:
         self.policy = Equilibrium() if policy is None else policy
         several = optimizer if isinstance(optimizer, Iterable) else [optimizer]
         self.optimizers = [optimizer_in(one) for one in several]
-        self.probe = _as_probe(probe, self.policy)
-        if warmup < 0:
-            raise ValueError(f"warmup must be a number of epochs, at least 0; got {warmup}")
-        if every is not None and (every < 1 or not self.optimizers):
-            raise ValueError(
-                "every must be a number of steps of an optimizer, at least 1; "
-                f"got {every} and {len(self.optimizers)} optimizers"
-            )
-        self.warmup, self.every = warmup, every
+        self.probe = probe_for(self.policy, probe)
+        _check_counts(warmup, every, epochs, len(self.optimizers))
+        self.warmup, self.every, self.epochs = warmup, every, epochs
         self.history = history if isinstance(history, History) else History(history)
         self.epoch = 0
         self.record: EpochRecord | None = None
@@ -194,14 +193,14 @@ class Controller:
                 "each time, without shuffling or augmentation"
             )
         self.epoch += 1
+        before = self.scores.get("velocity")
         self.scores = self.measure.score(sums)
         if self.epoch >= self.warmup:
             self._decide(trained)
         probe_seconds = stopwatch.seconds()
         now = time.perf_counter()
-        record = self.record = self._record(
-            trained, now - self._since - probe_seconds, probe_seconds
-        )
+        seconds = now - self._since - probe_seconds
+        record = self.record = self._record(trained, before, seconds, probe_seconds)
         self._since = now
         if self._ranks.is_first:
             self.history.append(record)
@@ -352,7 +351,10 @@ class Controller:
         masks = [group.first.active_mask for group in self.layers.values()]
         return torch.cat([mask.to(masks[0].device) for mask in masks]).cpu()
 
-    def _record(self, trained: Tensor, seconds: float, probe_seconds: float) -> EpochRecord:
+    def _record(
+        self, trained: Tensor, before: Tensor | None, seconds: float, probe_seconds: float
+    ) -> EpochRecord:
+        """``before``: the velocities of all neurons in the epoch before."""
         costs, active = self._costs, self._active().split(self._sizes)
         by_rows = bool(self.optimizers) and not self._guards  # does freezing save updates too?
         layers = tuple(
@@ -364,19 +366,28 @@ class Controller:
             steps = self._count.steps
             self._count.restart()
         record = EpochRecord(self.epoch, seconds, probe_seconds, costs.flops, layers, steps)
+        records = [*self._records, record]
+        record = replace(record, dense_seconds=dense_seconds(records, steps))
+        if (now := self.scores.get("velocity")) is not None:
+            change = None if before is None else mean_speed((now - before).square())
+            record = replace(record, mean_speed=mean_speed(now), velocity_change=change)
+        freezes = not isinstance(self.policy, Everything)
+        records[-1] = record
+        record = replace(record, advice=advise(records, self.epochs, self.warmup, freezes))
         self._records.append(record)
-        return replace(record, dense_seconds=dense_seconds(self._records, steps))
+        return record
 
 
-def _as_probe(probe: Any, policy: Policy) -> Probe | None:
-    if probe is None:
-        if policy.measures:
-            raise ValueError(
-                f"{type(policy).__name__} decides by how neurons move, so it needs a probe: some "
-                "samples, a loader, neq.NoiseProbe(shape) or neq.WeightProbe()"
-            )
-        return None
-    return probe if isinstance(probe, Probe) else Probe(probe)
+def _check_counts(warmup: int, every: int | None, epochs: int | None, optimizers: int) -> None:
+    if warmup < 0:
+        raise ValueError(f"warmup must be a number of epochs, at least 0; got {warmup}")
+    if every is not None and (every < 1 or not optimizers):
+        raise ValueError(
+            "every must be a number of steps of an optimizer, at least 1; "
+            f"got {every} and {optimizers} optimizers"
+        )
+    if epochs is not None and epochs < 1:
+        raise ValueError(f"epochs must be at least 1, got {epochs}")
 
 
 def _on_host(marks: list[Tensor]) -> Tensor:

@@ -77,6 +77,10 @@ class EpochRecord:
         steps: How many steps the first optimizer has made; None if there is no optimizer.
         dense_seconds: The median time of the epochs so far in which all neurons trained, of those
             with as many steps; None if there is none, or they are too short to compare with.
+        mean_speed: The mean |v| of all neurons that were measured; None if there are none.
+        velocity_change: The mean squared change of their velocities since the epoch before; None if
+            they were not measured then.
+        advice: What to do about the run: a few sentences, often none.
     """
 
     epoch: int
@@ -86,6 +90,9 @@ class EpochRecord:
     layers: tuple[LayerRecord, ...]
     steps: int | None = None
     dense_seconds: float | None = None
+    mean_speed: float | None = None
+    velocity_change: float | None = None
+    advice: tuple[str, ...] = ()
 
     @property
     def neurons(self) -> int:
@@ -190,7 +197,8 @@ class EpochRecord:
         """
         fields = json.loads(line)
         layers = tuple(LayerRecord(**layer) for layer in fields.pop("layers"))
-        return cls(**fields, layers=layers)
+        advice = tuple(fields.pop("advice", ()))
+        return cls(**fields, layers=layers, advice=advice)
 
 
 class History:

@@ -94,6 +94,10 @@ def test_choosing_which_neurons_train(capsys, tmp_path, monkeypatch):
     assert setting["control"].epoch == 3 * 4 // 2
     setting.run(loop)
 
+    (schedule,) = blocks("docs/training.md", "Learning rate and stopping")
+    setting["epochs"] = 2
+    setting.run(schedule)
+    assert setting["control"].epoch == 3 + 2
     (resume,) = blocks("docs/training.md", "Stop and resume")
     setting.run(resume)
 
