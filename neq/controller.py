@@ -16,12 +16,11 @@ from neq.advice import advise
 from neq.cost.step import StepCosts
 from neq.cost.units import Unit
 from neq.distributed.ranks import Ranks
-from neq.history import EpochRecord, History, dense_seconds, layer_record
+from neq.history import EpochRecord, History, in_context, layer_record
 from neq.integrations.wrapped import model_in, optimizer_in
 from neq.layers.active import as_mask
 from neq.layers.groups import LeaveAlone, check_masks, chosen_for
 from neq.measure.base import Where
-from neq.measure.equilibrium import mean_speed
 from neq.measure.evaluating import Inputs, as_inputs
 from neq.measure.stopwatch import Stopwatch
 from neq.optim import Guard, OnThaw, RowOptimizer
@@ -366,14 +365,10 @@ class Controller:
             steps = self._count.steps
             self._count.restart()
         record = EpochRecord(self.epoch, seconds, probe_seconds, costs.flops, layers, steps)
-        records = [*self._records, record]
-        record = replace(record, dense_seconds=dense_seconds(records, steps))
-        if (now := self.scores.get("velocity")) is not None:
-            change = None if before is None else mean_speed((now - before).square())
-            record = replace(record, mean_speed=mean_speed(now), velocity_change=change)
+        record = in_context(record, self._records, before, self.scores.get("velocity"))
         freezes = not isinstance(self.policy, Everything)
-        records[-1] = record
-        record = replace(record, advice=advise(records, self.epochs, self.warmup, freezes))
+        advice = advise([*self._records, record], self.epochs, self.warmup, freezes)
+        record = replace(record, advice=advice)
         self._records.append(record)
         return record
 

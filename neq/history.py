@@ -1,8 +1,8 @@
 """Records of each epoch: kept in memory, in a file, and sent to a logger."""
 
 import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from math import floor, inf, log10
 from pathlib import Path
 from statistics import median
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neq.measure.equilibrium import mean_speed
 from neq.policies.base import Motion
 
 SPEED_EXPONENTS = tuple(e / 2 for e in range(-12, 1))
@@ -309,6 +310,28 @@ def layer_record(
         update_flops=update_flops,
         thawed=int((active & ~motion.active).sum()),
     )
+
+
+def in_context(
+    record: EpochRecord,
+    earlier: Sequence[EpochRecord],
+    before: Tensor | None,
+    now: Tensor | None,
+) -> EpochRecord:
+    """A record with what can only be said beside the epochs before it.
+
+    Args:
+        record: The record of the latest epoch.
+        earlier: Those of the epochs before.
+        before: The velocities of all neurons in the epoch before [n]; None if not measured.
+        now: Their velocities in this one.
+    """
+    dense = dense_seconds([*earlier, record], record.steps)
+    speed = None if now is None else mean_speed(now)
+    change = None
+    if now is not None and before is not None:
+        change = mean_speed((now - before).square())
+    return replace(record, dense_seconds=dense, mean_speed=speed, velocity_change=change)
 
 
 def dense_seconds(records: Iterable[EpochRecord], steps: int | None) -> float | None:
