@@ -48,6 +48,7 @@ from neq.policies import (
 )
 from neq.prefix.blocks import Block, blocks
 from neq.prefix.prefix import Prefix
+from neq.schedule import ReduceLROnEquilibrium
 
 __all__ = [
     "Account",
@@ -87,6 +88,7 @@ __all__ = [
     "Prefix",
     "Probe",
     "Random",
+    "ReduceLROnEquilibrium",
     "Velocity",
     "WeightProbe",
     "__version__",

@@ -12,20 +12,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from neq._version import __version__
+from neq.advice import advise
 from neq.cost.step import StepCosts
 from neq.cost.units import Unit
 from neq.distributed.ranks import Ranks
-from neq.history import EpochRecord, History, dense_seconds, layer_record
+from neq.history import EpochRecord, History, in_context, layer_record
 from neq.integrations.wrapped import model_in, optimizer_in
 from neq.layers.base import NeuronLayer
-from neq.layers.groups import LeaveAlone, chosen_for
+from neq.layers.groups import LeaveAlone, check_masks, chosen_for
 from neq.measure.base import Where
 from neq.measure.evaluating import Inputs, as_inputs
-from neq.measure.probes import Probe
 from neq.measure.stopwatch import Stopwatch
 from neq.optim import Guard, OnThaw, RowOptimizer
 from neq.optim.steps import StepCount
-from neq.policies import Equilibrium, Motion, Policy
+from neq.policies import Equilibrium, Everything, Motion, Policy
+from neq.policies.base import probe_for
 from neq.policies.decide import decide
 from neq.prefix.blocks import Block
 from neq.prefix.prefix import Prefix
@@ -53,6 +54,12 @@ class Controller:
         policy: Chooses the neurons that train; by default ``Equilibrium()``.
         on_thaw: What a neuron's optimizer state is when it trains again: see ``neq.optim.Guard``.
         warmup: How many epochs train all neurons. With 0 the policy chooses before the first epoch.
+        every: After how many steps of its first optimizer the Controller measures and chooses by
+            itself. An epoch is then this many steps. By default it does so when ``step`` is called.
+            Steps that a GradScaler skips do not count, and while gradients are accumulated there
+            are none. Of several optimizers, put the one first that steps last.
+        epochs: How many epochs the training has in all, if you know. Then ``record.advice`` says
+            what the rest of it will save.
         leave_alone: Layers that are neither measured nor changed: names of layers or of modules
             that contain them, or ``leave_alone(module, name) -> bool``. Layers that share a weight
             are left alone together. By default the model's last Linear, the classifier, as
@@ -74,15 +81,18 @@ class Controller:
         optimizers: The torch optimizers without wrappers.
         policy: The policy.
         prefix: The ``Prefix`` that the policy freezes; None if it freezes none.
-        loss: The validation loss that the latest step was given.
+        loss: The validation loss that ``step`` was given; with ``every``, assign it yourself.
         history: The ``History``.
+        every: As given.
         epoch: How many epochs are over.
+        record: The record of the latest epoch; None before its end.
         scores: What the measure found for each neuron: by name, float64 [n] each. The neurons of
             all groups come one group after the other.
 
     Raises:
         ValueError: If the policy measures and there is no probe, if it freezes a prefix of a model
-            that can't be cut, or if no layer is left to choose for.
+            that can't be cut, if no layer is left to choose for, or if ``every`` is given without
+            an optimizer.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
@@ -111,6 +121,8 @@ class Controller:
         policy: Policy | None = None,
         on_thaw: OnThaw = "keep",
         warmup: int = 1,
+        every: int | None = None,
+        epochs: int | None = None,
         leave_alone: LeaveAlone = None,
         memory: Where = "device",
         history: History | str | Path | None = None,
@@ -122,13 +134,13 @@ class Controller:
         self.policy = Equilibrium() if policy is None else policy
         several = optimizer if isinstance(optimizer, Iterable) else [optimizer]
         self.optimizers = [optimizer_in(one) for one in several]
-        self.probe = _as_probe(probe, self.policy)
-        if warmup < 0:
-            raise ValueError(f"warmup must be a number of epochs, at least 0; got {warmup}")
-        self.warmup = warmup
+        self.probe = probe_for(self.policy, probe)
+        _check_counts(warmup, every, epochs, len(self.optimizers))
+        self.warmup, self.every, self.epochs = warmup, every, epochs
         self.history = history if isinstance(history, History) else History(history)
         self.epoch = 0
         self.loss: float | None = None
+        self.record: EpochRecord | None = None
         self.scores: dict[str, Tensor] = {}
         self._records: list[EpochRecord] = []  # of this process, also where it writes no history
 
@@ -146,11 +158,16 @@ class Controller:
         elif self.probe is not None:
             inputs = self.probe.example(self.model)
         self._costs = StepCosts(self.model, self.layers, inputs, self.optimizers)
+        self._guards: list[Guard] = []
+        self._told: list[Optimizer] = []  # those that a Controller told the layers
+        self._count: StepCount | None = None
+        self._ended = ""  # why it is over
         self._take_over()
         self._guard(on_thaw)
-        self._count = StepCount(self.optimizers[0], None, self.step) if self.optimizers else None
         self.prefix = self._prefix_of(inputs, leave_alone)
         self._statistics = statistics
+        if self.optimizers:
+            self._count = StepCount(self.optimizers[0], every, self._measure_and_choose)
         self.policy.attach(self)
         self._samples = _on_host(self._observe())
         if warmup == 0:
@@ -167,12 +184,21 @@ class Controller:
             The record of the epoch. As a string, one line to print.
 
         Raises:
-            RuntimeError: If ``remove`` was called, or another Controller has taken over.
+            RuntimeError: If ``remove`` was called, or another Controller has taken over, or the
+                Controller does this by itself (``every``).
             ValueError: If the probe gives other samples than before.
         """
         self._check_in_charge()
-        stopwatch = Stopwatch(self._device)
+        if self.every is not None:
+            raise RuntimeError(
+                f"this Controller measures and chooses by itself, every {self.every} optimizer "
+                "steps: step() is for one without every; control.record is the latest record"
+            )
         self.loss = loss
+        return self._measure_and_choose()
+
+    def _measure_and_choose(self) -> EpochRecord:
+        stopwatch = Stopwatch(self._device)
         if self.prefix is not None:
             self.prefix.warn_of_changes()
         samples = self._observe()
@@ -185,12 +211,14 @@ class Controller:
                 "each time, without shuffling or augmentation"
             )
         self.epoch += 1
+        before = self.scores.get("velocity")
         self.scores = self.measure.score(sums)
         if self.epoch >= self.warmup:
             self._decide(trained)
         probe_seconds = stopwatch.seconds()
         now = time.perf_counter()
-        record = self._record(trained, now - self._since - probe_seconds, probe_seconds)
+        seconds = now - self._since - probe_seconds
+        record = self.record = self._record(trained, before, seconds, probe_seconds)
         self._since = now
         if self._ranks.is_first:
             self.history.append(record)
@@ -224,11 +252,12 @@ class Controller:
         Args:
             outputs: Include the previous outputs, which are most of the state. Without them, the
                 model is measured when the state is loaded. That gives the same outputs if the
-                model then has the weights that it has now.
+                model then has the weights that it has now, and had at the end of the epoch.
         """
         masks = dict(zip(self.layers, self._active().split(self._sizes), strict=True))
         return {
             "epoch": self.epoch,
+            "steps": self._count.steps if self._count else 0,
             "masks": {name: mask.clone() for name, mask in masks.items()},
             "depth": 0 if self.prefix is None else self.prefix.depth,
             "scores": {name: values.clone() for name, values in self.scores.items()},
@@ -255,10 +284,12 @@ class Controller:
             raise ValueError(
                 f"this is no state of a Controller of neq {__version__}: it lacks {missing}"
             )
-        self._check_layers(state["masks"])
+        check_masks(self.layers, state["masks"])
         self.epoch = state["epoch"]
         if self.prefix is not None:
             self.prefix.freeze(state["depth"])
+        if self._count is not None:
+            self._count.restart(state["steps"])
         for name, mask in state["masks"].items():
             self.layers[name].set_active(mask)
         self.scores = {name: values.cpu().clone() for name, values in state["scores"].items()}
@@ -268,27 +299,8 @@ class Controller:
             self._observe()
         self._since = time.perf_counter()
 
-    def _check_layers(self, masks: dict[str, Tensor]) -> None:
-        if list(masks) != list(self.layers):
-            missing = sorted(self.layers.keys() - masks.keys())
-            unknown = sorted(masks.keys() - self.layers.keys())
-            raise ValueError(
-                f"the state is of other layers: it lacks {missing}, and this model lacks {unknown}"
-                if missing or unknown
-                else "the state is of the same layers in another order"
-            )
-        for (name, mask), n in zip(masks.items(), self._sizes, strict=True):
-            if len(mask) != n:
-                raise ValueError(
-                    f"layer {name!r} has {n} neurons, the state was saved with {len(mask)}"
-                )
-
     def _take_over(self) -> None:
         """Start with all neurons active, as the only Controller of these layers."""
-        self._ended = ""
-        self._guards: list[Guard] = []
-        self._told: list[Optimizer] = []  # those that a Controller told the layers
-        self._count = None
         mine = {layer for group in self.layers.values() for layer in group}
         for other in list(_IN_CHARGE):
             if any(not mine.isdisjoint(group) for group in other.layers.values()):
@@ -371,7 +383,10 @@ class Controller:
         masks = [group.first.active_mask for group in self.layers.values()]
         return torch.cat([mask.to(masks[0].device) for mask in masks]).cpu()
 
-    def _record(self, trained: Tensor, seconds: float, probe_seconds: float) -> EpochRecord:
+    def _record(
+        self, trained: Tensor, before: Tensor | None, seconds: float, probe_seconds: float
+    ) -> EpochRecord:
+        """``before``: the velocities of all neurons in the epoch before."""
         costs, active = self._costs, self._active().split(self._sizes)
         by_rows = bool(self.optimizers) and not self._guards  # does freezing save updates too?
         layers = tuple(
@@ -383,19 +398,24 @@ class Controller:
             steps = self._count.steps
             self._count.restart()
         record = EpochRecord(self.epoch, seconds, probe_seconds, costs.flops, layers, steps)
+        record = in_context(record, self._records, before, self.scores.get("velocity"))
+        freezes = not isinstance(self.policy, Everything)
+        advice = advise([*self._records, record], self.epochs, self.warmup, freezes)
+        record = replace(record, advice=advice)
         self._records.append(record)
-        return replace(record, dense_seconds=dense_seconds(self._records, steps))
+        return record
 
 
-def _as_probe(probe: Any, policy: Policy) -> Probe | None:
-    if probe is None:
-        if policy.measures:
-            raise ValueError(
-                f"{type(policy).__name__} decides by how neurons move, so it needs a probe: some "
-                "samples, a loader, neq.NoiseProbe(shape) or neq.WeightProbe()"
-            )
-        return None
-    return probe if isinstance(probe, Probe) else Probe(probe)
+def _check_counts(warmup: int, every: int | None, epochs: int | None, optimizers: int) -> None:
+    if warmup < 0:
+        raise ValueError(f"warmup must be a number of epochs, at least 0; got {warmup}")
+    if every is not None and (every < 1 or not optimizers):
+        raise ValueError(
+            "every must be a number of steps of an optimizer, at least 1; "
+            f"got {every} and {optimizers} optimizers"
+        )
+    if epochs is not None and epochs < 1:
+        raise ValueError(f"epochs must be at least 1, got {epochs}")
 
 
 def _on_host(marks: list[Tensor]) -> Tensor:

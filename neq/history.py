@@ -1,8 +1,9 @@
 """Records of each epoch: kept in memory, in a file, and sent to a logger."""
 
 import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from math import floor, inf, log10
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from neq.measure.equilibrium import mean_speed
 from neq.policies.base import Motion
 
 SPEED_EXPONENTS = tuple(e / 2 for e in range(-12, 1))
@@ -76,6 +78,10 @@ class EpochRecord:
         steps: How many steps the first optimizer has made; None if there is no optimizer.
         dense_seconds: The median time of the epochs so far in which all neurons trained, of those
             with as many steps; None if there is none, or they are too short to compare with.
+        mean_speed: The mean |v| of all neurons that were measured; None if there are none.
+        velocity_change: The mean squared change of their velocities since the epoch before; None if
+            they were not measured then.
+        advice: What to do about the run: a few sentences, often none.
     """
 
     epoch: int
@@ -85,6 +91,9 @@ class EpochRecord:
     layers: tuple[LayerRecord, ...]
     steps: int | None = None
     dense_seconds: float | None = None
+    mean_speed: float | None = None
+    velocity_change: float | None = None
+    advice: tuple[str, ...] = ()
 
     @property
     def neurons(self) -> int:
@@ -137,6 +146,24 @@ class EpochRecord:
         """
         return None if self.dense else time_saved(self.seconds, self.dense_seconds)
 
+    def would_freeze(self, eps: float) -> float:
+        """The share of all neurons that were slower than ``eps``: what it would freeze.
+
+        It is exact where ``eps`` is a power of ten in ``SPEED_EXPONENTS``, and interpolated between
+        them. Neurons below the least count from there on, those above the greatest never.
+
+        Args:
+            eps: A threshold on |v|, as for ``neq.Equilibrium``.
+        """
+        at = 2 * (log10(eps) - SPEED_EXPONENTS[0]) if eps > 0 else -inf  # in bins
+        at = min(round(at, 9), len(SPEED_EXPONENTS) - 1)
+        if at < 0:
+            return 0.0
+        whole, part = floor(at), at - floor(at)
+        counts = [layer.speeds for layer in self.layers if layer.speeds]
+        slower = sum(sum(bins[: whole + 1]) + part * bins[whole + 1] for bins in counts)
+        return slower / self.neurons
+
     def _share(self, training: Iterable[int]) -> float:
         """The FLOPs saved if so many neurons of each layer train, as a share of a step's."""
         if not self.step_flops:
@@ -171,7 +198,8 @@ class EpochRecord:
         """
         fields = json.loads(line)
         layers = tuple(LayerRecord(**layer) for layer in fields.pop("layers"))
-        return cls(**fields, layers=layers)
+        advice = tuple(fields.pop("advice", ()))
+        return cls(**fields, layers=layers, advice=advice)
 
 
 class History:
@@ -282,6 +310,28 @@ def layer_record(
         update_flops=update_flops,
         thawed=int((active & ~motion.active).sum()),
     )
+
+
+def in_context(
+    record: EpochRecord,
+    earlier: Sequence[EpochRecord],
+    before: Tensor | None,
+    now: Tensor | None,
+) -> EpochRecord:
+    """A record with what can only be said beside the epochs before it.
+
+    Args:
+        record: The record of the latest epoch.
+        earlier: Those of the epochs before.
+        before: The velocities of all neurons in the epoch before [n]; None if not measured.
+        now: Their velocities in this one.
+    """
+    dense = dense_seconds([*earlier, record], record.steps)
+    speed = None if now is None else mean_speed(now)
+    change = None
+    if now is not None and before is not None:
+        change = mean_speed((now - before).square())
+    return replace(record, dense_seconds=dense, mean_speed=speed, velocity_change=change)
 
 
 def dense_seconds(records: Iterable[EpochRecord], steps: int | None) -> float | None:

@@ -223,6 +223,16 @@ def _thawed(records: Sequence[EpochRecord], name: str) -> str:
     return f"{sum(found.values())} in all, {len(found)} times: after {shown}"
 
 
+def _thresholds(last: EpochRecord) -> str:
+    """What each ε would freeze, from the speeds in the last epoch; nothing if there are none."""
+    shares = {e: last.would_freeze(10.0**e) for e in SPEED_EXPONENTS}
+    told = [(f"{10.0**e:.1e}", f"{share:.1%}") for e, share in shares.items() if share]
+    if not told:
+        return ""
+    rows = _table([("eps", "of all neurons frozen"), *told])
+    return f"<h2>What each ε would freeze, at the speeds of the last epoch</h2>\n{rows}\n"
+
+
 def _page(records: Sequence[EpochRecord], png: bytes) -> str:
     last = records[-1]
     predicted, _ = step_saving(records)
@@ -262,7 +272,7 @@ img {{ max-width: 100% }}</style>
 <img alt="frozen share, speed and saving over the epochs" src="data:image/png;base64,{image}">
 <h2>At the end</h2>
 {_table([("layer", "kind", "neurons", "frozen", "neurons thawed"), *layers])}
-</html>
+{_thresholds(last)}</html>
 """
 
 

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 POLICIES = {
     "equilibrium": lambda: neq.Equilibrium(0.03),
+    "share": lambda: neq.Equilibrium(share=0.5),
     "released": lambda: neq.Equilibrium.released(0.03),
     "pinning": lambda: neq.Equilibrium(0.03, hysteresis=1, pinning=True),
     "budget": lambda: neq.Budget(share=0.4),

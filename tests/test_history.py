@@ -85,6 +85,28 @@ def test_the_clock_says_nothing_rather_than_something_absurd():
     assert dense_seconds(epochs(5.0, steps=None), None) == 5.0
 
 
+def test_what_each_eps_would_freeze():
+    speeds = [2, 0, 0, 0, 4, *[0] * 8, 2]  # below 1e-6, from 10^-4.5 to 1e-4, above 1
+    layers = tuple(
+        replace(layer, speeds=s) for layer, s in zip(record().layers, (speeds, []), strict=True)
+    )
+    r = replace(record(), layers=layers)
+    assert r.neurons == 10
+    shares = [r.would_freeze(eps) for eps in (0, 1e-9, 1e-6, 1e-5, 1e-4, 1e-3, 1, 5)]
+    assert shares == [0, 0, 0.2, 0.2, 0.6, 0.6, 0.6, 0.6]
+    assert r.would_freeze(10**-4.25) == pytest.approx(0.4)  # halfway through the bin
+    assert r.would_freeze(10**-4.5) == pytest.approx(0.2)
+
+
+def test_would_freeze_is_what_equilibrium_freezes():
+    velocity = 10.0 ** -torch.arange(0.35, 6.3, 0.1, dtype=torch.float64)
+    motion = Motion("fc", neq.NEqLinear(1, 60), velocity, velocity, torch.ones(60).bool())
+    r = EpochRecord(1, 1.0, 0.1, 0.0, (layer_record(motion, motion.active, 0.0),))
+    for eps in (1e-5, 1e-4, 10**-2.5, 1.0):
+        (active,) = neq.Equilibrium(eps).choose([motion], 1)
+        assert r.would_freeze(eps) == pytest.approx(float((~active).double().mean()))
+
+
 def test_a_file_of_an_earlier_version_is_read():
     fields = asdict(record())
     for name in ("steps", "dense_seconds"):

@@ -112,6 +112,16 @@ def test_a_run_of_one_epoch_shows_its_point():
     assert draw(records(2)).axes[2].get_lines()[0].get_marker() == "None"
 
 
+def test_the_page_says_what_each_eps_would_freeze(tmp_path):
+    text = page(records(4), tmp_path)  # in epoch 4 all speeds lie between 10^-4.5 and 10^-4
+    assert "<td>3.2e-05</td>" not in text
+    assert "<td>1.0e-04</td><td>100.0%</td>" in text
+    unmeasured = [
+        replace(r, layers=tuple(replace(x, speeds=[]) for x in r.layers)) for r in records()
+    ]
+    assert "would freeze" not in page(unmeasured, tmp_path)
+
+
 def test_thaws_are_told_by_layer(tmp_path):
     run = [
         replace(

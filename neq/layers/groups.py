@@ -1,6 +1,6 @@
 """Groups: layers of a model that share one weight, and so one choice of active neurons."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -90,6 +90,32 @@ def chosen_for(model: nn.Module, leave_alone: LeaveAlone) -> dict[str, Group]:
         untrained = f": {', '.join(map(repr, left))} do not train (requires_grad=False)"
         raise ValueError("leave_alone: no layer is left to decide on" + untrained * bool(left))
     return chosen
+
+
+def check_masks(groups: dict[str, Group], masks: Mapping[str, Tensor]) -> None:
+    """Are these masks of these groups?
+
+    Args:
+        groups: The groups, by name.
+        masks: Masks that were saved, by the name of a group.
+
+    Raises:
+        ValueError: If they are of other groups, or of other numbers of neurons.
+    """
+    if list(masks) != list(groups):
+        missing = sorted(groups.keys() - masks.keys())
+        unknown = sorted(masks.keys() - groups.keys())
+        raise ValueError(
+            f"the state is of other layers: it lacks {missing}, and this model lacks {unknown}"
+            if missing or unknown
+            else "the state is of the same layers in another order"
+        )
+    for name, mask in masks.items():
+        if len(mask) != groups[name].n_neurons:
+            raise ValueError(
+                f"layer {name!r} has {groups[name].n_neurons} neurons, the state was saved with "
+                f"{len(mask)}"
+            )
 
 
 def _groups_of(model: nn.Module) -> dict[str, Group]:

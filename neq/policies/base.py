@@ -13,6 +13,7 @@ from neq.layers.base import NeuronLayer
 from neq.layers.groups import Group
 from neq.measure.base import Measure
 from neq.measure.equilibrium import Recurrence
+from neq.measure.probes import Probe
 from neq.measure.velocity import OutputVelocity
 from neq.prefix.blocks import Block
 
@@ -174,6 +175,23 @@ class Policy:
         Args:
             state: What ``state_dict`` returned.
         """
+
+
+def probe_for(policy: Policy, probe: Any) -> Probe | None:
+    """What was given to a Controller as a probe; a ValueError if the policy needs one.
+
+    Args:
+        policy: The policy.
+        probe: Samples, a loader, a ``Probe`` or None.
+    """
+    if probe is None:
+        if policy.measures:
+            raise ValueError(
+                f"{type(policy).__name__} decides by how neurons move, so it needs a probe: some "
+                "samples, a loader, neq.NoiseProbe(shape) or neq.WeightProbe()"
+            )
+        return None
+    return probe if isinstance(probe, Probe) else Probe(probe)
 
 
 def check_share(name: str, share: float) -> float:

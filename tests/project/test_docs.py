@@ -83,12 +83,21 @@ def test_readme(capsys):
     assert type(setting["model"].layer1[0].conv1) is nn.Conv2d
 
 
-def test_choosing_which_neurons_train(capsys):
+def test_choosing_which_neurons_train(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     setting = Setting(perceptron())
-    for code in blocks("docs/training.md", "Choosing which neurons train"):
-        setting.run(code)
+    loop, by_itself = blocks("docs/training.md", "Choosing which neurons train")
+    setting.run(loop)
     assert epochs_told(capsys) == 3
+    setting.run(by_itself)
+    assert epochs_told(capsys) == 3
+    assert setting["control"].epoch == 3 * 4 // 2
+    setting.run(loop)
 
+    (schedule,) = blocks("docs/training.md", "Learning rate and stopping")
+    setting["epochs"] = 2
+    setting.run(schedule)
+    assert setting["control"].epoch == 3 + 2
     (resume,) = blocks("docs/training.md", "Stop and resume")
     setting.run(resume)
 
