@@ -28,6 +28,12 @@ foreach_add_ = torch._foreach_add_
 not_compiled = _disable_dynamo
 
 
+# Inside, subclasses of Tensor are treated as tensors.
+plain_tensors = torch._C.DisableTorchFunctionSubclass
+# A tensor with the same memory, of a subclass, outside of autograd. Tensor.as_subclass makes a view.
+make_subclass = Tensor._make_subclass
+
+
 def compiler_loaded() -> bool:
     """Can anything be compiled? Asked without loading the compiler."""
     return "torch._dynamo" in sys.modules

@@ -141,8 +141,7 @@ class PrefixCache:
 
     def _start(self) -> bool:
         """A pass begins. Can its batches be kept?"""
-        self._reuse.costs.passes += 1
-        self._reuse.check()
+        self._reuse.start()
         return self._prefix.depth > 0 and self._reuse.refusal is None
 
     def _hand_out(self, slots: Tensor) -> None:

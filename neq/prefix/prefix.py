@@ -7,7 +7,7 @@ mode: dropout is off, and norms normalise by their running statistics.
 
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import takewhile
 from typing import Any, Protocol
@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from neq.integrations.wrapped import model_in
 from neq.layers.base import NeuronLayer
 from neq.optim.frozen import freeze_whole, thaw_whole
-from neq.prefix.blocks import blocks
+from neq.prefix.blocks import Block, blocks
 from neq.prefix.fingerprint import fingerprint
 from neq.prefix.statistics import recompute_statistics
 from neq_kernels import _torch
@@ -132,8 +132,8 @@ class Prefix:
         if not 0 <= depth <= len(self.blocks):
             raise ValueError(f"depth must be in [0, {len(self.blocks)}], got {depth}")
         if statistics is not None and depth > self.depth:
-            new = self._outermost(self.depth, depth).values()
-            recompute_statistics(self.model, new, statistics)
+            new = self._outermost(_modules(self.blocks[self.depth : depth]))
+            recompute_statistics(self.model, new.values(), statistics)
         self._release()
         self.depth = depth
         if depth:
@@ -176,25 +176,31 @@ class Prefix:
         for name, owner in self._owners():
             yield owner.get_parameter(name)
 
-    def frozen_modules(self) -> dict[str, nn.Module]:
-        """The modules that run in the frozen blocks and lie in no other of them, by name."""
-        return self._outermost(0, self.depth)
+    @property
+    def end(self) -> str:
+        """The name of the module with which the frozen blocks end."""
+        return self.blocks[self.depth - 1].end
+
+    def skippable(self) -> dict[str, nn.Module]:
+        """The modules, none inside of another, whose work the end's output makes unnecessary."""
+        names = {name for b in self.blocks[: self.depth] for name in {*b.modules} - {*b.unseen}}
+        return self._outermost({*names, self.end})
 
     def fingerprint(self) -> str:
         """What changes if a bit of a frozen tensor does, or the makeup of the frozen modules."""
-        makeup = [f"{name}: {module}" for name, module in sorted(self.frozen_modules().items())]
+        makeup = [f"{name}: {module}" for name, module in sorted(self._frozen().items())]
         return fingerprint(self._tensors(), makeup)
 
     # -- what freezing does ---------------------------------------------------------------------
 
     def _hold(self) -> None:
-        end = self.model.get_submodule(self.blocks[self.depth - 1].end)
+        end = self.model.get_submodule(self.end)
         self._handles = [
             self.model.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True),
             end.register_forward_hook(self._leave),
             self.model.register_forward_hook(self._finish, always_call=True),
         ]
-        for module in self.frozen_modules().values():
+        for module in self._frozen().values():
             module.eval()
             vars(module)["train"] = partial(_stay_in_eval, module)
         for name, owner in self._owners():
@@ -208,7 +214,7 @@ class Prefix:
     def _release(self) -> None:
         for handle in self._handles:
             handle.remove()
-        for module in self.frozen_modules().values():
+        for module in self._frozen().values():
             vars(module).pop("train", None)
             module.train(self.model.training)
         for _, owner in self._owners():
@@ -218,10 +224,13 @@ class Prefix:
                 thaw_whole(owner)
         self._handles, self._layers, self._marked = [], [], {}
 
-    def _outermost(self, start: int, stop: int) -> dict[str, nn.Module]:
-        """The modules of some blocks that lie in no other of them."""
-        names = {name for block in self.blocks[start:stop] for name in block.modules}
-        outer = [name for name in names if names.isdisjoint(_containers(name))]
+    def _frozen(self) -> dict[str, nn.Module]:
+        """The modules of the frozen blocks that lie in no other of them, by name."""
+        return self._outermost(_modules(self.blocks[: self.depth]))
+
+    def _outermost(self, names: Collection[str]) -> dict[str, nn.Module]:
+        """The modules that lie in no other of them."""
+        outer = [name for name in names if not any(n in names for n in _containers(name))]
         return {name: self.model.get_submodule(name) for name in outer}
 
     def _owners(self) -> Iterator[tuple[str, nn.Module]]:
@@ -270,7 +279,7 @@ class Prefix:
                 self.source.finish()
             if output is not None:
                 raise RuntimeError(
-                    f"{self.blocks[self.depth - 1].end!r}, with which the frozen prefix ends, did "
+                    f"{self.end!r}, with which the frozen prefix ends, did "
                     "not run in this forward: freeze fewer blocks, or none of a model that skips "
                     "some at times"
                 )
@@ -285,6 +294,11 @@ class Prefix:
 def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
     """The ``train`` of a frozen module."""
     return module
+
+
+def _modules(blocks: Iterable[Block]) -> set[str]:
+    """The names of all modules of some blocks."""
+    return {name for block in blocks for name in block.modules}
 
 
 def _containers(name: str) -> Iterator[str]:

@@ -71,20 +71,28 @@ class Reuse:
         self._outlines: dict[int, Outline] = {}  # by number of samples
         self._skipping: Outline | None = None
         self._computing: tuple[_Batch, _Watch] | None = None
-        self.check()
+        self._check()
 
     # -- from one depth to the next --------------------------------------------------------------
 
     def refrozen(self) -> None:
-        """Blocks have been frozen, or train again."""
-        self.check()
+        """Blocks have been frozen, or train again: outputs of others are dropped."""
+        self._check()
 
-    def check(self) -> None:
-        """Drop all outputs if the prefix is another one than theirs."""
+    def start(self) -> None:
+        """An epoch begins."""
+        self.costs.passes += 1
+        if self._check():
+            self.prefix.warn_of_changes()
+
+    def _check(self) -> bool:
+        """Drop all outputs if the prefix is another one than theirs. Is it?"""
         now = self.prefix.fingerprint() if self.prefix.depth else ""
-        if now != self._fingerprint:
-            self.drop()
-            self._fingerprint = now
+        if now == self._fingerprint:
+            return False
+        self.drop()
+        self._fingerprint = now
+        return True
 
     def drop(self) -> None:
         """Forget all outputs, and remove their file."""
@@ -175,7 +183,7 @@ class Reuse:
         for field, kept in zip(fields, store.fields, strict=True):
             if (field.shape, field.dtype) != (kept.shape, kept.dtype):
                 raise ValueError(
-                    f"the output of {self._end!r} is {field.dtype} {list(field.shape)} for a "
+                    f"the output of {self.prefix.end!r} is {field.dtype} {list(field.shape)} for a "
                     f"sample, and was {kept.dtype} {list(kept.shape)} before: a PrefixCache needs "
                     "one shape for all samples; pad texts to one length, crop images to one size"
                 )
@@ -229,7 +237,7 @@ class Reuse:
         for t in tensors:
             if t.dim() == 0 or len(t) != count:
                 raise ValueError(
-                    f"the output of {self._end!r}, with which the frozen prefix ends, is "
+                    f"the output of {self.prefix.end!r}, with which the frozen prefix ends, is "
                     f"{list(t.shape)} for {count} samples: a PrefixCache needs the samples first; "
                     "freeze to another depth, or turn the dimensions"
                 )
@@ -242,10 +250,6 @@ class Reuse:
         if not torch.is_autocast_enabled(kind):
             return "no autocast"
         return f"autocast to {str(torch.get_autocast_dtype(kind)).removeprefix('torch.')}"
-
-    @property
-    def _end(self) -> str:
-        return self.prefix.blocks[self.prefix.depth - 1].end
 
 
 class _Watch:
@@ -262,8 +266,7 @@ class _Watch:
         self.outline: Outline | None = None
         if new:
             self._random = self._random_state()
-            end = prefix.blocks[prefix.depth - 1].end
-            self.outline = Outline(prefix.frozen_modules(), end)
+            self.outline = Outline(prefix.skippable(), prefix.end)
             self.outline.record()
         self._stopwatch = Stopwatch(self._device) if timed else None
 

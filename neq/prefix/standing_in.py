@@ -1,4 +1,4 @@
-"""Modules that don't run: stand-ins return what they would have, in shape at least."""
+"""Modules that don't run: stand-ins return what they would have, or at least its form."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from neq.prefix.unknown import Origin, unknown
 from neq_kernels import _torch
 
-_Make = Callable[[], Any]  # of one leaf of an output
+_Make = Callable[[], Tensor]
 
 
 class Outline:
@@ -19,27 +20,28 @@ class Outline:
 
     It is recorded in one forward, and holds for others with as many samples. Then stand-ins can
     take the modules' places: of the end one that returns given tensors, of the others ones that
-    return tensors without meaning. What the model computes from these between its modules has no
-    meaning either, and no use.
+    return ``Unknown`` ones.
 
     Args:
-        modules: The modules by name, none inside of another.
+        modules: The modules by name, none inside of another. All but the end return tensors and
+            None only.
         end: The name of the one that runs last.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], end: str) -> None:
         self._modules, self._end = modules, end
         # of each module a list of calls: makers of the leaves, and how to put them together
-        self._calls: dict[str, list[tuple[list[_Make], Any]]] = {name: [] for name in modules}
-        self._end_output: tuple[list[Any], Any] = [], None  # where tensors belong is None
-        self._tensor_places: list[int] = []
-        self._seen: list[tuple[Tensor, int, list[_Make], int]] = []  # with versions and places
+        self._calls: dict[str, list[tuple[list[_Make | None], Any]]] = {n: [] for n in modules}
+        self._end_output: tuple[list[Any], Any] | None = None  # where tensors belong is a Tensor
+        self._seen: list[tuple[Tensor, int, list[_Make | None], int]] = []  # versions and places
         self._handles: list[RemovableHandle] = []
         self._replaced: dict[str, Any] = {}
         # the same each time, for which compiled code looks
         self._stand_ins = {name: partial(self._answer, name) for name in modules}
-        self._output: Any = None  # of the end, in this forward
-        self._count: Counter[str] = Counter()  # of calls in this forward
+        # of the forward with stand-ins:
+        self._origin = Origin(end)
+        self._output: Any = None
+        self._count: Counter[str] = Counter()  # of calls
 
     # -- recording ------------------------------------------------------------------------------
 
@@ -58,8 +60,7 @@ class Outline:
         for leaf, version, makers, place in self._seen:
             if leaf._version != version:  # it was written to, for which it needs memory of its own
                 shape, dtype, device = leaf.shape, leaf.dtype, leaf.device
-                fill = torch.empty if dtype.is_floating_point else torch.zeros
-                makers[place] = partial(fill, shape, dtype=dtype, device=device)
+                makers[place] = partial(torch.empty, shape, dtype=dtype, device=device)
         self._handles, self._seen = [], []
 
     def tensors_of(self, output: Any) -> list[Tensor]:
@@ -67,6 +68,7 @@ class Outline:
 
         Raises:
             TypeError: If there is something in it that can't be kept.
+            ValueError: If there is something other in it than in an earlier forward.
         """
         leaves, structure = _torch.tree_flatten(output)
         for leaf in leaves:
@@ -76,20 +78,27 @@ class Outline:
                     f"kept: there is a {type(leaf).__name__} in it; let it return tensors only, or "
                     "freeze to another depth"
                 )
-        self._end_output = [None if isinstance(x, Tensor) else x for x in leaves], structure
-        self._tensor_places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
-        return [leaves[i] for i in self._tensor_places]
+        now = [Tensor if isinstance(x, Tensor) else x for x in leaves], structure
+        if self._end_output is None:
+            self._end_output = now
+        elif now != self._end_output:
+            raise ValueError(
+                f"the output of {self._end!r}, with which the frozen prefix ends, has "
+                f"{now[0]} in it, and had {self._end_output[0]} before: only its tensors can be "
+                "kept; freeze to another depth"
+            )
+        return [x for x in leaves if isinstance(x, Tensor)]
 
     def _record(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         leaves, structure = _torch.tree_flatten(output)
-        makers: list[_Make] = []
+        makers: list[_Make | None] = []
         for place, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor):
                 self._seen.append((leaf, leaf._version, makers, place))
-                one = torch.zeros((), dtype=leaf.dtype, device=leaf.device)
-                makers.append(partial(one.expand, leaf.shape))
+                zero = torch.zeros((), dtype=leaf.dtype, device=leaf.device)
+                makers.append(partial(zero.expand, leaf.shape))
             else:
-                makers.append(partial(_the_same, leaf))
+                makers.append(None)
         self._calls[name].append((makers, structure))
 
     # -- standing in ----------------------------------------------------------------------------
@@ -100,11 +109,11 @@ class Outline:
         Args:
             tensors: What the end's output is made of.
         """
-        leaves, structure = list(self._end_output[0]), self._end_output[1]
-        for place, t in zip(self._tensor_places, tensors, strict=True):
-            leaves[place] = t
+        assert self._end_output is not None
+        kept, structure = iter(tensors), self._end_output[1]
+        leaves = [next(kept) if x is Tensor else x for x in self._end_output[0]]
         self._output = _torch.tree_unflatten(leaves, structure)
-        self._count = Counter()
+        self._count, self._origin = Counter(), Origin(self._end)
         for name, module in self._modules.items():
             self._replaced[name] = vars(module).get("forward")
             vars(module)["forward"] = self._stand_ins[name]
@@ -118,6 +127,7 @@ class Outline:
             else:
                 own["forward"] = forward
         self._replaced, self._output = {}, None
+        self._origin.over = True
 
     @_torch.not_compiled
     def _answer(self, name: str, *args: Any, **kwargs: Any) -> Any:
@@ -132,8 +142,5 @@ class Outline:
                 "than in an earlier one: a model that takes different ways can't have a PrefixCache"
             )
         makers, structure = self._calls[name][call]
-        return _torch.tree_unflatten([make() for make in makers], structure)
-
-
-def _the_same(value: Any) -> Any:
-    return value
+        leaves = [None if make is None else unknown(make(), self._origin) for make in makers]
+        return _torch.tree_unflatten(leaves, structure)

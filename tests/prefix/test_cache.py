@@ -164,7 +164,8 @@ def test_a_prefix_that_has_changed_is_computed_again():
     train(model, loader, epochs=1)
     with torch.no_grad():
         model.stem[1].running_mean[0] += 1  # a checkpoint that was loaded, say
-    x, _ = next(iter(loader))
+    with pytest.warns(UserWarning, match="prefix has changed: stem.1.running_mean"):
+        x, _ = next(iter(loader))
     twin = copy.deepcopy(model)
     for module in twin.modules():
         module._forward_hooks.clear(), module._forward_pre_hooks.clear()
