@@ -30,7 +30,7 @@ not_compiled = _disable_dynamo
 
 # Inside, subclasses of Tensor are treated as tensors.
 plain_tensors = torch._C.DisableTorchFunctionSubclass
-# A tensor with the same memory, of a subclass, outside of autograd. Tensor.as_subclass makes a view.
+# A tensor of a subclass, in the same memory, outside of autograd. Tensor.as_subclass makes a view.
 make_subclass = Tensor._make_subclass
 
 

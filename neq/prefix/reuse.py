@@ -73,6 +73,10 @@ class Reuse:
         self._computing: tuple[_Batch, _Watch] | None = None
         self._check()
 
+    def __reduce__(self) -> Any:
+        """A copy of the model, or one that is saved whole, has no cache."""
+        return _nothing, ()
+
     # -- from one depth to the next --------------------------------------------------------------
 
     def refrozen(self) -> None:
@@ -250,6 +254,10 @@ class Reuse:
         if not torch.is_autocast_enabled(kind):
             return "no autocast"
         return f"autocast to {str(torch.get_autocast_dtype(kind)).removeprefix('torch.')}"
+
+
+def _nothing() -> None:
+    """What comes of a copy."""
 
 
 class _Watch:

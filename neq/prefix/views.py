@@ -19,7 +19,7 @@ ViewSpec = int | Sequence[Callable[[Any], Any] | None] | None
 """None: one view, the item as the dataset gives it. A number: so many draws of a random item.
 Callables: what they make of an item; None among them for the item itself."""
 
-_CHECKED = 4  # items that are fetched twice
+_CHECKED = 8  # items that are fetched twice: an item that is flipped or not may come the same
 
 
 class Key(NamedTuple):
@@ -62,14 +62,15 @@ class Views:
         Raises:
             ValueError: If they differ.
         """
-        for sample in np.linspace(0, len(dataset) - 1, min(_CHECKED, len(dataset))).astype(int):
-            for view in range(min(self.count, _CHECKED)):
-                pair = []
-                for seed in 1, 2:
-                    with same_random_numbers(seed=seed):
-                        pair.append(self.fetch(dataset, Key(int(sample), view)))
-                if not _same(*pair):
-                    raise ValueError(f"sample {sample} {self._how_it_differs()}")
+        count = min(_CHECKED, len(dataset))
+        for i in range(count):
+            key = Key(i * len(dataset) // count, i % self.count)
+            pair = []
+            for seed in 1, 2:
+                with same_random_numbers(seed=seed):
+                    pair.append(self.fetch(dataset, key))
+            if not _same(*pair):
+                raise ValueError(f"sample {key.sample} {self._how_it_differs()}")
 
     def _how_it_differs(self) -> str:
         if self.draws:

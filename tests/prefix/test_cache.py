@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import neq
-from tests.support.cached import BATCH, SAMPLES, frozen, images, loader_of, train
+from tests.support.cached import BATCH, SAMPLES, frozen, images, loader_of, net, step, train
 
 pytestmark = pytest.mark.usefixtures("one_thread", "always_pays")
 
@@ -171,6 +171,56 @@ def test_a_prefix_that_has_changed_is_computed_again():
         module._forward_hooks.clear(), module._forward_pre_hooks.clear()
     assert torch.equal(model(x), twin(x))
     assert cache.hits == 0
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_copy_of_the_model_has_no_cache(on_disk, tmp_path):
+    model, prefix = frozen()
+    cache = neq.PrefixCache(prefix, tmp_path if on_disk else None)
+    loader = cache.wrap(loader_of())
+    train(model, loader, epochs=1)
+    twin = copy.deepcopy(model)  # an average of weights, say
+    for x, _ in loader:
+        runs = twin.pair.runs
+        assert torch.equal(twin(x), model(x))
+        assert twin.pair.runs == runs + 1
+    assert cache.hits == 3
+
+
+def test_a_controller_that_is_resumed_reads_the_file(tmp_path):
+    """With the same bits as a training that was not interrupted."""
+
+    def start():
+        model = net()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        control = neq.Controller(
+            model,
+            optimizer=optimizer,
+            policy=neq.BottomUp.scheduled([0.2], epochs=5),
+            example_inputs=torch.randn(2, 3, 6, 6),
+            leave_alone=["head"],
+        )
+        cache = neq.PrefixCache(control, tmp_path)
+        return model, optimizer, control, cache, cache.wrap(loader_of())
+
+    def run(model, optimizer, control, cache, loader, epochs):
+        for _ in range(epochs):
+            for x, y in loader:
+                step(model, optimizer, x, y)
+            control.step()
+        return model, optimizer, control, cache
+
+    whole, _, _, cache = run(*start(), epochs=5)
+    assert (cache.hits, cache.misses) == (9, 3)
+    cache.clear()
+    *parts, cache = run(*start(), epochs=3)
+    states = [copy.deepcopy(part.state_dict()) for part in parts]
+    model, optimizer, control, cache, loader = start()
+    for part, state in zip((model, optimizer, control), states, strict=True):
+        part.load_state_dict(state)
+    run(model, optimizer, control, cache, loader, epochs=2)
+    assert (cache.hits, cache.misses) == (4, 2)  # two sizes of batches are looked at
+    assert same(model, whole)
 
 
 def test_clear_and_remove():
