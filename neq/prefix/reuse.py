@@ -119,8 +119,7 @@ class Reuse:
             self._store = self._existing()
         outline = self._outlines.get(len(slots))
         if self._all_there(batch) and outline is not None and self._store is not None:
-            device = device_of(self.prefix.model)
-            outline.stand_in([t.to(device) for t in self._store.read(slots)])
+            outline.stand_in(self._store.read(slots))
             self._skipping = outline
             self.hits += 1
         else:
@@ -171,10 +170,11 @@ class Reuse:
             slot = int(batch.slots[wrong][0])
             raise ValueError(
                 f"the model's input for sample {slot // self.costs.views} is not what it was when "
-                "its output was kept: there is something random between the loader and the model "
-                "(augmentation of the batch, say), the data are others, or the model was called "
-                "on another batch than the loader's latest; let the dataset augment, and give "
-                "views"
+                "its output was kept: something between the dataset and the model is random or "
+                "depends on the batch (augmentation or masks drawn in collate_fn or in the loop, "
+                "padding to a batch's longest), the data are others, or the model was called on "
+                "another batch than the loader's latest; let the dataset draw, give views, and pad "
+                "to one length"
             )
         return bool(there.all())
 

@@ -33,6 +33,7 @@ class Outline:
         # of each module a list of calls: makers of the leaves, and how to put them together
         self._calls: dict[str, list[tuple[list[_Make | None], Any]]] = {n: [] for n in modules}
         self._end_output: tuple[list[Any], Any] | None = None  # where tensors belong is a Tensor
+        self._devices: list[torch.device] = []  # of the end's tensors
         self._seen: list[tuple[Tensor, int, list[_Make | None], int]] = []  # versions and places
         self._handles: list[RemovableHandle] = []
         self._replaced: dict[str, Any] = {}
@@ -87,7 +88,9 @@ class Outline:
                 f"{now[0]} in it, and had {self._end_output[0]} before: only its tensors can be "
                 "kept; freeze to another depth"
             )
-        return [x for x in leaves if isinstance(x, Tensor)]
+        tensors = [x for x in leaves if isinstance(x, Tensor)]
+        self._devices = [t.device for t in tensors]
+        return tensors
 
     def _record(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         leaves, structure = _torch.tree_flatten(output)
@@ -107,10 +110,11 @@ class Outline:
         """The next calls of the modules run stand-ins.
 
         Args:
-            tensors: What the end's output is made of.
+            tensors: What the end's output is made of, on any device.
         """
         assert self._end_output is not None
-        kept, structure = iter(tensors), self._end_output[1]
+        kept = (t.to(device) for t, device in zip(tensors, self._devices, strict=True))
+        structure = self._end_output[1]
         leaves = [next(kept) if x is Tensor else x for x in self._end_output[0]]
         self._output = _torch.tree_unflatten(leaves, structure)
         self._count, self._origin = Counter(), Origin(self._end)

@@ -57,6 +57,17 @@ def test_the_loader_is_the_users_but_for_numbers():
     assert wrapped.dataset is loader.dataset
 
 
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_batch_of_which_a_part_is_there_is_computed(on_disk, tmp_path):
+    model, prefix = frozen()
+    cache = neq.PrefixCache(prefix, tmp_path if on_disk else None)
+    batches = [[0, 1], [0, 2], [3, 1], [2, 1], [3, 3], [4, 4], [4, 0]]
+    plain = copy.deepcopy(model)
+    for x, _ in cache.wrap(DataLoader(images(), batch_sampler=batches)):
+        torch.testing.assert_close(model(x), plain(x))
+    assert (cache.hits, cache.misses) == (3, 4)
+
+
 def test_memory_formats_are_kept():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(128, 4))
     model = model.to(memory_format=torch.channels_last)

@@ -17,7 +17,7 @@ def test_augmentation_of_the_batch_is_an_error():
     for x, _ in loader:
         model(x).sum().backward()
     x, _ = next(iter(loader))
-    with pytest.raises(ValueError, match=r"input for sample 0 is not what it was .*random"):
+    with pytest.raises(ValueError, match=r"input for sample 0 is not what it was .*in the loop"):
         model(x.flip(3))
     assert torch.is_grad_enabled()
     runs = model.pair.runs
@@ -83,6 +83,27 @@ def test_samples_come_first():
     loader = neq.PrefixCache(prefix).wrap(DataLoader(texts, batch_size=BATCH))
     with pytest.raises(ValueError, match=r"'1'.* is \[4, 8, 6\] for 8 samples"):
         model(next(iter(loader)))
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor.sum, lambda x: {x}])
+def test_only_tensors_of_an_output_can_be_kept(kind):
+    class Extra(nn.Module):
+        def forward(self, x):
+            extra = kind(x.detach())
+            return x, extra if isinstance(extra, set) else extra.item()
+
+    class First(nn.Module):
+        def forward(self, pair):
+            return pair[0] * 1
+
+    model = nn.Sequential(nn.Linear(6, 6), Extra(), First(), nn.Linear(6, 2))
+    prefix = neq.Prefix(model, torch.randn(2, 6), at=["1"])
+    prefix.freeze(1)
+    loader = iter(neq.PrefixCache(prefix).wrap(DataLoader(torch.randn(8, 6), batch_size=4)))
+    told = r"'1', .*: there is a set in it|'1', .*, has \[.*\] in it, and had \[.*\] before"
+    with pytest.raises((TypeError, ValueError), match=told):
+        model(next(loader)), model(next(loader))
+    assert torch.is_grad_enabled()
 
 
 def test_random_numbers_in_the_prefix_are_an_error():
