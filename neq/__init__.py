@@ -47,6 +47,7 @@ from neq.policies import (
     Random,
 )
 from neq.prefix.blocks import Block, blocks
+from neq.prefix.cache import PrefixCache
 from neq.prefix.prefix import Prefix
 from neq.schedule import ReduceLROnEquilibrium
 
@@ -86,6 +87,7 @@ __all__ = [
     "NoiseProbe",
     "Policy",
     "Prefix",
+    "PrefixCache",
     "Probe",
     "Random",
     "ReduceLROnEquilibrium",

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd import forward_ad
 from torch.utils import _pytree
 
@@ -21,6 +22,16 @@ profiler_enabled = torch._C._autograd._profiler_enabled
 any_autocast = torch._C._is_any_autocast_enabled
 # Add to each tensor of a list, in place and at once.
 foreach_add_ = torch._foreach_add_
+
+
+# A decorator: compilers leave the function alone. Unlike torch.compiler.disable it loads none.
+not_compiled = _disable_dynamo
+
+
+# Inside, subclasses of Tensor are treated as tensors.
+plain_tensors = torch._C.DisableTorchFunctionSubclass
+# A tensor of a subclass, in the same memory, outside of autograd. Tensor.as_subclass makes a view.
+make_subclass = Tensor._make_subclass
 
 
 def compiler_loaded() -> bool:

@@ -31,7 +31,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     devices = {p.device for p in model.parameters()} | {torch.device("cpu")}
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_same_random_numbers(devices))
+        stack.enter_context(same_random_numbers(devices))
         for kind in {device.type for device in devices}:
             # a cast cached here has no gradient, and training would use it
             cast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
@@ -66,17 +66,18 @@ def hooked(hooks: Mapping[Module, Callable[..., None]]) -> Iterator[None]:
 
 
 @contextmanager
-def _same_random_numbers(devices: Iterable[torch.device]) -> Iterator[None]:
+def same_random_numbers(devices: Iterable[torch.device] = (), seed: int = 0) -> Iterator[None]:
+    """Inside, random numbers of torch, numpy and Python start from a seed. Outside none is used."""
     accelerators = [(torch.get_device_module(d), d) for d in devices if d.type != "cpu"]
     states = [module.get_rng_state(device) for module, device in accelerators]
     cpu, python, numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
-        torch.default_generator.manual_seed(0)  # torch.manual_seed seeds unused devices too
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds unused devices too
         for module, device in accelerators:
             with module.device(device):
-                module.manual_seed(0)
-        random.seed(0)
-        np.random.seed(0)  # noqa: NPY002
+                module.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
         yield
     finally:
         torch.set_rng_state(cpu)

@@ -22,6 +22,8 @@ class Block:
         name: What it is called: the module that it is, or its first and its last.
         end: The name of the module that ends it.
         modules: The names of the modules that run in it, or run in it for the last time.
+        unseen: The names of those of them that return something without a gradient, a mask say.
+            Later blocks may use it.
         parameters: The names of the parameters that come in with it. A parameter that a later block
             uses too is here only.
     """
@@ -29,6 +31,7 @@ class Block:
     name: str
     end: str
     modules: tuple[str, ...]
+    unseen: tuple[str, ...]
     parameters: tuple[str, ...]
 
 
@@ -67,12 +70,13 @@ def blocks(
             f"{type(model).__name__} has no place to cut: no module below its last layer has an "
             "output that every path crosses (a shortcut leads past each, or blocks are no modules)"
         )
-    result, before = [], Crossing("", frozenset(), frozenset())
+    result, before = [], Crossing("", frozenset(), frozenset(), frozenset())
     for cut in cuts:
         new = cut.parameters - before.parameters
         owned = tuple(name for p, name in names.items() if p in new)
         modules = tuple(n for n, _ in model.named_modules() if n in cut.complete - before.complete)
-        result.append(Block(_name(owned, cut), cut.module, modules, owned))
+        unseen = tuple(n for n in modules if n in cut.unseen)
+        result.append(Block(_name(owned, cut), cut.module, modules, unseen, owned))
         before = cut
     return result
 

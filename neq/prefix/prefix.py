@@ -7,10 +7,10 @@ mode: dropout is off, and norms normalise by their running statistics.
 
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import takewhile
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,8 @@ from torch.utils.hooks import RemovableHandle
 from neq.integrations.wrapped import model_in
 from neq.layers.base import NeuronLayer
 from neq.optim.frozen import freeze_whole, thaw_whole
-from neq.prefix.blocks import blocks
+from neq.prefix.blocks import Block, blocks
+from neq.prefix.fingerprint import fingerprint
 from neq.prefix.statistics import recompute_statistics
 from neq_kernels import _torch
 from neq_kernels.device.ranks import in_process_group
@@ -33,6 +34,22 @@ class _UnderWay(threading.local):
 
 
 _under_way = _UnderWay()
+
+
+class Source(Protocol):
+    """Where the output of a frozen prefix may come from instead of its modules."""
+
+    def refrozen(self) -> None:
+        """Blocks have been frozen, or train again."""
+
+    def enter(self, args: Any, kwargs: Any) -> None:
+        """A forward is about to enter the prefix, with these arguments of the model."""
+
+    def leave(self, output: Any) -> None:
+        """The end of the prefix gave this output."""
+
+    def finish(self) -> None:
+        """The forward ended without the end of the prefix, by an exception say."""
 
 
 class Prefix:
@@ -58,6 +75,8 @@ class Prefix:
         model: The model without wrappers.
         blocks: All blocks that can be frozen, in the order of execution.
         depth: How many of them are frozen.
+        source: Where the frozen prefix's output may come from, a ``PrefixCache`` say; None if its
+            modules always run.
 
     Raises:
         ValueError: If the model can't be cut, or not ``at`` these modules.
@@ -89,6 +108,7 @@ class Prefix:
             )
         )
         self.depth = 0
+        self.source: Source | None = None
         self._numbers = {  # of the block that each parameter is frozen with
             self.model.get_parameter(name): number
             for number, block in enumerate(self.blocks)
@@ -112,11 +132,14 @@ class Prefix:
         if not 0 <= depth <= len(self.blocks):
             raise ValueError(f"depth must be in [0, {len(self.blocks)}], got {depth}")
         if statistics is not None and depth > self.depth:
-            recompute_statistics(self.model, self._outermost(self.depth, depth), statistics)
+            new = self._outermost(_modules(self.blocks[self.depth : depth]))
+            recompute_statistics(self.model, new.values(), statistics)
         self._release()
         self.depth = depth
         if depth:
             self._hold()
+        if self.source is not None:
+            self.source.refrozen()
 
     def changed(self) -> list[str]:
         """The names of frozen parameters and buffers that are not what they were when frozen."""
@@ -153,16 +176,31 @@ class Prefix:
         for name, owner in self._owners():
             yield owner.get_parameter(name)
 
+    @property
+    def end(self) -> str:
+        """The name of the module with which the frozen blocks end."""
+        return self.blocks[self.depth - 1].end
+
+    def skippable(self) -> dict[str, nn.Module]:
+        """The modules, none inside of another, whose work the end's output makes unnecessary."""
+        names = {name for b in self.blocks[: self.depth] for name in {*b.modules} - {*b.unseen}}
+        return self._outermost({*names, self.end})
+
+    def fingerprint(self) -> str:
+        """What changes if a bit of a frozen tensor does, or the makeup of the frozen modules."""
+        makeup = [f"{name}: {module}" for name, module in sorted(self._frozen().items())]
+        return fingerprint(self._tensors(), makeup)
+
     # -- what freezing does ---------------------------------------------------------------------
 
     def _hold(self) -> None:
-        end = self.model.get_submodule(self.blocks[self.depth - 1].end)
+        end = self.model.get_submodule(self.end)
         self._handles = [
-            self.model.register_forward_pre_hook(self._enter, prepend=True),
+            self.model.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True),
             end.register_forward_hook(self._leave),
             self.model.register_forward_hook(self._finish, always_call=True),
         ]
-        for module in self._outermost(0, self.depth):
+        for module in self._frozen().values():
             module.eval()
             vars(module)["train"] = partial(_stay_in_eval, module)
         for name, owner in self._owners():
@@ -176,7 +214,7 @@ class Prefix:
     def _release(self) -> None:
         for handle in self._handles:
             handle.remove()
-        for module in self._outermost(0, self.depth):
+        for module in self._frozen().values():
             vars(module).pop("train", None)
             module.train(self.model.training)
         for _, owner in self._owners():
@@ -186,11 +224,14 @@ class Prefix:
                 thaw_whole(owner)
         self._handles, self._layers, self._marked = [], [], {}
 
-    def _outermost(self, start: int, stop: int) -> list[nn.Module]:
-        """The modules of some blocks that lie in no other of them."""
-        names = {name for block in self.blocks[start:stop] for name in block.modules}
-        outer = [name for name in names if names.isdisjoint(_containers(name))]
-        return [self.model.get_submodule(name) for name in outer]
+    def _frozen(self) -> dict[str, nn.Module]:
+        """The modules of the frozen blocks that lie in no other of them, by name."""
+        return self._outermost(_modules(self.blocks[: self.depth]))
+
+    def _outermost(self, names: Collection[str]) -> dict[str, nn.Module]:
+        """The modules that lie in no other of them."""
+        outer = [name for name in names if not any(n in names for n in _containers(name))]
+        return {name: self.model.get_submodule(name) for name in outer}
 
     def _owners(self) -> Iterator[tuple[str, nn.Module]]:
         """Of each frozen parameter: its name in its module, and the module."""
@@ -201,34 +242,44 @@ class Prefix:
 
     def _marks(self) -> dict[str, Tensor]:
         """Of each frozen tensor, by name, what nearly surely changes if one of its bits does."""
+        return {name: _mark(t) for name, t in self._tensors().items()}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The frozen parameters and buffers, by name."""
         tensors: dict[str, Tensor] = {}
         for block in self.blocks[: self.depth]:
             tensors |= {name: self.model.get_parameter(name) for name in block.parameters}
             for name in block.modules:
                 module = self.model.get_submodule(name)
                 tensors |= dict(module.named_buffers(name, recurse=False))
-        return {name: _mark(t.detach()) for name, t in tensors.items()}
+        return {name: t.detach() for name, t in tensors.items()}
 
     # -- what happens in a forward --------------------------------------------------------------
 
-    def _enter(self, model: nn.Module, args: Any) -> None:
+    def _enter(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         # not if someone has set neurons of these layers active again
         if torch.is_grad_enabled() and all(layer.active.nothing for layer in self._layers):
             _under_way.prefixes.append(self)
             torch.set_grad_enabled(False)
+            if self.source is not None:
+                self.source.enter(args, kwargs)
 
     def _leave(self, end: nn.Module, args: Any, output: Any) -> None:
         if self._is_under_way():
             _under_way.prefixes.pop()
             torch.set_grad_enabled(True)
+            if self.source is not None:
+                self.source.leave(output)
 
     def _finish(self, model: nn.Module, args: Any, output: Any) -> Any:
         if self._is_under_way():  # the forward raised an exception, or took another way
             _under_way.prefixes.pop()
             torch.set_grad_enabled(True)
+            if self.source is not None:
+                self.source.finish()
             if output is not None:
                 raise RuntimeError(
-                    f"{self.blocks[self.depth - 1].end!r}, with which the frozen prefix ends, did "
+                    f"{self.end!r}, with which the frozen prefix ends, did "
                     "not run in this forward: freeze fewer blocks, or none of a model that skips "
                     "some at times"
                 )
@@ -243,6 +294,11 @@ class Prefix:
 def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
     """The ``train`` of a frozen module."""
     return module
+
+
+def _modules(blocks: Iterable[Block]) -> set[str]:
+    """The names of all modules of some blocks."""
+    return {name for block in blocks for name in block.modules}
 
 
 def _containers(name: str) -> Iterator[str]:

@@ -27,11 +27,14 @@ class Crossing:
     Attributes:
         module: The name of the module. It runs once in a forward.
         complete: The names of the modules that have run when it ends, and don't run again.
+        unseen: Those of them that return something without a gradient, a mask say. The graph does
+            not show whether something past the crossing uses it.
         parameters: The parameters that its output depends on.
     """
 
     module: str
     complete: frozenset[str]
+    unseen: frozenset[str]
     parameters: frozenset[Tensor]
 
 
@@ -47,6 +50,7 @@ class _Calls:
     """The calls of one module."""
 
     count: int = 0
+    unseen: bool = False  # did it return something without a gradient?
     # of the last one:
     end: int = 0  # how many calls of all modules had ended
     next_node: int = 0  # the number that the next node got
@@ -125,6 +129,7 @@ def crossings(model: nn.Module, inputs: Inputs) -> list[Crossing]:
         Crossing(
             name,
             frozenset(n for n, one in calls.items() if one.end <= calls[name].end),
+            frozenset(n for n, one in calls.items() if one.unseen and one.end <= calls[name].end),
             frozenset(p for p, first in graph.parameters.items() if first <= place.node),
         )
         for place, name in sorted(ends.items())
@@ -159,6 +164,8 @@ def _watched(model: nn.Module) -> Iterator[dict[str, _Calls]]:
         ended += 1
         one = calls.setdefault(name, _Calls())
         one.count, one.end, one.next_node = one.count + 1, ended, _torch.next_sequence_number()
+        leaves = _torch.tree_flatten(output)[0]
+        one.unseen |= any(x is not None and getattr(x, "grad_fn", None) is None for x in leaves)
         one.outputs = tuple(
             _Place(_torch.sequence_number(t.grad_fn), t.output_nr)
             for t in tensors_in(output)

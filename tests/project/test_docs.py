@@ -133,6 +133,12 @@ def test_a_loop_of_your_own(capsys):
     assert epochs_told(capsys) == 3
 
 
+def test_a_cache_for_a_frozen_prefix(capsys):
+    (code,) = blocks("docs/prefix-cache.md", "A cache for a frozen prefix")
+    Setting(perceptron()).run(code)
+    assert "batches read, 4 computed" in capsys.readouterr().out
+
+
 @pytest.fixture
 def quiet():
     """Libraries that say a lot."""

@@ -6,6 +6,7 @@ since each spends seconds on importing torch.
 
 import copy
 import os
+import tempfile
 import traceback
 from contextlib import nullcontext
 from datetime import timedelta
@@ -18,9 +19,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DistributedSampler
 
 import neq
+from neq.prefix.paying import Costs
 from neq_kernels.wgrad import planner
+from tests.support import cached
 from tests.support.layers import Tiny, active_elements, layers_of
 
 WORLD = 2
@@ -168,6 +172,37 @@ def tune(rank: int) -> None:
             loss.backward()
 
 
+def pays(costs: Costs) -> None:
+    """Not true of a network as small as this."""
+
+
+@mock.patch.object(Costs, "refusal", new=pays)
+def share_a_cache(rank: int) -> None:
+    """Each rank reads what the others have computed, though samples are dealt out anew."""
+    data, folder = cached.images(24), [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folder)
+    losses = []
+    for with_cache in False, True:
+        model, prefix = cached.frozen()
+        sampler = DistributedSampler(data, WORLD, rank)
+        loader = cached.loader_of(data, sampler=sampler)
+        if with_cache:
+            cache = neq.PrefixCache(prefix, folder[0])
+            loader = cache.wrap(loader)
+        parallel = DistributedDataParallel(model)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for epoch in range(4):
+            sampler.set_epoch(epoch)
+            dist.barrier()  # for the other rank to have written what this one reads
+            losses += [cached.step(parallel, optimizer, x, y) for x, y in loader]
+    torch.testing.assert_close(losses[:8], losses[8:])
+    assert (cache.hits, cache.misses) == (6, 2)
+    dist.barrier()
+    prefix.freeze(0)
+    dist.barrier()
+    assert not os.listdir(folder[0])
+
+
 def shard(rank: int) -> None:
     """FSDP: the parameters are split between the processes."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -208,6 +243,7 @@ SCENARIOS = {
     "sparse embeddings": partial(look_up, sparse=True),
     "gradient accumulation": accumulate,
     "tuning": tune,
+    "cache of a prefix": share_a_cache,
     "fully_shard": shard,
     "fully_shard, measured": measure_shards,
 }
