@@ -8,6 +8,7 @@ mode: dropout is off, and norms normalise by their running statistics.
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import takewhile
 from typing import Any
@@ -117,6 +118,16 @@ class Prefix:
         self.depth = depth
         if depth:
             self._hold()
+
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Inside, nothing is frozen with the prefix; afterwards it is again."""
+        depth = self.depth
+        self.freeze(0)
+        try:
+            yield
+        finally:
+            self.freeze(depth)
 
     def changed(self) -> list[str]:
         """The names of frozen parameters and buffers that are not what they were when frozen."""
