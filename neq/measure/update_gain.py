@@ -25,6 +25,7 @@ class UpdateGain(Measure):
 
     Examples:
         >>> model = neq.convert(nn.Sequential(nn.Linear(2, 3, bias=False)))
+        >>> weight = nn.init.zeros_(model[0].weight)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=1)
         >>> gain = neq.measure.update_gain.UpdateGain()
         >>> gain.attach([3], [torch.device("cpu")], "device", False)

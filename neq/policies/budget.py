@@ -125,7 +125,7 @@ class Budget(Policy):
     def choose(self, layers: Sequence[Motion], epoch: int) -> Sequence[Choice]:
         if self.unit != "step_ms":
             return self._fastest(layers)
-        shares = self._spend(layers).shares
+        shares = self._spend(layers, warn=True).shares
         seen = self._importance(layers)
         return [_part(one, shares.get(one.name, 0.0), seen[one.name]) for one in layers]
 
@@ -158,7 +158,7 @@ class Budget(Policy):
             self._seen[one.name] = torch.where(one.active & ~now.isnan(), now, before)
         return self._seen
 
-    def _spend(self, layers: Sequence[Motion]) -> Spending:
+    def _spend(self, layers: Sequence[Motion], warn: bool = False) -> Spending:
         """The best use of a budget for a whole step."""
         seen = self._importance(layers)
         average = _mean(torch.cat([seen[one.name] for one in layers]), 1.0)
@@ -174,12 +174,13 @@ class Budget(Policy):
         if spending is not None:
             return spending
         depth = len(self._training.blocks)
-        warnings.warn(
-            f"Budget: {budget:.3g} ms do not last for a step in which nothing trains but what no "
-            f"policy can freeze: it takes {times.ms(depth, {}):.3g} of {times.dense:.3g} ms; so "
-            "that is all that trains",
-            stacklevel=2,
-        )
+        if warn:
+            warnings.warn(
+                f"Budget: {budget:.3g} ms do not last for a step in which nothing trains but what "
+                f"no policy can freeze: it takes {times.ms(depth, {}):.3g} of {times.dense:.3g} "
+                "ms; so that is all that trains",
+                stacklevel=3,
+            )
         return Spending(depth, {}, 0.0)
 
     def _measured(self) -> StepTimes:
