@@ -48,6 +48,7 @@ def rehearse(
     blocks: Sequence[Block],
     inputs: Inputs,
     optimizers: Sequence[Optimizer],
+    clock: Clock = perf_counter,
 ) -> StepTimes:
     """Measure what a step takes, part by part. The model is left as it was.
 
@@ -57,6 +58,7 @@ def rehearse(
         blocks: The blocks that can be frozen.
         inputs: The model's arguments: a batch like those of training.
         optimizers: Those that step the model.
+        clock: Of a CPU, in seconds; a GPU has its own.
 
     Raises:
         ValueError: If no output of the model has a gradient.
@@ -71,11 +73,11 @@ def rehearse(
     passes: dict[str, list[_Spans]] = {"dense": [], "none": [], "frozen": []}
     for _ in range(1 + ROUNDS):  # the first warms up
         for kind, spans in passes.items():
-            spans.append(_Pass(model, watched, kind).run(inputs))
+            spans.append(_Pass(model, watched, kind, clock).run(inputs))
     middle = {kind: _medians(spans[1:]) for kind, spans in passes.items()}
     dense, none, frozen = middle["dense"], middle["none"], middle["frozen"]
     groups = _groups(owners, layers)
-    updates = _updates(owners, update_ms(optimizers))
+    updates = _updates(owners, update_ms(optimizers, clock))
     segments = []
     numbers = _blocks(dense.forward, blocks)
     for key, number in zip(dense.forward, numbers, strict=True):
@@ -131,9 +133,11 @@ def _blocks(
 class _Pass:
     """One step, or one forward, and when its parts ended."""
 
-    def __init__(self, model: nn.Module, watched: Mapping[str, nn.Module], kind: str) -> None:
+    def __init__(
+        self, model: nn.Module, watched: Mapping[str, nn.Module], kind: str, clock: Clock
+    ) -> None:
         self.model, self.watched, self.kind = model, watched, kind
-        self.now, self.between = _clock(next(iter(watched.values())))
+        self.now, self.between = _moments(next(iter(watched.values())), clock)
         self.ended: dict[Key, Any] = {}
         self.arrived: dict[Key, Any] = {}
         self.start = torch.zeros((), requires_grad=True)  # where backward ends: below all layers
@@ -214,11 +218,11 @@ class _Passage(torch.autograd.Function):
         return dy, None
 
 
-def _clock(module: nn.Module) -> tuple[Clock, Callable[[Any, Any], float]]:
+def _moments(module: nn.Module, clock: Clock) -> tuple[Clock, Callable[[Any, Any], float]]:
     """What notes a moment, and the milliseconds between two."""
     device = next(module.parameters()).device
     if device.type != "cuda":
-        return perf_counter, lambda one, other: 1e3 * (other - one)
+        return clock, lambda one, other: 1e3 * (other - one)
 
     def now() -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)

@@ -1,7 +1,7 @@
 """What an optimizer's step takes."""
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -16,7 +16,9 @@ MOST = 1 << 24  # elements of the copies that are stepped
 ROUNDS = 7
 
 
-def update_ms(optimizers: Sequence[Optimizer]) -> Mapping[Tensor, float]:
+def update_ms(
+    optimizers: Sequence[Optimizer], clock: Callable[[], float] = perf_counter
+) -> Mapping[Tensor, float]:
     """Milliseconds of each parameter's part of a step, by its size.
 
     Copies of the parameters are stepped: of each group of an optimizer as many as are small
@@ -24,6 +26,7 @@ def update_ms(optimizers: Sequence[Optimizer]) -> Mapping[Tensor, float]:
 
     Args:
         optimizers: The optimizers. They are left as they are.
+        clock: In seconds.
 
     Raises:
         ValueError: If the step of an optimizer can't be made on copies.
@@ -39,12 +42,17 @@ def update_ms(optimizers: Sequence[Optimizer]) -> Mapping[Tensor, float]:
                     sample.append(p)
                     elements += p.numel()
             if sample:
-                rate = _step_ms(optimizer, group, sample) / max(1, elements)
+                rate = _step_ms(optimizer, group, sample, clock) / max(1, elements)
                 each |= {p: rate * p.numel() for p in trained}
     return each
 
 
-def _step_ms(optimizer: Optimizer, group: Mapping[str, Any], sample: Sequence[Tensor]) -> float:
+def _step_ms(
+    optimizer: Optimizer,
+    group: Mapping[str, Any],
+    sample: Sequence[Tensor],
+    clock: Callable[[], float],
+) -> float:
     copies = [torch.nn.Parameter(p.detach().clone()) for p in sample]
     for copy in copies:
         copy.grad = torch.ones_like(copy)
@@ -58,7 +66,7 @@ def _step_ms(optimizer: Optimizer, group: Mapping[str, Any], sample: Sequence[Te
     times = []
     for _ in range(1 + ROUNDS):  # the first makes the state
         wait(copies[0].device)
-        start = perf_counter()
+        start = clock()
         try:
             twin.step()
         except (TypeError, RuntimeError, AttributeError, KeyError) as error:
@@ -67,5 +75,5 @@ def _step_ms(optimizer: Optimizer, group: Mapping[str, Any], sample: Sequence[Te
                 f"its parameters: {error}"
             ) from error
         wait(copies[0].device)
-        times.append(perf_counter() - start)
+        times.append(clock() - start)
     return 1e3 * median(times[1:])

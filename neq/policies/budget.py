@@ -127,7 +127,14 @@ class Budget(Policy):
             return self._fastest(layers)
         shares = self._spend(layers, warn=True).shares
         seen = self._importance(layers)
-        return [_part(one, shares.get(one.name, 0.0), seen[one.name]) for one in layers]
+        return [
+            part(
+                seen[one.name],
+                shares.get(one.name, 0.0),
+                _GRANULE if one.layer.weight.is_cuda else 1,
+            )
+            for one in layers
+        ]
 
     def _fastest(self, layers: Sequence[Motion]) -> list[Choice]:
         """The neurons that are most important for their own cost, of whichever layer."""
@@ -207,13 +214,18 @@ def _mean(values: Tensor, default: float) -> float:
     return float(known.mean()) if len(known) else default
 
 
-def _part(layer: Motion, share: float, importance: Tensor) -> Tensor:
-    """The most important of a layer's neurons: at most this share of them."""
-    n = len(layer)
+def part(importance: Tensor, share: float, granule: int) -> Tensor:
+    """The most important of a layer's n neurons, as bool [n]: at most this share of them.
+
+    Args:
+        importance: Of each neuron: float64 [n].
+        share: In [0, 1].
+        granule: So many neighbours are chosen together.
+    """
+    n = len(importance)
     if share in (0, 1):
         return torch.full((n,), bool(share))
-    size = _GRANULE if layer.layer.weight.is_cuda else 1
-    scores = torch.zeros(-(-n // size) * size, dtype=torch.float64)
+    scores = torch.zeros(-(-n // granule) * granule, dtype=torch.float64)
     scores[:n] = importance.nan_to_num(torch.inf)
-    granules = top(scores.view(-1, size).sum(1), int(share * n * (1 + 1e-12)) // size)
-    return granules.repeat_interleave(size)[:n]
+    granules = top(scores.view(-1, granule).sum(1), int(share * n * (1 + 1e-12)) // granule)
+    return granules.repeat_interleave(granule)[:n]

@@ -7,7 +7,6 @@ import pytest
 
 import neq
 from bench import budget
-from neq.cost import step
 from neq.cost.rehearsal import rehearse
 from neq.cost.step_times import StepTimes
 from tests.support.benches import IMAGES
@@ -27,7 +26,7 @@ def in_units(times):
 
 def test_bench_of_the_budget(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(budget, "SMALL", {"tiny": IMAGES})
-    monkeypatch.setattr(step, "rehearse", lambda *given: in_units(rehearse(*given)))
+    monkeypatch.setattr(budget, "rehearse", lambda *given: in_units(rehearse(*given)))
     file = tmp_path / "out.json"
     budget.main(["--shares", "1,.6", "--seconds", "0.01", "--json", str(file)])
     rows = json.loads(file.read_text())["results"]

@@ -99,6 +99,9 @@ MODELS = {
     "chain": lambda: nn.Sequential(nn.Linear(3, 5), nn.ReLU(inplace=True), nn.Linear(5, 4)).append(
         nn.Linear(4, 2)
     ),
+    "nested": lambda: nn.Sequential(
+        nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 4)), nn.Sequential(nn.Linear(4, 2))
+    ),
     "residual": lambda: nn.Sequential(nn.Linear(3, 4), Residual(4), Residual(4), nn.Linear(4, 2)),
     "convolutions": lambda: nn.Sequential(
         nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1), nn.Flatten(), nn.Linear(2, 2)
@@ -132,7 +135,7 @@ def flops_for_time(monkeypatch):
     """The clock shows how many FLOPs were made."""
     with FlopCounterMode(display=False) as counter:
         clock = counter.get_total_flops, lambda one, other: float(other - one)
-        monkeypatch.setattr(rehearsal, "_clock", lambda module: clock)
+        monkeypatch.setattr(rehearsal, "_moments", lambda module, seconds: clock)
         yield
 
 
@@ -178,9 +181,13 @@ def test_segments_say_what_always_trains_and_where_blocks_end():
 
 def test_a_rehearsal_leaves_no_trace():
     model = neq.convert(Net())
-    model.norm.eval()
+    model.drop.eval()
     optimizer = torch.optim.SGD(model.parameters(), lr=1, momentum=0.9)
     torch.optim.lr_scheduler.StepLR(optimizer, 1)  # wraps the optimizer's step
+    steps = []
+    optimizer.register_step_pre_hook(lambda *_: steps.append(1))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
     model.conv.set_active([1])
     layers = chosen_for(model, None)
     before = {name: t.clone() for name, t in model.state_dict().items()}
@@ -191,9 +198,10 @@ def test_a_rehearsal_leaves_no_trace():
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert torch.equal(random, torch.get_rng_state())
     assert model.training
-    assert not model.norm.training
+    assert not model.drop.training
+    assert not steps
     assert not optimizer.state
-    assert all(p.grad is None for p in model.parameters())
+    assert all(p.grad.eq(1).all() for p in model.parameters())
     assert model.conv.active_rows.tolist() == [1]
     assert not any(m._forward_hooks for m in model.modules())
 

@@ -54,7 +54,7 @@ def test_some_steps_are_averaged_and_a_decision_starts_anew():
     optimizer = neq.optim.SGD(model.parameters(), lr=0.01, layers=model)
     gain = watched(model, optimizer)
     all_of_them = []
-    for _ in range(2 * EVERY):
+    for _ in range(EVERY + 1):
         weight, bias = step(model, optimizer, torch.randn(5, 3))
         all_of_them.append(weight.sum(1) + bias)
     expected = (all_of_them[0] + all_of_them[EVERY]) / 2

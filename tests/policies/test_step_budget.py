@@ -11,6 +11,7 @@ from torch import nn
 import neq
 from neq.cost import step
 from neq.cost.step_times import Segment, StepTimes
+from neq.policies import budget as budgets
 from neq.policies.spending import best
 from tests.support.training import build, train
 from tests.support.velocities import NAN
@@ -137,6 +138,31 @@ def decide(control, *velocities):
 def test_the_prefix_is_what_the_budget_does_not_last_for(amount, depth, rows):
     control = chain(neq.Budget(amount=amount, unit="step_ms"))
     assert decide(control, [8, 7, 1, 1, 1, 1, 1, 1], [5, -9, 5, 9]) == (depth, rows)
+
+
+def test_a_part_of_a_layer_is_of_whole_granules():
+    importance = torch.tensor([9, 0, 0, 4, 4, 4, 1.0]).double()
+    assert budgets.part(importance, 0.6, 1).nonzero().flatten().tolist() == [0, 3, 4, 5]
+    assert budgets.part(importance, 0.6, 2).nonzero().flatten().tolist() == [0, 1, 4, 5]
+    assert budgets.part(importance, 0.2, 2).sum() == 0
+    assert budgets.part(importance, 1.0, 2).all()
+    assert budgets.part(importance[:2] * NAN, 0.5, 1).tolist() == [True, False]
+
+
+def test_times_are_those_of_a_whole_step_also_while_a_prefix_is_frozen(monkeypatch):
+    depths = []
+    real = step.rehearse
+    monkeypatch.setattr(
+        step, "rehearse", lambda *given: depths.append(control.prefix.depth) or real(*given)
+    )
+    control = chain(neq.Budget(amount=13, unit="step_ms"))
+    depth, rows = decide(control, [1] * 8, [1] * 4)
+    times = control.step_times()
+    assert [one.block for one in times.segments if one.group] == [0, 1, None]
+    assert depths == [0]
+    assert control.prefix.depth == depth == 1
+    assert {n: g.mask.nonzero().flatten().tolist() for n, g in control.layers.items()} == rows
+    assert control.step_times() is times
 
 
 def test_frozen_neurons_keep_the_importance_they_had():
