@@ -14,11 +14,11 @@ from torch.optim import Optimizer
 from neq._version import __version__
 from neq.advice import advise
 from neq.cost.step import StepCosts
+from neq.cost.step_times import StepTimes
 from neq.cost.units import Unit
 from neq.distributed.ranks import Ranks
 from neq.history import EpochRecord, History, in_context, layer_record
 from neq.integrations.wrapped import model_in, optimizer_in
-from neq.layers.base import NeuronLayer
 from neq.layers.groups import LeaveAlone, check_masks, chosen_for
 from neq.measure.base import Where
 from neq.measure.evaluating import Inputs, as_inputs
@@ -27,12 +27,13 @@ from neq.optim import Guard, OnThaw, RowOptimizer
 from neq.optim.steps import StepCount
 from neq.policies import Equilibrium, Everything, Motion, Policy
 from neq.policies.base import probe_for
-from neq.policies.decide import decide
+from neq.policies.decide import decide, prefix_for
 from neq.prefix.blocks import Block
-from neq.prefix.prefix import Prefix
 
 # optimizers keep their Controllers alive, so none is missing here that still guards one
 _IN_CHARGE: "weakref.WeakSet[Controller]" = weakref.WeakSet()
+
+_STATE = {"epoch", "masks", "depth", "scores", "samples", "measure", "policy"}
 
 
 class Controller:
@@ -164,7 +165,7 @@ class Controller:
         self._ended = ""  # why it is over
         self._take_over()
         self._guard(on_thaw)
-        self.prefix = self._prefix_of(inputs, leave_alone)
+        self.prefix = prefix_for(self.policy, self.model, self.layers, inputs, leave_alone)
         self._statistics = statistics
         if self.optimizers:
             self._count = StepCount(self.optimizers[0], every, self._measure_and_choose)
@@ -241,6 +242,14 @@ class Controller:
         """
         return self._costs.of(unit)
 
+    def step_times(self) -> StepTimes:
+        """What a step takes on the example inputs, part by part: measured when first asked for.
+
+        Raises:
+            ValueError: If there are no example inputs, or no output of the model has a gradient.
+        """
+        return self._costs.step_times(self.prefix)
+
     def remove(self) -> None:
         """Let go of model and optimizers: all neurons train again, and nothing is guarded."""
         if not self._ended:
@@ -280,7 +289,7 @@ class Controller:
             ValueError: If the state is of other layers.
         """
         self._check_in_charge()
-        if missing := sorted({*self.state_dict(outputs=False)} - state.keys()):
+        if missing := sorted(_STATE - state.keys()):
             raise ValueError(
                 f"this is no state of a Controller of neq {__version__}: it lacks {missing}"
             )
@@ -337,20 +346,6 @@ class Controller:
                 if one.covers(layer for group in self.layers.values() for layer in group):
                     continue
             self._guards.append(Guard(one, self.model, on_thaw=on_thaw))
-
-    def _prefix_of(self, inputs: Inputs | None, leave_alone: LeaveAlone) -> Prefix | None:
-        if not self.policy.freezes_prefix:
-            return None
-        if inputs is None:
-            raise ValueError(
-                f"{type(self.policy).__name__} freezes a prefix, which a forward has to find: give "
-                "the Controller example_inputs, a batch like those of training"
-            )
-        mine = {layer for group in self.layers.values() for layer in group}
-        alone = [m for m in self.model.modules() if isinstance(m, NeuronLayer) and m not in mine]
-        # the classifier, which is left alone by default, comes after all blocks; of a language
-        # model it may share the embedding's weight, and is frozen with it
-        return Prefix(self.model, inputs, keep=() if leave_alone is None else alone)
 
     def _observe(self) -> list[Tensor]:
         """Run the probe. Returns marks that tell its samples from others."""

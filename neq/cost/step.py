@@ -1,14 +1,18 @@
 """What a step of training costs, for each group of layers."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from torch import nn
 from torch.optim import SGD, Adam, Optimizer
 
 from neq.cost.account import Account
 from neq.cost.flops import account
+from neq.cost.rehearsal import rehearse
+from neq.cost.step_times import StepTimes
 from neq.cost.units import Layers, Unit, parameters, update_flops, wgrad_flops, wgrad_ms
 from neq.measure.evaluating import Inputs, forgetting
+from neq.prefix.prefix import Prefix
 
 
 class StepCosts:
@@ -34,6 +38,8 @@ class StepCosts:
         optimizers: Sequence[Optimizer],
     ) -> None:
         self._model, self._layers, self._inputs = model, layers, inputs
+        self._optimizers = optimizers
+        self._times: StepTimes | None = None
         self.flops = 0.0
         self.wgrad = self.update = dict.fromkeys(layers, 0.0)
         if inputs is not None:
@@ -49,15 +55,38 @@ class StepCosts:
         if unit == "parameters":
             return parameters(self._layers)
         if self._inputs is None:
-            raise ValueError(
-                f"costs in {unit} are those of a step: give the Controller example_inputs, a batch "
-                "like those of training"
-            )
+            raise _missing(unit)
         return (
             dict(self.wgrad)
             if unit == "flops"
             else wgrad_ms(self._model, self._layers, self._inputs)
         )
+
+    def step_times(self, prefix: Prefix | None) -> StepTimes:
+        """What a step takes, part by part. It is measured once.
+
+        Args:
+            prefix: What can be frozen whole.
+        """
+        if self._inputs is None:
+            raise _missing("step_ms")
+        if self._times is None:
+            with nullcontext() if prefix is None else prefix.lifted():
+                self._times = rehearse(
+                    self._model,
+                    self._layers,
+                    () if prefix is None else prefix.blocks,
+                    self._inputs,
+                    self._optimizers,
+                )
+        return self._times
+
+
+def _missing(unit: str) -> ValueError:
+    return ValueError(
+        f"costs in {unit} are those of a step: give the Controller example_inputs, a batch like "
+        "those of training"
+    )
 
 
 def _countable(optimizers: Sequence[Optimizer]) -> Optimizer | None:

@@ -72,14 +72,15 @@ def _wgrad_ms(layer: NeuronLayer, args: Any, kwargs: Any) -> float:
     dy = torch.ones_like(y)
     times = []
     for _ in range(6):
-        _wait(dy.device)
+        wait(dy.device)
         start = perf_counter()
         torch.autograd.grad(y, owned, dy, retain_graph=True)
-        _wait(dy.device)
+        wait(dy.device)
         times.append(perf_counter() - start)
     return 1e3 * min(times)  # other load on the machine only adds to a time
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Wait for a GPU; a CPU has done its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

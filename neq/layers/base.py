@@ -119,11 +119,10 @@ class NeuronLayer(nn.Module):
 
     def parameter_rows(self) -> Tensor:
         """[n_neurons, parameters]: a row of weights for each neuron, then its bias."""
-        return sharding.whole(with_bias(self._weight_rows(), self.bias))
+        return sharding.whole(with_bias(self.weight_rows(self.weight.detach()), self.bias))
 
-    def _weight_rows(self) -> Tensor:
-        """[n_neurons, weights]"""
-        weight: Tensor = self.weight.detach()
+    def weight_rows(self, weight: Tensor) -> Tensor:
+        """[n_neurons, weights]: a tensor of the weight's shape, by neuron."""
         if self.neuron_dim:
             weight = weight.movedim(self.neuron_dim, 0)
         return weight.reshape(self.n_neurons, weight.numel() // self.n_neurons)

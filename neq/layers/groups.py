@@ -169,12 +169,28 @@ def _left_alone(model: nn.Module, groups: dict[str, Group], leave_alone: LeaveAl
 @contextmanager
 def all_active(model: nn.Module) -> Iterator[bool]:
     """Inside, all neurons are active. Yields whether some were frozen before."""
+    with _all(model, True) as kept:
+        yield not all(active.everything for active in kept)
+
+
+@contextmanager
+def all_frozen(model: nn.Module) -> Iterator[None]:
+    """Inside, all neurons are frozen."""
+    with _all(model, False):
+        yield
+
+
+@contextmanager
+def _all(model: nn.Module, active: bool) -> Iterator[list[ActiveSet]]:
+    """Inside, all neurons are active, or none is. Yields what they were before."""
     layers = [m for m in model.modules() if isinstance(m, NeuronLayer)]
     kept = [layer.active for layer in layers]
     try:
         for layer in layers:
             layer.active = ActiveSet(layer.n_neurons, layer.weight.device)
-        yield not all(active.everything for active in kept)
+            if not active:
+                layer.active.set(torch.zeros(layer.n_neurons, dtype=torch.bool, device="cpu"))
+        yield kept
     finally:
-        for layer, active in zip(layers, kept, strict=True):
-            layer.active = active
+        for layer, before in zip(layers, kept, strict=True):
+            layer.active = before

@@ -33,9 +33,8 @@ class NEqNorm(NeuronLayer):
     def by_neuron(self, output: Tensor) -> tuple[Tensor, int]:
         return samples_first(output, 1)
 
-    def _weight_rows(self) -> Tensor:
-        rows: Tensor = self.weight.detach().reshape(-1, 1)
-        return rows
+    def weight_rows(self, weight: Tensor) -> Tensor:
+        return weight.reshape(-1, 1)
 
     @staticmethod
     def macs(layer: nn.Module, x: int, y: int) -> int:

@@ -25,12 +25,40 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     autocast its cache, and torch, numpy and Python their random states. Inside, these start from
     the same seed each time.
     """
+    with _undisturbed(model), torch.no_grad():
+        for m in model.modules():
+            m.training = False
+        yield
+
+
+@contextmanager
+def rehearsing(model: nn.Module) -> Iterator[None]:
+    """Inside, ``model`` is in training mode, with gradients. Outside nothing changes: as above."""
+    with _undisturbed(model), torch.enable_grad():
+        if not model.training:
+            for m in model.modules():
+                m.training = True
+        kept = [
+            (m, name, b, b.detach().clone())
+            for m in model.modules()
+            for name, b in m.named_buffers(recurse=False)
+        ]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for m, name, buffer, values in kept:
+                    m._buffers[name] = buffer.copy_(values)
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Outside nothing changes: see ``evaluating``."""
     modules = list(model.modules())
     # the flags themselves, since train() and eval() may be overridden and need not undo each other
     training = [m.training for m in modules]
     devices = {p.device for p in model.parameters()} | {torch.device("cpu")}
     with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
         stack.enter_context(same_random_numbers(devices))
         for kind in {device.type for device in devices}:
             # a cast cached here has no gradient, and training would use it
@@ -42,8 +70,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         if _torch.compiler_loaded():
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
-            for m in modules:
-                m.training = False
             yield
         finally:
             for m, flag in zip(modules, training, strict=True):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from neq.cost.step_times import StepTimes
 from neq.cost.units import Unit
 from neq.layers.base import NeuronLayer
 from neq.layers.groups import Group
@@ -100,6 +101,9 @@ class Training(Protocol):
             unit: ``"parameters"``, ``"flops"`` or ``"ms"``: see ``neq.Controller.costs``.
         """
 
+    def step_times(self) -> StepTimes:
+        """What a step takes on the example inputs, part by part: see ``neq.Controller``."""
+
 
 class Policy:
     """Chooses the neurons that train. A policy of your own has to define ``choose`` only.
@@ -109,6 +113,7 @@ class Policy:
     Attributes:
         measures: Does the policy look at scores, and so need a probe?
         freezes_prefix: Does it freeze blocks from the input up, and so need ``depth``?
+        needs_blocks: If it does, is a model that can't be cut an error? Otherwise it has no blocks.
         per_sample: Average φ over samples, as the released code does?
         mu: The momentum of the velocity.
         recurrence: The formula of the ``"paper"`` or of the ``"released"`` code.
@@ -122,6 +127,7 @@ class Policy:
 
     measures: bool = True
     freezes_prefix: bool = False
+    needs_blocks: bool = True
     per_sample: bool = False
     mu: float = 0.5
     recurrence: Recurrence = "paper"

@@ -1,14 +1,57 @@
 """Asking a policy, and setting what it chose."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from neq.distributed.ranks import Ranks
 from neq.layers.active import as_mask
+from neq.layers.base import NeuronLayer
+from neq.layers.groups import Group, LeaveAlone
+from neq.measure.evaluating import Inputs
 from neq.policies.base import Motion, Policy
+from neq.prefix.blocks import NoCutError
 from neq.prefix.prefix import Prefix
+
+
+def prefix_for(
+    policy: Policy,
+    model: nn.Module,
+    layers: Mapping[str, Group],
+    inputs: Inputs | None,
+    leave_alone: LeaveAlone,
+) -> Prefix | None:
+    """What a policy can freeze whole; None if it freezes no prefix, or needs none and finds none.
+
+    Args:
+        policy: The policy.
+        model: The model.
+        layers: The groups that it chooses for, by name.
+        inputs: The model's arguments, for one forward.
+        leave_alone: As for ``neq.Controller``.
+
+    Raises:
+        ValueError: If there are no inputs, or the model can't be cut.
+    """
+    if not policy.freezes_prefix:
+        return None
+    if inputs is None:
+        raise ValueError(
+            f"{type(policy).__name__} freezes a prefix, which a forward has to find: give the "
+            "Controller example_inputs, a batch like those of training"
+        )
+    mine = {layer for group in layers.values() for layer in group}
+    alone = [m for m in model.modules() if isinstance(m, NeuronLayer) and m not in mine]
+    try:
+        # the classifier, which is left alone by default, comes after all blocks; of a language
+        # model it may share the embedding's weight, and is frozen with it
+        return Prefix(model, inputs, keep=() if leave_alone is None else alone)
+    except NoCutError:
+        if policy.needs_blocks:
+            raise
+        return None
 
 
 def decide(

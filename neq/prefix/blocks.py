@@ -11,6 +11,10 @@ from neq.measure.evaluating import as_inputs
 from neq.prefix.trace import Crossing, crossings
 
 
+class NoCutError(ValueError):
+    """A network has no place that every path crosses."""
+
+
 @dataclass(frozen=True)
 class Block:
     """A part of a network that ends where every path crosses.
@@ -66,7 +70,7 @@ def blocks(
     if at is not None:
         cuts = _chosen(found, cuts, at, everything)
     if not cuts:
-        raise ValueError(
+        raise NoCutError(
             f"{type(model).__name__} has no place to cut: no module below its last layer has an "
             "output that every path crosses (a shortcut leads past each, or blocks are no modules)"
         )

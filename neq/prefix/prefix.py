@@ -8,6 +8,7 @@ mode: dropout is off, and norms normalise by their running statistics.
 import threading
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import takewhile
 from typing import Any, Protocol
@@ -140,6 +141,21 @@ class Prefix:
             self._hold()
         if self.source is not None:
             self.source.refrozen()
+
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Inside, nothing is frozen with the prefix; afterwards it is again.
+
+        A source of kept outputs is not told: they are of the prefix as it is before and after.
+        """
+        depth, source = self.depth, self.source
+        self.source = None
+        self.freeze(0)
+        try:
+            yield
+        finally:
+            self.freeze(depth)
+            self.source = source
 
     def changed(self) -> list[str]:
         """The names of frozen parameters and buffers that are not what they were when frozen."""
