@@ -125,7 +125,7 @@ def product(
             tl.store(db + to, bias.to(db.dtype.element_ty), mask=kept)
 
 
-@triton.jit(do_not_specialize=["k", "parts"])
+@triton.jit(do_not_specialize=["k", "parts", "padded"])  # masks change these
 def finish(
     partial_dw,  # float32 [parts, padded, columns]
     partial_db,  # float32 [parts, padded]

@@ -85,7 +85,7 @@ class Kernel:
 class _Driver:
     """The part of Triton's driver that compiling needs."""
 
-    numbers = count()
+    numbers = count(1000)  # the first ones are those of recording_cuda.py
 
     def __init__(self, arch: int) -> None:
         self.arch, self.device = arch, next(self.numbers)
