@@ -58,7 +58,8 @@ def train_active(
     """
     # neq's kernels take a linear layer's weight as [n, inputs]
     matrix = weight.t() if dim and conv is None else weight
-    backend = choose_backend(x, matrix, active, conv)
+    wants_db = bias is not None and bias.requires_grad
+    backend = choose_backend(x, matrix, wants_db, active, conv)
     if backend != "dense":
         return row_grad(run(weight.detach(), detach(bias)), x, matrix, bias, active, conv, backend)
     if is_one_node:
@@ -67,7 +68,7 @@ def train_active(
 
 
 def choose_backend(
-    x: Tensor, weight: Tensor, active: ActiveSet, conv: Conv | None = None
+    x: Tensor, weight: Tensor, bias: bool, active: ActiveSet, conv: Conv | None = None
 ) -> str | None:
     """The backend of the weight gradient; "dense" stands for the vendor's joint backward.
 
@@ -77,12 +78,13 @@ def choose_backend(
     Args:
         x: [..., inputs] or [N, inputs, *pixels].
         weight: [n, ...].
+        bias: Is the bias's gradient wanted?
         active: Which of the n neurons are active.
         conv: The geometry of a convolution; None for a linear layer.
     """
     if torch.compiler.is_compiling():
         return None
-    return planner.choose(x, weight, active.neurons, active.k, conv)
+    return planner.choose(x, weight, active.neurons, active.k, bias, conv)
 
 
 class RowGrad(torch.autograd.Function):

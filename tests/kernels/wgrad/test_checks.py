@@ -20,9 +20,9 @@ IMAGES = conv_case((2, 16, 6, 6), (3, 3), 16, range(0, 16, 3), padding=1)
 )
 def test_problems(case):
     args = case.args((torch.bfloat16, torch.bfloat16))
-    _, x, weight, order, count, *_ = args
+    _, x, weight, order, count, bias, *_ = args
     problem = problem_of(case.op, *args)
-    assert problem == planner.problem_of(x, weight, len(order), int(count), case.conv)
+    assert problem == planner.problem_of(x, weight, len(order), int(count), bias, case.conv)
     with mock.patch.object(fused, "archs", return_value={80}):
         on_a_gpu = planner.supporting(replace(problem, device="cuda"))
     assert ("fused" in on_a_gpu) == (case is not IMAGES)

@@ -43,7 +43,7 @@ def asked(problem: Problem, share: float, dtype, weight_dtype):
     if problem.column_major:
         weight = weight.t().contiguous().t()
     k = active_count(share, problem.neurons)
-    planned = planner.problem_of(x, weight, problem.neurons, k, geometry)
+    planned = planner.problem_of(x, weight, problem.neurons, k, problem.bias, geometry)
     if not fused.supports(replace(planned, device="cuda")):
         return None
     return dy, x, weight, k, problem.bias, geometry
