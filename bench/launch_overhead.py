@@ -31,7 +31,7 @@ from bench.lib.timing import interleave
 from neq_kernels.similarity import fused as similarity
 from neq_kernels.step import fused as step
 from neq_kernels.step.options import SGD, AdamW, AdamWLists, SGDLists
-from neq_kernels.wgrad import fused, grouped, narrow
+from neq_kernels.wgrad import grouped, narrow
 from neq_kernels.wgrad.geometry import Conv
 from tests.support import recording_cuda
 from tests.support.cuda_on_host import lent
@@ -53,25 +53,22 @@ def triton_calls() -> Calls:
     y = torch.zeros(1, 256, 64, 1)
     return {
         NOTHING: lambda: nothing[1,](t, enable_fp_fusion=True),
-        "linear_wgrad, fused": wgrad(fused),
-        "conv_wgrad, fused": wgrad(fused, 3, 64),
-        "conv_wgrad, grouped": wgrad(grouped, 7, 64, groups=64),
+        "conv_wgrad, grouped": wgrad(grouped, 7, groups=64),
         "row_similarity, fused": lambda: similarity.row_similarity(y, y),
         f"sgd_rows_, {PARAMETERS} parameters": sgd(),
         f"adamw_rows_, {PARAMETERS} parameters": adamw(),
     }
 
 
-def wgrad(backend, kernel: int = 0, inputs: int = 64, groups: int = 1) -> Callable[[], object]:
-    order = torch.arange(64)
-    if not kernel:
-        matrices = [torch.zeros(512, 64, dtype=torch.bfloat16) for _ in range(2)]
-        weight = torch.zeros(64, 64, dtype=torch.bfloat16)
-        return lambda: backend.linear_wgrad(*matrices, weight, order, 32, True)
-    images = [image(2, 64, 16, 16), image(2, inputs, 16, 16)]
-    weight = image(64, inputs // groups, kernel, kernel)
+def wgrad(backend, kernel: int, groups: int = 1) -> Callable[[], object]:
+    dy, x, weight = (
+        image(2, 64, 16, 16),
+        image(2, 64, 16, 16),
+        image(64, 64 // groups, kernel, kernel),
+    )
     conv = Conv((1, 1), (kernel // 2,) * 2, (1, 1), False, (0, 0), groups)
-    return lambda: backend.conv_wgrad(*images, weight, order, 32, True, conv)
+    order = torch.arange(64)
+    return lambda: backend.conv_wgrad(dy, x, weight, order, 32, True, conv)
 
 
 def image(*size: int) -> Tensor:

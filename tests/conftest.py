@@ -14,7 +14,7 @@ settings.register_profile("few", max_examples=10)  # where each may compile a ke
 _COMPILED_BY_NVCC = ["kernels/*/test_cuda_compile.py", "kernels/*/test_cuda_launches.py"]
 _RECORDED = ["kernels/test_launches.py", "kernels/*/test_cuda_launches.py"]
 _RECORDED += ["bench/test_launch_overhead.py"]
-_OF_TRITON = ["kernels/test_interpreter.py", "kernels/*/test_other_gpus.py", *_RECORDED]
+_OF_TRITON = ["kernels/test_interpreter.py", *_RECORDED]
 _OF_TRITON += ["kernels/*/test_fused*.py", "kernels/*/test_grouped*.py", *_COMPILED_BY_NVCC]
 
 collect_ignore_glob = [] if shutil.which("nvcc") else [*_COMPILED_BY_NVCC]

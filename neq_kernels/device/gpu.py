@@ -1,6 +1,5 @@
 """Facts about the GPU, and the number of parts into which a sum is cut for it."""
 
-import re
 from functools import cache, lru_cache
 from importlib.util import find_spec
 from math import ceil
@@ -76,23 +75,10 @@ def gpus() -> set[Gpu]:
     return {gpu(torch.device("cuda", i)) for i in range(torch.cuda.device_count())}
 
 
-def archs() -> set[int]:
-    """Of all GPUs here."""
-    return {found.arch for found in gpus()}
-
-
 @cache
 def triton_is_there() -> bool:
     """Is Triton installed?"""
     return find_spec("triton") is not None
-
-
-@cache
-def triton_version() -> tuple[int, ...]:
-    """Its first two numbers, as it tells them itself: it comes in packages of several names."""
-    import triton
-
-    return tuple(map(int, re.findall(r"\d+", triton.__version__)[:2]))
 
 
 @lru_cache(MOST_KEPT)

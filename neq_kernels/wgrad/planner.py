@@ -28,7 +28,7 @@ from torch import Tensor
 
 from neq_kernels.device import names, ranks
 from neq_kernels.shapes import ceil_div, is_column_major
-from neq_kernels.wgrad import dense, fused, grouped, narrow, native, pack, tables
+from neq_kernels.wgrad import dense, grouped, narrow, native, pack, tables
 from neq_kernels.wgrad.backend import Backend, LinearBackend
 from neq_kernels.wgrad.geometry import Conv
 from neq_kernels.wgrad.problem import BUCKETS, Problem
@@ -38,7 +38,6 @@ LINEAR: dict[str, LinearBackend] = {
     "dense": dense,
     "pack": pack,
     "native": native,
-    "fused": fused,
 }
 BACKENDS: dict[str, Backend] = {**LINEAR, "narrow": narrow, "grouped": grouped}
 

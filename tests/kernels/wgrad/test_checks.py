@@ -1,12 +1,9 @@
 """What tests tell the planner is what the operators tell it."""
 
-from dataclasses import replace
-from unittest import mock
-
 import pytest
 import torch
 
-from neq_kernels.wgrad import fused, planner
+from neq_kernels.wgrad import planner
 from tests.support.cases import conv_case, linear_case
 from tests.support.checks import problem_of
 
@@ -23,6 +20,3 @@ def test_problems(case):
     _, x, weight, order, count, bias, *_ = args
     problem = problem_of(case.op, *args)
     assert problem == planner.problem_of(x, weight, len(order), int(count), bias, case.conv)
-    with mock.patch.object(fused, "archs", return_value={80}):
-        on_a_gpu = planner.supporting(replace(problem, device="cuda"))
-    assert ("fused" in on_a_gpu) == (case is not IMAGES)
