@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from itertools import repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest import mock
 
 import torch
 import triton
@@ -28,10 +29,11 @@ from bench.lib import cli, results
 from bench.lib.environment import environment
 from bench.lib.results import Result
 from bench.lib.timing import interleave
+from neq_kernels import _torch
 from neq_kernels.similarity import fused as similarity
 from neq_kernels.step import fused as step
 from neq_kernels.step.options import SGD, AdamW, AdamWLists, SGDLists
-from neq_kernels.wgrad import grouped, narrow
+from neq_kernels.wgrad import dense, grouped, narrow
 from neq_kernels.wgrad.geometry import Conv
 from tests.support import recording_cuda
 from tests.support.cuda_on_host import lent
@@ -95,8 +97,16 @@ def adamw() -> Callable[[], object]:
     return lambda: step.adamw_rows_(AdamWLists(*tensors, [], taken, *rows), options)
 
 
+def first_gpu(t: Tensor) -> int:
+    return 0
+
+
+def some_stream(device: int) -> int:
+    return 1
+
+
 def compiled_calls(bindings) -> Calls:
-    """Of the CUDA sources: ``narrow`` whole, and what ``pack`` launches."""
+    """Of the CUDA sources: ``narrow`` and zeroing whole, and what ``pack`` launches."""
     dy, rows = torch.zeros(4096, 64, dtype=torch.bfloat16), torch.arange(32)
     packed, sums = dy.new_empty(4096, 32), torch.empty(32)
 
@@ -104,7 +114,12 @@ def compiled_calls(bindings) -> Calls:
         scratch = torch.empty(bindings.cuda_pack_scratch_bytes(dy, 32), dtype=torch.uint8)
         bindings.cuda_pack_columns(dy, rows, packed, sums, scratch, 0, 1)
 
-    return {"conv_wgrad, narrow": wgrad(narrow, 3), "pack_columns": pack}
+    dw, db, frozen = torch.zeros(64, 64), torch.zeros(64), torch.arange(32)
+    return {
+        "conv_wgrad, narrow": wgrad(narrow, 3),
+        "pack_columns": pack,
+        "zero_frozen_, weight and bias": lambda: dense.zero_frozen_(dw, frozen, 0, None, db),
+    }
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -121,6 +136,11 @@ def main(arguments: list[str] | None = None) -> None:
         if shutil.which("nvcc"):
             bindings = recording_cuda.build_bindings(recording)
             stack.enter_context(lent(bindings))
+            stack.enter_context(mock.patch.object(dense, "_gpu_of", first_gpu))
+            stack.enter_context(mock.patch.object(_torch, "current_stream", some_stream))
+            stack.enter_context(
+                mock.patch.object(dense._C, "cuda_zero_rows", bindings.cuda_zero_rows, create=True)
+            )
             calls |= compiled_calls(bindings)
         found = list(measure(recording, calls, given.seconds))
     table = results.new_table(("call",), ("launches", "us", "p20", "p80"))

@@ -189,6 +189,8 @@ class MaskGrad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dw: Tensor | None, db: Tensor | None) -> tuple[Tensor | None, ...]:
+        # a copy, since of one sample db can be dY itself
+        db = None if db is None else db.clone()
         return *_masked(dw, db, ctx.frozen, ctx.dim, ctx.conv), None, None, None
 
 
@@ -198,12 +200,12 @@ Gradient = Tensor | None
 def _masked(
     dw: Gradient, db: Gradient, frozen: Tensor, dim: int, conv: Conv | None
 ) -> tuple[Gradient, Gradient]:
+    # in place, since the vendor's backward has just made them for this use of the parameters
     if dw is not None:
-        # in place, since the vendor's backward has just made dW for this use of the weight
         dw = dw.clone() if torch.is_grad_enabled() else dw
-        zero_frozen_(dw, frozen, dim, conv)
-    if db is not None:  # not in place: of one sample it can be dY itself
-        db = db.index_fill(0, frozen, 0)
+        zero_frozen_(dw, frozen, dim, conv, db)
+    elif db is not None:
+        db.index_fill_(0, frozen, 0)
     return dw, db
 
 

@@ -15,7 +15,7 @@ def test_launch_overhead(tmp_path):
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     rows = {row["call"]: row for row in json.loads(file.read_text())["results"]}
-    assert len(rows) == (7 if shutil.which("nvcc") else 5)
+    assert len(rows) == (8 if shutil.which("nvcc") else 5)
     assert rows["nothing"]["launches"] == 1
     assert rows["conv_wgrad, grouped"]["launches"] == 2
     for row in rows.values():

@@ -168,3 +168,23 @@ def test_more_shared_memory_than_a_kernel_gets_unasked(recording, bindings, devi
     """The driver would refuse the launch, had it not been asked for on this device."""
     narrow_wgrad(bindings, device)
     assert recording.launches()[0].shared > 48 << 10
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_zero_rows(recording, bindings, device, layout, bias):
+    """In 16 bits: rows go 16 bytes at a time, columns one by one."""
+    dw, rows = torch.zeros(64, 40, dtype=torch.bfloat16), torch.arange(0, 64, 3)
+    dw = dw if layout == "rows" else dw.t().contiguous().t()
+    db = torch.zeros(64, dtype=torch.bfloat16) if bias else None
+    assert bindings.cuda_zero_rows(dw, 0, db, rows, device, STREAM)
+    (launch,) = recording.launches()
+    of_dw, of_db, *rest = launch.parameters
+    sizes = (1, 64, 5, 16) if layout == "rows" else (40, 64, 1, 2)
+    assert struct.unpack("4qi4x", of_dw) == (dw.data_ptr(), *sizes)
+    pointer, *of_bias = struct.unpack("4qi4x", of_db)
+    assert pointer == (db.data_ptr() if bias else 0)
+    assert not bias or of_bias == [1, 64, 1, 2]
+    assert [struct.unpack("q", value) for value in rest] == [(rows.data_ptr(),), (len(rows),)]
+    assert launch.grid == (1, sizes[0], 1 + bias)
+    assert (launch.device, launch.stream, launch.shared) == (device, STREAM, 0)
