@@ -21,12 +21,13 @@ from neq.layers.base import NeuronLayer
 from neq.layers.groups import LeaveAlone, chosen_for
 from neq.measure.base import Where
 from neq.measure.evaluating import Inputs, as_inputs
-from neq.measure.probes import Probe
 from neq.measure.stopwatch import Stopwatch
 from neq.optim import Guard, OnThaw, RowOptimizer
 from neq.optim.steps import StepCount
 from neq.policies import Equilibrium, Motion, Policy
+from neq.policies.base import probe_for
 from neq.policies.decide import decide
+from neq.policies.granules import Granule, check_granule, in_granules
 from neq.prefix.blocks import Block
 from neq.prefix.prefix import Prefix
 
@@ -65,6 +66,9 @@ class Controller:
         statistics: Batches of training, some dozens. From these, norms that are frozen with a
             prefix get running statistics that fit the weights they keep.
         process_group: The ranks that train copies of this model; by default all.
+        granule: How many neighbouring neurons are decided together, by the mean of their scores.
+            ``"auto"``: 16 for matrices and channels_last convolutions on a GPU, which reads memory
+            in such pieces; else 1. ``Fixed`` and ``Equilibrium.released()`` choose single neurons.
 
     Attributes:
         model: The model without wrappers.
@@ -116,12 +120,13 @@ class Controller:
         example_inputs: Any = None,
         statistics: Iterable[Any] | None = None,
         process_group: Any = None,
+        granule: Granule = "auto",
     ) -> None:
         self.model = model_in(model)
         self.policy = Equilibrium() if policy is None else policy
         several = optimizer if isinstance(optimizer, Iterable) else [optimizer]
         self.optimizers = [optimizer_in(one) for one in several]
-        self.probe = _as_probe(probe, self.policy)
+        self.probe = probe_for(self.policy, probe)
         if warmup < 0:
             raise ValueError(f"warmup must be a number of epochs, at least 0; got {warmup}")
         self.warmup = warmup
@@ -132,6 +137,7 @@ class Controller:
         self._records: list[EpochRecord] = []  # of this process, also where it writes no history
 
         self.layers = chosen_for(self.model, leave_alone)
+        self._granule = check_granule(granule) if self.policy.by_granule else 1
         self._sizes = [group.n_neurons for group in self.layers.values()]
         self._device = next(iter(self.layers.values())).device
         self._ranks = Ranks(process_group)
@@ -348,7 +354,7 @@ class Controller:
 
     def _decide(self, active: Tensor) -> None:
         """Ask the policy, and set what it chose. ``active``: bool [all neurons], as now."""
-        motions = self._motions(active)
+        motions = in_granules(self._motions(active), self._granule)
         decide(self.policy, motions, self.epoch, self.prefix, self._ranks, self._statistics)
 
     def _motions(self, active: Tensor) -> list[Motion]:
@@ -384,17 +390,6 @@ class Controller:
         record = EpochRecord(self.epoch, seconds, probe_seconds, costs.flops, layers, steps)
         self._records.append(record)
         return replace(record, dense_seconds=dense_seconds(self._records, steps))
-
-
-def _as_probe(probe: Any, policy: Policy) -> Probe | None:
-    if probe is None:
-        if policy.measures:
-            raise ValueError(
-                f"{type(policy).__name__} decides by how neurons move, so it needs a probe: some "
-                "samples, a loader, neq.NoiseProbe(shape) or neq.WeightProbe()"
-            )
-        return None
-    return probe if isinstance(probe, Probe) else Probe(probe)
 
 
 def _on_host(marks: list[Tensor]) -> Tensor:

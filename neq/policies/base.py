@@ -13,6 +13,7 @@ from neq.layers.base import NeuronLayer
 from neq.layers.groups import Group
 from neq.measure.base import Measure
 from neq.measure.equilibrium import Recurrence
+from neq.measure.probes import Probe
 from neq.measure.velocity import OutputVelocity
 from neq.prefix.blocks import Block
 
@@ -35,6 +36,8 @@ class Motion:
         block: The number of the block that it lies in, counted from the input; None above the last
             one, or if the policy freezes no prefix.
         scores: All that was measured: by name, float64 [n] each.
+        granule: How many neighbours of the layer each of the n stands for: see
+            ``neq.Controller``.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Motion:
     active: Tensor
     block: int | None = None
     scores: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
+    granule: int = 1
 
     @classmethod
     def of(
@@ -67,6 +71,11 @@ class Motion:
 
     def __len__(self) -> int:
         return len(self.velocity)
+
+    def sizes(self) -> Tensor:
+        """How many of the layer's neurons each of the n stands for: int64 [n]."""
+        behind = self.layer.n_neurons - self.granule * torch.arange(len(self))
+        return behind.clamp(max=self.granule)
 
 
 class Training(Protocol):
@@ -108,6 +117,8 @@ class Policy:
     Attributes:
         measures: Does the policy look at scores, and so need a probe?
         freezes_prefix: Does it freeze blocks from the input up, and so need ``depth``?
+        by_granule: May the Controller let it choose granules as if they were neurons? If not, it
+            always chooses single neurons.
         per_sample: Average φ over samples, as the released code does?
         mu: The momentum of the velocity.
         recurrence: The formula of the ``"paper"`` or of the ``"released"`` code.
@@ -121,6 +132,7 @@ class Policy:
 
     measures: bool = True
     freezes_prefix: bool = False
+    by_granule: bool = True
     per_sample: bool = False
     mu: float = 0.5
     recurrence: Recurrence = "paper"
@@ -174,6 +186,23 @@ class Policy:
         Args:
             state: What ``state_dict`` returned.
         """
+
+
+def probe_for(policy: Policy, probe: Any) -> Probe | None:
+    """What was given to a Controller as a probe; a ValueError if the policy needs one.
+
+    Args:
+        policy: The policy.
+        probe: Samples, a loader, a ``Probe`` or None.
+    """
+    if probe is None:
+        if policy.measures:
+            raise ValueError(
+                f"{type(policy).__name__} decides by how neurons move, so it needs a probe: some "
+                "samples, a loader, neq.NoiseProbe(shape) or neq.WeightProbe()"
+            )
+        return None
+    return probe if isinstance(probe, Probe) else Probe(probe)
 
 
 def check_share(name: str, share: float) -> float:

@@ -63,8 +63,7 @@ class Budget(Policy):
 
     def choose(self, layers: Sequence[Motion], epoch: int) -> Sequence[Choice]:
         sizes = [len(layer) for layer in layers]
-        costs = torch.tensor([self.costs[layer.name] for layer in layers], dtype=torch.float64)
-        cost = costs.repeat_interleave(torch.tensor(sizes))
+        cost = torch.cat([self.costs[layer.name] * layer.sizes().double() for layer in layers])
         speed = torch.cat([layer.velocity for layer in layers]).abs()
         # neurons that were not measured come first
         order = (speed / cost).nan_to_num(torch.inf).argsort(descending=True, stable=True)
