@@ -28,6 +28,7 @@ from neq.optim.steps import StepCount
 from neq.policies import Equilibrium, Everything, Motion, Policy
 from neq.policies.base import probe_for
 from neq.policies.decide import decide, prefix_for
+from neq.policies.granules import Granule, check_granule, in_granules
 from neq.prefix.blocks import Block
 
 # optimizers keep their Controllers alive, so none is missing here that still guards one
@@ -74,6 +75,9 @@ class Controller:
         statistics: Batches of training, some dozens. From these, norms that are frozen with a
             prefix get running statistics that fit the weights they keep.
         process_group: The ranks that train copies of this model; by default all.
+        granule: How many neighbouring neurons are decided together, by the mean of their scores.
+            ``"auto"``: 16 for matrices and channels_last convolutions on a GPU, which reads memory
+            in such pieces; else 1. ``Fixed`` and ``Equilibrium.released()`` choose single neurons.
 
     Attributes:
         model: The model without wrappers.
@@ -130,6 +134,7 @@ class Controller:
         example_inputs: Any = None,
         statistics: Iterable[Any] | None = None,
         process_group: Any = None,
+        granule: Granule = "auto",
     ) -> None:
         self.model = model_in(model)
         self.policy = Equilibrium() if policy is None else policy
@@ -146,6 +151,7 @@ class Controller:
         self._records: list[EpochRecord] = []  # of this process, also where it writes no history
 
         self.layers = chosen_for(self.model, leave_alone)
+        self._granule = check_granule(granule) if self.policy.by_granule else 1
         self._sizes = [group.n_neurons for group in self.layers.values()]
         self._device = next(iter(self.layers.values())).device
         self._ranks = Ranks(process_group)
@@ -356,7 +362,7 @@ class Controller:
 
     def _decide(self, active: Tensor) -> None:
         """Ask the policy, and set what it chose. ``active``: bool [all neurons], as now."""
-        motions = self._motions(active)
+        motions = in_granules(self._motions(active), self._granule)
         decide(self.policy, motions, self.epoch, self.prefix, self._ranks, self._statistics)
 
     def _motions(self, active: Tensor) -> list[Motion]:

@@ -262,9 +262,10 @@ class Backends(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in (ops.linear_wgrad, ops.conv_wgrad):
-            _, x, weight, order, count, _, *geometry = args
+            _, x, weight, order, count, bias, *geometry = args
             conv = Conv.of(*geometry) if geometry else None
-            self.asked[str(planner.choose(x, weight, len(order), int(count), conv))] += 1
+            sizes = len(order), int(count), bias
+            self.asked[str(planner.choose(x, weight, *sizes, conv))] += 1
         return result
 
     def __str__(self) -> str:

@@ -37,6 +37,8 @@ class Motion:
         block: The number of the block that it lies in, counted from the input; None above the last
             one, or if the policy freezes no prefix.
         scores: All that was measured: by name, float64 [n] each.
+        granule: How many neighbours of the layer each of the n stands for: see
+            ``neq.Controller``.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Motion:
     active: Tensor
     block: int | None = None
     scores: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
+    granule: int = 1
 
     @classmethod
     def of(
@@ -69,6 +72,11 @@ class Motion:
 
     def __len__(self) -> int:
         return len(self.velocity)
+
+    def sizes(self) -> Tensor:
+        """How many of the layer's neurons each of the n stands for: int64 [n]."""
+        behind = self.layer.n_neurons - self.granule * torch.arange(len(self))
+        return behind.clamp(max=self.granule)
 
 
 class Training(Protocol):
@@ -114,6 +122,8 @@ class Policy:
         measures: Does the policy look at scores, and so need a probe?
         freezes_prefix: Does it freeze blocks from the input up, and so need ``depth``?
         needs_blocks: If it does, is a model that can't be cut an error? Otherwise it has no blocks.
+        by_granule: May the Controller let it choose granules as if they were neurons? If not, it
+            always chooses single neurons.
         per_sample: Average φ over samples, as the released code does?
         mu: The momentum of the velocity.
         recurrence: The formula of the ``"paper"`` or of the ``"released"`` code.
@@ -128,6 +138,7 @@ class Policy:
     measures: bool = True
     freezes_prefix: bool = False
     needs_blocks: bool = True
+    by_granule: bool = True
     per_sample: bool = False
     mu: float = 0.5
     recurrence: Recurrence = "paper"

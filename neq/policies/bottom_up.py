@@ -21,6 +21,7 @@ class FromBelow(Policy):
 
     def __init__(self, above: Policy | None) -> None:
         self.above = Everything() if above is None else above
+        self.by_granule = self.above.by_granule
         self._training: Training
         self._annealing = Annealing(())
 

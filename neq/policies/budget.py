@@ -12,12 +12,10 @@ from neq.cost.units import Unit
 from neq.measure.base import Measure
 from neq.measure.equilibrium import Recurrence
 from neq.measure.update_gain import UpdateGain
-from neq.policies.base import Choice, Motion, Policy, Training, check_share, top
+from neq.policies.base import Choice, Motion, Policy, Training, check_share
 from neq.policies.spending import Spending, best
 
 Importance = Literal["velocity", "gradient"]
-
-_GRANULE = 16  # neurons, on a GPU: single rows read as many bytes there as their neighbours too
 
 
 class Budget(Policy):
@@ -127,20 +125,12 @@ class Budget(Policy):
             return self._fastest(layers)
         shares = self._spend(layers, warn=True).shares
         seen = self._importance(layers)
-        return [
-            part(
-                seen[one.name],
-                shares.get(one.name, 0.0),
-                _GRANULE if one.layer.weight.is_cuda else 1,
-            )
-            for one in layers
-        ]
+        return [part(seen[one.name], one.sizes(), shares.get(one.name, 0.0)) for one in layers]
 
     def _fastest(self, layers: Sequence[Motion]) -> list[Choice]:
         """The neurons that are most important for their own cost, of whichever layer."""
         sizes = [len(layer) for layer in layers]
-        costs = torch.tensor([self.costs[layer.name] for layer in layers], dtype=torch.float64)
-        cost = costs.repeat_interleave(torch.tensor(sizes))
+        cost = torch.cat([self.costs[layer.name] * layer.sizes().double() for layer in layers])
         importance = torch.cat(
             [self._importance(layers)[layer.name] for layer in layers]
             if self._gain is not None
@@ -171,7 +161,9 @@ class Budget(Policy):
         average = _mean(torch.cat([seen[one.name] for one in layers]), 1.0)
         # a neuron that was never measured is as important as the average one of its layer
         gains = {
-            one.name: float(seen[one.name].nan_to_num(_mean(seen[one.name], average)).sum())
+            one.name: float(
+                (seen[one.name].nan_to_num(_mean(seen[one.name], average)) * one.sizes()).sum()
+            )
             for one in layers
         }
         times = self._measured()
@@ -214,18 +206,16 @@ def _mean(values: Tensor, default: float) -> float:
     return float(known.mean()) if len(known) else default
 
 
-def part(importance: Tensor, share: float, granule: int) -> Tensor:
-    """The most important of a layer's n neurons, as bool [n]: at most this share of them.
+def part(importance: Tensor, sizes: Tensor, share: float) -> Tensor:
+    """The most important granules of a layer, as bool [n]: at most this share of its neurons.
 
     Args:
-        importance: Of each neuron: float64 [n].
+        importance: Of each granule: float64 [n].
+        sizes: How many neurons each granule has: int64 [n].
         share: In [0, 1].
-        granule: So many neighbours are chosen together.
     """
-    n = len(importance)
-    if share in (0, 1):
-        return torch.full((n,), bool(share))
-    scores = torch.zeros(-(-n // granule) * granule, dtype=torch.float64)
-    scores[:n] = importance.nan_to_num(torch.inf)
-    granules = top(scores.view(-1, granule).sum(1), int(share * n * (1 + 1e-12)) // granule)
-    return granules.repeat_interleave(granule)[:n]
+    order = importance.nan_to_num(torch.inf).argsort(descending=True, stable=True)
+    fits = sizes[order].cumsum(0) <= share * float(sizes.sum()) * (1 + 1e-12)
+    chosen = torch.zeros(len(sizes), dtype=torch.bool)
+    chosen[order[fits]] = True
+    return chosen

@@ -12,6 +12,7 @@ from neq.layers.base import NeuronLayer
 from neq.layers.groups import Group, LeaveAlone
 from neq.measure.evaluating import Inputs
 from neq.policies.base import Motion, Policy
+from neq.policies.granules import of_neurons
 from neq.prefix.blocks import NoCutError
 from neq.prefix.prefix import Prefix
 
@@ -66,7 +67,7 @@ def decide(
 
     Args:
         policy: The policy.
-        motions: How the neurons of each group moved.
+        motions: How the neurons of each group moved, or their granules.
         epoch: How many epochs are over.
         prefix: What it can freeze whole, if it does so.
         ranks: The processes that train copies of the model.
@@ -86,13 +87,13 @@ def decide(
             f"{kind}.choose must give rows for each of the {len(motions)} layers, got {len(chosen)}"
         )
     masks = [
-        as_mask(rows, len(motion), f"{kind}.choose, layer {motion.name!r}")
+        of_neurons(as_mask(rows, len(motion), f"{kind}.choose, layer {motion.name!r}"), motion)
         for motion, rows in zip(motions, chosen, strict=True)
     ]
     frozen = torch.arange(len(blocks)) < depth  # bool [blocks]
     # a policy that draws or times may choose differently on another rank
     decided = ranks.from_first(torch.cat([frozen, *masks]), motions[0].layer.weight.device)
-    frozen, *masks = decided.split([len(blocks), *map(len, motions)])
+    frozen, *masks = decided.split([len(blocks), *map(len, masks)])
     if prefix is not None and int(frozen.sum()) != prefix.depth:
         prefix.freeze(int(frozen.sum()), statistics=statistics)
     for motion, mask in zip(motions, masks, strict=True):

@@ -66,6 +66,7 @@ class Equilibrium(Policy):
                 raise ValueError(f"{name} must be at least 0, got {value}")
         self.eps, self.mu, self.recurrence, self.per_sample = eps, mu, recurrence, per_sample
         self.hysteresis, self.pinning = hysteresis, pinning
+        self.by_granule = recurrence != "released"
 
     @classmethod
     def released(cls, eps: float = 1e-3, mu: float = 0.5) -> "Equilibrium":
