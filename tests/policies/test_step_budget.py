@@ -141,12 +141,16 @@ def test_the_prefix_is_what_the_budget_does_not_last_for(amount, depth, rows):
 
 
 def test_a_part_of_a_layer_is_of_whole_granules():
-    importance = torch.tensor([9, 0, 0, 4, 4, 4, 1.0]).double()
-    assert budgets.part(importance, 0.6, 1).nonzero().flatten().tolist() == [0, 3, 4, 5]
-    assert budgets.part(importance, 0.6, 2).nonzero().flatten().tolist() == [0, 1, 4, 5]
-    assert budgets.part(importance, 0.2, 2).sum() == 0
-    assert budgets.part(importance, 1.0, 2).all()
-    assert budgets.part(importance[:2] * NAN, 0.5, 1).tolist() == [True, False]
+    importance = torch.tensor([9, 0, 4, 4, 5.0]).double()
+    sizes = torch.tensor([1, 1, 1, 1, 1])
+    assert budgets.part(importance, sizes, 0.6).tolist() == [True, False, True, False, True]
+    assert budgets.part(importance, sizes, 0.1).sum() == 0
+    assert budgets.part(importance, sizes, 1.0).all()
+    assert budgets.part(importance[:2] * NAN, sizes[:2], 0.5).tolist() == [True, False]
+    # of 9 neurons, the last granule has one
+    sizes = torch.tensor([2, 2, 2, 2, 1])
+    assert budgets.part(importance, sizes, 0.4).tolist() == [True, False, False, False, True]
+    assert budgets.part(importance, sizes, 0.1).sum() == 0
 
 
 def test_times_are_those_of_a_whole_step_also_while_a_prefix_is_frozen(monkeypatch):
