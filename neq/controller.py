@@ -3,7 +3,6 @@
 import time
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +11,25 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from neq._version import __version__
-from neq.advice import advise
 from neq.cost.step import StepCosts
 from neq.cost.step_times import StepTimes
 from neq.cost.units import Unit
 from neq.distributed.ranks import Ranks
-from neq.history import EpochRecord, History, in_context, layer_record
+from neq.history import EpochRecord, History
 from neq.integrations.wrapped import model_in, optimizer_in
 from neq.layers.groups import LeaveAlone, check_masks, chosen_for
-from neq.measure.base import Where
+from neq.measure.base import Measure, Where
 from neq.measure.evaluating import Inputs, as_inputs
 from neq.measure.stopwatch import Stopwatch
-from neq.optim import Guard, OnThaw, RowOptimizer
-from neq.optim.steps import StepCount
-from neq.policies import Equilibrium, Everything, Motion, Policy
+from neq.optim import OnThaw
+from neq.optim.guards import Guards
+from neq.optim.steps import StepCount, check_counts
+from neq.policies import Equilibrium, Motion, Policy
 from neq.policies.base import probe_for
-from neq.policies.decide import decide, prefix_for
+from neq.policies.decide import decide, motions_of, prefix_for
 from neq.policies.granules import Granule, check_granule, in_granules
 from neq.prefix.blocks import Block
+from neq.recorder import Epoch, Recorder
 
 # optimizers keep their Controllers alive, so none is missing here that still guards one
 _IN_CHARGE: "weakref.WeakSet[Controller]" = weakref.WeakSet()
@@ -141,36 +141,33 @@ class Controller:
         several = optimizer if isinstance(optimizer, Iterable) else [optimizer]
         self.optimizers = [optimizer_in(one) for one in several]
         self.probe = probe_for(self.policy, probe)
-        _check_counts(warmup, every, epochs, len(self.optimizers))
+        check_counts(warmup, every, epochs, len(self.optimizers))
         self.warmup, self.every, self.epochs = warmup, every, epochs
         self.history = history if isinstance(history, History) else History(history)
         self.epoch = 0
         self.loss: float | None = None
         self.record: EpochRecord | None = None
         self.scores: dict[str, Tensor] = {}
-        self._records: list[EpochRecord] = []  # of this process, also where it writes no history
 
         self.layers = chosen_for(self.model, leave_alone)
         self._granule = check_granule(granule) if self.policy.by_granule else 1
         self._sizes = [group.n_neurons for group in self.layers.values()]
         self._device = next(iter(self.layers.values())).device
         self._ranks = Ranks(process_group)
-        self.measure = self.policy.measure()
-        keeps_precision = self.probe is None or self.probe.keeps_precision
-        devices = [group.device for group in self.layers.values()]
-        self.measure.attach(self._sizes, devices, memory, keeps_precision)
+        self.measure = self._new_measure(memory)
         inputs: Inputs | None = None
         if example_inputs is not None:
             inputs = as_inputs(self.model, example_inputs)
         elif self.probe is not None:
             inputs = self.probe.example(self.model)
         self._costs = StepCosts(self.model, self.layers, inputs, self.optimizers)
-        self._guards: list[Guard] = []
-        self._told: list[Optimizer] = []  # those that a Controller told the layers
         self._count: StepCount | None = None
         self._ended = ""  # why it is over
-        self._take_over()
-        self._guard(on_thaw)
+        told = self._take_over()
+        mine = [layer for group in self.layers.values() for layer in group]
+        self._guards = Guards(self.optimizers, self.model, mine, on_thaw, told)
+        by_rows = self._guards.by_rows  # then freezing saves updates too
+        self._recorder = Recorder(self.policy, self._costs, by_rows, warmup, epochs)
         self.prefix = prefix_for(self.policy, self.model, self.layers, inputs, leave_alone)
         self._statistics = statistics
         if self.optimizers:
@@ -210,7 +207,7 @@ class Controller:
             self.prefix.warn_of_changes()
         samples = self._observe()
         sums = self._ranks.sum_(self.measure.sums()).cpu()  # the host waits here for the device
-        trained = self._active()
+        trained, depth = self._active(), self._depth
         if not torch.equal(_on_host(samples), self._samples):
             raise ValueError(
                 f"the probe's samples are not those of the epoch before (epoch {self.epoch}), so "
@@ -224,8 +221,24 @@ class Controller:
             self._decide(trained)
         probe_seconds = stopwatch.seconds()
         now = time.perf_counter()
-        seconds = now - self._since - probe_seconds
-        record = self.record = self._record(trained, before, seconds, probe_seconds)
+        steps = None
+        if self._count is not None:
+            steps = self._count.steps
+            self._count.restart()
+        record = self.record = self._recorder.record(
+            Epoch(
+                self.epoch,
+                now - self._since - probe_seconds,
+                probe_seconds,
+                steps,
+                self._motions(trained),
+                self._active().split(self._sizes),
+                self.scores.get("velocity"),
+                before,
+                depth,
+                self._depth,
+            )
+        )
         self._since = now
         if self._ranks.is_first:
             self.history.append(record)
@@ -235,6 +248,11 @@ class Controller:
     def blocks(self) -> Sequence[Block]:
         """The blocks that the policy may freeze, from the input up."""
         return () if self.prefix is None else self.prefix.blocks
+
+    @property
+    def _depth(self) -> int:
+        """How many blocks are frozen whole."""
+        return 0 if self.prefix is None else self.prefix.depth
 
     def costs(self, unit: Unit) -> dict[str, float]:
         """What it costs to train all neurons of each group, by its name.
@@ -274,7 +292,7 @@ class Controller:
             "epoch": self.epoch,
             "steps": self._count.steps if self._count else 0,
             "masks": {name: mask.clone() for name, mask in masks.items()},
-            "depth": 0 if self.prefix is None else self.prefix.depth,
+            "depth": self._depth,
             "scores": {name: values.clone() for name, values in self.scores.items()},
             "samples": self._samples.clone(),
             "measure": self.measure.state_dict(outputs),
@@ -314,22 +332,26 @@ class Controller:
             self._observe()
         self._since = time.perf_counter()
 
-    def _take_over(self) -> None:
-        """Start with all neurons active, as the only Controller of these layers."""
+    def _take_over(self) -> list[Optimizer]:
+        """Start with all neurons active, as the only Controller of these layers.
+
+        Returns the optimizers that earlier ones told what to follow.
+        """
+        told: list[Optimizer] = []
         mine = {layer for group in self.layers.values() for layer in group}
         for other in list(_IN_CHARGE):
             if any(not mine.isdisjoint(group) for group in other.layers.values()):
                 other._end("another Controller chooses for its layers")
-                self._told += other._told
+                told += other._guards.told
         for group in self.layers.values():
             group.set_active(None)
         _IN_CHARGE.add(self)
+        return told
 
     def _end(self, reason: str) -> None:
         self._ended = reason
         _IN_CHARGE.discard(self)
-        for guard in self._guards:
-            guard.remove()
+        self._guards.remove()
         if self._count is not None:
             self._count.remove()
         self.policy.detach()
@@ -342,16 +364,12 @@ class Controller:
         if self._ended:
             raise RuntimeError(f"this Controller has let go of its model: {self._ended}")
 
-    def _guard(self, on_thaw: OnThaw) -> None:
-        """Guard the optimizers that do not leave frozen neurons alone by themselves."""
-        for one in self.optimizers:
-            if isinstance(one, RowOptimizer):
-                if not one.follows or one in self._told:
-                    one.follow(self.model, on_thaw)
-                    self._told.append(one)
-                if one.covers(layer for group in self.layers.values() for layer in group):
-                    continue
-            self._guards.append(Guard(one, self.model, on_thaw=on_thaw))
+    def _new_measure(self, memory: Where) -> Measure:
+        measure = self.policy.measure()
+        keeps_precision = self.probe is None or self.probe.keeps_precision
+        devices = [group.device for group in self.layers.values()]
+        measure.attach(self._sizes, devices, memory, keeps_precision)
+        return measure
 
     def _observe(self) -> list[Tensor]:
         """Run the probe. Returns marks that tell its samples from others."""
@@ -366,57 +384,13 @@ class Controller:
         decide(self.policy, motions, self.epoch, self.prefix, self._ranks, self._statistics)
 
     def _motions(self, active: Tensor) -> list[Motion]:
-        """What the policy is given. ``active``: bool [all neurons], group after group."""
-        masks = active.split(self._sizes)
-        scores = {name: values.split(self._sizes) for name, values in self.scores.items()}
-        return [
-            Motion.of(
-                group,
-                {name: parts[i] for name, parts in scores.items()},
-                masks[i],
-                None if self.prefix is None else self.prefix.block_of(group),
-            )
-            for i, group in enumerate(self.layers.values())
-        ]
+        """What the policy is given. ``active``: bool [all neurons], as now."""
+        return motions_of(self.layers.values(), self.scores, active, self.prefix)
 
     def _active(self) -> Tensor:
         """Which neurons are active: bool [all neurons], group after group, on the CPU."""
         masks = [group.first.active_mask for group in self.layers.values()]
         return torch.cat([mask.to(masks[0].device) for mask in masks]).cpu()
-
-    def _record(
-        self, trained: Tensor, before: Tensor | None, seconds: float, probe_seconds: float
-    ) -> EpochRecord:
-        """``before``: the velocities of all neurons in the epoch before."""
-        costs, active = self._costs, self._active().split(self._sizes)
-        by_rows = bool(self.optimizers) and not self._guards  # does freezing save updates too?
-        layers = tuple(
-            layer_record(m, now, costs.wgrad[m.name], costs.update[m.name] * by_rows)
-            for m, now in zip(self._motions(trained), active, strict=True)
-        )
-        steps = None
-        if self._count is not None:
-            steps = self._count.steps
-            self._count.restart()
-        record = EpochRecord(self.epoch, seconds, probe_seconds, costs.flops, layers, steps)
-        record = in_context(record, self._records, before, self.scores.get("velocity"))
-        freezes = not isinstance(self.policy, Everything)
-        advice = advise([*self._records, record], self.epochs, self.warmup, freezes)
-        record = replace(record, advice=advice)
-        self._records.append(record)
-        return record
-
-
-def _check_counts(warmup: int, every: int | None, epochs: int | None, optimizers: int) -> None:
-    if warmup < 0:
-        raise ValueError(f"warmup must be a number of epochs, at least 0; got {warmup}")
-    if every is not None and (every < 1 or not optimizers):
-        raise ValueError(
-            "every must be a number of steps of an optimizer, at least 1; "
-            f"got {every} and {optimizers} optimizers"
-        )
-    if epochs is not None and epochs < 1:
-        raise ValueError(f"epochs must be at least 1, got {epochs}")
 
 
 def _on_host(marks: list[Tensor]) -> Tensor:

@@ -1,18 +1,12 @@
 """Records of each epoch: kept in memory, in a file, and sent to a logger."""
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from math import floor, inf, log10
 from pathlib import Path
 from statistics import median
 from typing import Any
-
-import torch
-from torch import Tensor
-
-from neq.measure.equilibrium import mean_speed
-from neq.policies.base import Motion
 
 SPEED_EXPONENTS = tuple(e / 2 for e in range(-12, 1))
 """Speeds |v| are counted between these powers of ten. Slower and faster ones go to the end bins."""
@@ -41,6 +35,9 @@ class LayerRecord:
         update_flops: The FLOPs of the optimizer's dense step on it; 0 if not counted, or if the
             optimizer steps frozen neurons too, as those of torch do.
         thawed: How many neurons were frozen in the epoch just over and train in the next.
+        block: The number of the block that it lies in, if the policy can freeze that whole.
+        dgrad_flops: The FLOPs of its input gradient in one dense step; 0 if not counted, or if it
+            lies in no block.
     """
 
     name: str
@@ -54,11 +51,18 @@ class LayerRecord:
     wgrad_flops: float
     update_flops: float = 0.0
     thawed: int = 0
+    block: int | None = None
+    dgrad_flops: float = 0.0
 
-    @property
-    def skippable_flops(self) -> float:
-        """The FLOPs of a dense step that freezing all of its neurons saves."""
-        return self.wgrad_flops + self.update_flops
+    def saved_flops(self, training: int, depth: int) -> float:
+        """The FLOPs of a dense step that are saved.
+
+        Args:
+            training: How many of its neurons train.
+            depth: How many blocks are frozen whole. Backward does not visit them.
+        """
+        saved = (self.wgrad_flops + self.update_flops) * (1 - training / self.neurons)
+        return saved + self.dgrad_flops * (self.block is not None and self.block < depth)
 
 
 @dataclass(frozen=True, repr=False)
@@ -82,6 +86,8 @@ class EpochRecord:
         velocity_change: The mean squared change of their velocities since the epoch before; None if
             they were not measured then.
         advice: What to do about the run: a few sentences, often none.
+        depth: How many blocks were frozen whole in the epoch just over.
+        depth_next: How many are in the next.
     """
 
     epoch: int
@@ -94,6 +100,8 @@ class EpochRecord:
     mean_speed: float | None = None
     velocity_change: float | None = None
     advice: tuple[str, ...] = ()
+    depth: int = 0
+    depth_next: int = 0
 
     @property
     def neurons(self) -> int:
@@ -125,17 +133,18 @@ class EpochRecord:
     @property
     def step_saved(self) -> float:
         """The share of a dense step's FLOPs that was skipped in the epoch just over."""
-        return self._share(layer.trained for layer in self.layers)
+        return self._share((layer.trained for layer in self.layers), self.depth)
 
     @property
     def step_saved_next(self) -> float:
         """The share of a dense step's FLOPs that is skipped in the next epoch."""
-        return self._share(layer.active for layer in self.layers)
+        return self._share((layer.active for layer in self.layers), self.depth_next)
 
     @property
     def step_saved_at_most(self) -> float:
-        """The share of a dense step's FLOPs that freezing all neurons would skip."""
-        return self._share([0] * len(self.layers))
+        """The share of a dense step's FLOPs that freezing all neurons and blocks would skip."""
+        blocks = [layer.block for layer in self.layers if layer.block is not None]
+        return self._share([0] * len(self.layers), 1 + max(blocks, default=-1))
 
     @property
     def time_saved(self) -> float | None:
@@ -164,15 +173,12 @@ class EpochRecord:
         slower = sum(sum(bins[: whole + 1]) + part * bins[whole + 1] for bins in counts)
         return slower / self.neurons
 
-    def _share(self, training: Iterable[int]) -> float:
+    def _share(self, training: Iterable[int], depth: int) -> float:
         """The FLOPs saved if so many neurons of each layer train, as a share of a step's."""
         if not self.step_flops:
             return 0.0
-        saved = (
-            layer.skippable_flops * (1 - k / layer.neurons)
-            for layer, k in zip(self.layers, training, strict=True)
-        )
-        return sum(saved) / self.step_flops
+        layers = zip(self.layers, training, strict=True)
+        return sum(layer.saved_flops(k, depth) for layer, k in layers) / self.step_flops
 
     def __str__(self) -> str:
         saved = []
@@ -280,58 +286,6 @@ class History:
         else:
             # a run has one count of steps, usually of batches, and drops figures of earlier ones
             self.writer.log({"neq/epoch": record.epoch, **figures})
-
-
-def layer_record(
-    motion: Motion, active: Tensor, wgrad_flops: float, update_flops: float = 0.0
-) -> LayerRecord:
-    """Sum up a layer's neurons.
-
-    Args:
-        motion: How they moved in the epoch just over, and which of them trained in it.
-        active: Which of them train in the next: bool [n].
-        wgrad_flops: The FLOPs of the layer's dense weight gradient.
-        update_flops: Those of the optimizer's dense step, if freezing saves them.
-    """
-    measured = ~motion.velocity.isnan()
-    speed = motion.velocity[measured].abs()
-    edges = 10.0 ** torch.tensor(SPEED_EXPONENTS, dtype=speed.dtype)
-    bins = torch.bucketize(speed, edges).bincount(minlength=len(edges) + 1)
-    return LayerRecord(
-        motion.name,
-        motion.layer.plain.__name__,
-        neurons=len(active),
-        trained=int(motion.active.sum()),
-        active=int(active.sum()),
-        phi=float(motion.phi[measured].mean()) if len(speed) else None,
-        speed=float(speed.median()) if len(speed) else None,
-        speeds=bins.tolist() if len(speed) else [],
-        wgrad_flops=wgrad_flops,
-        update_flops=update_flops,
-        thawed=int((active & ~motion.active).sum()),
-    )
-
-
-def in_context(
-    record: EpochRecord,
-    earlier: Sequence[EpochRecord],
-    before: Tensor | None,
-    now: Tensor | None,
-) -> EpochRecord:
-    """A record with what can only be said beside the epochs before it.
-
-    Args:
-        record: The record of the latest epoch.
-        earlier: Those of the epochs before.
-        before: The velocities of all neurons in the epoch before [n]; None if not measured.
-        now: Their velocities in this one.
-    """
-    dense = dense_seconds([*earlier, record], record.steps)
-    speed = None if now is None else mean_speed(now)
-    change = None
-    if now is not None and before is not None:
-        change = mean_speed((now - before).square())
-    return replace(record, dense_seconds=dense, mean_speed=speed, velocity_change=change)
 
 
 def dense_seconds(records: Iterable[EpochRecord], steps: int | None) -> float | None:

@@ -2,7 +2,6 @@
 
 import io
 import json
-import math
 from dataclasses import asdict, replace
 
 import pytest
@@ -11,14 +10,11 @@ from torch import nn
 from tqdm import tqdm
 
 import neq
-from neq import Motion
 from neq.history import (
-    SPEED_EXPONENTS,
     EpochRecord,
     History,
     LayerRecord,
     dense_seconds,
-    layer_record,
     read,
 )
 
@@ -98,15 +94,6 @@ def test_what_each_eps_would_freeze():
     assert r.would_freeze(10**-4.5) == pytest.approx(0.2)
 
 
-def test_would_freeze_is_what_equilibrium_freezes():
-    velocity = 10.0 ** -torch.arange(0.35, 6.3, 0.1, dtype=torch.float64)
-    motion = Motion("fc", neq.NEqLinear(1, 60), velocity, velocity, torch.ones(60).bool())
-    r = EpochRecord(1, 1.0, 0.1, 0.0, (layer_record(motion, motion.active, 0.0),))
-    for eps in (1e-5, 1e-4, 10**-2.5, 1.0):
-        (active,) = neq.Equilibrium(eps).choose([motion], 1)
-        assert r.would_freeze(eps) == pytest.approx(float((~active).double().mean()))
-
-
 def test_a_file_of_an_earlier_version_is_read():
     fields = asdict(record())
     for name in ("steps", "dense_seconds"):
@@ -114,32 +101,6 @@ def test_a_file_of_an_earlier_version_is_read():
     for layer in fields["layers"]:
         del layer["update_flops"], layer["thawed"]
     assert EpochRecord.from_json(json.dumps(fields)) == record()
-
-
-def test_layer_record_by_hand():
-    velocity = torch.tensor([1e-9, -2e-6, 0.5, -0.02, 3.0, math.nan], dtype=torch.float64)
-    phi = torch.tensor([1.0, 0.5, 0.0, 0.5, 0.0, math.nan], dtype=torch.float64)
-    mask = torch.tensor([1, 0, 1, 0, 0, 1]).bool()
-    layer = neq.NEqLinear(1, 6)
-    motion = Motion("fc", layer, phi, velocity, torch.tensor([1, 1, 0, 0, 1, 0]).bool())
-    r = layer_record(motion, mask, 7.0, 2.0)
-    assert (r.name, r.kind, r.wgrad_flops, r.update_flops) == ("fc", "Linear", 7.0, 2.0)
-    assert (r.neurons, r.trained, r.active, r.thawed) == (6, 3, 3, 2)
-    assert r.phi == pytest.approx(0.4)
-    assert r.speed == pytest.approx(0.02)
-    # below 1e-6; 1e-6 to 3e-6; 1e-2 to 3e-2; 0.3 to 1; above 1
-    expected = [0] * 14
-    for bin_ in (0, 1, SPEED_EXPONENTS.index(-2) + 1, len(SPEED_EXPONENTS) - 1, 13):
-        expected[bin_] += 1
-    assert r.speeds == expected
-
-
-def test_what_was_not_measured_is_null_not_nan():
-    nothing = torch.full((3,), math.nan)
-    everything = torch.ones(3).bool()
-    motion = Motion("fc", neq.NEqLinear(1, 3), nothing, nothing, everything)
-    r = layer_record(motion, everything, 0.0)
-    assert (r.phi, r.speed, r.speeds) == (None, None, [])
 
 
 def test_file_holds_a_line_per_epoch_as_it_happens(tmp_path):

@@ -10,7 +10,15 @@ from neq.cost.account import Account
 from neq.cost.flops import account
 from neq.cost.rehearsal import rehearse
 from neq.cost.step_times import StepTimes
-from neq.cost.units import Layers, Unit, parameters, update_flops, wgrad_flops, wgrad_ms
+from neq.cost.units import (
+    Layers,
+    Unit,
+    dgrad_flops,
+    parameters,
+    update_flops,
+    wgrad_flops,
+    wgrad_ms,
+)
 from neq.measure.evaluating import Inputs, forgetting
 from neq.prefix.prefix import Prefix
 
@@ -26,8 +34,9 @@ class StepCosts:
 
     Attributes:
         flops: The FLOPs of the whole step; 0 if not counted.
-        wgrad: Those of the weight gradient of each group.
-        update: Those of the optimizer's step on each group.
+        dgrad: Those of the input gradients of each group.
+        wgrad: Those of its weight gradient.
+        update: Those of the optimizer's step on it.
     """
 
     def __init__(
@@ -41,12 +50,13 @@ class StepCosts:
         self._optimizers = optimizers
         self._times: StepTimes | None = None
         self.flops = 0.0
-        self.wgrad = self.update = dict.fromkeys(layers, 0.0)
+        self.dgrad = self.wgrad = self.update = dict.fromkeys(layers, 0.0)
         if inputs is not None:
             counted: Account
             with forgetting():
                 counted = account(model, inputs, optimizer=_countable(optimizers))
             self.flops = float(counted.dense.total.flops)
+            self.dgrad = dgrad_flops(counted, model, layers)
             self.wgrad = wgrad_flops(counted, model, layers)
             self.update = update_flops(counted, model, layers)
 

@@ -30,6 +30,11 @@ def wgrad_flops(account: Account, model: nn.Module, layers: Layers) -> dict[str,
     return _flops(account, model, layers, lambda costs: costs.wgrad)
 
 
+def dgrad_flops(account: Account, model: nn.Module, layers: Layers) -> dict[str, float]:
+    """FLOPs of the gradients of the layers' inputs in one step."""
+    return _flops(account, model, layers, lambda costs: costs.dgrad)
+
+
 def update_flops(account: Account, model: nn.Module, layers: Layers) -> dict[str, float]:
     """FLOPs of the optimizer's dense step."""
     return _flops(account, model, layers, lambda costs: costs.optimizer)

@@ -1,4 +1,4 @@
-"""How many steps an optimizer has made."""
+"""How many steps an optimizer has made, and how many make an epoch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -67,3 +67,23 @@ class StepCount:
             self._skipped = self._skipped + (found > 0)
         if self._every is not None and self._calls >= self._every <= self.steps:
             self._due()
+
+
+def check_counts(warmup: int, every: int | None, epochs: int | None, optimizers: int) -> None:
+    """Raise a ValueError if a Controller can't count so.
+
+    Args:
+        warmup: Epochs in which all neurons train.
+        every: The steps of an epoch, or None.
+        epochs: All epochs of the training, or None.
+        optimizers: How many optimizers there are.
+    """
+    if warmup < 0:
+        raise ValueError(f"warmup must be a number of epochs, at least 0; got {warmup}")
+    if every is not None and (every < 1 or not optimizers):
+        raise ValueError(
+            "every must be a number of steps of an optimizer, at least 1; "
+            f"got {every} and {optimizers} optimizers"
+        )
+    if epochs is not None and epochs < 1:
+        raise ValueError(f"epochs must be at least 1, got {epochs}")

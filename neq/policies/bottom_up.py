@@ -59,9 +59,9 @@ class BottomUp(FromBelow):
 
     A neuron is at equilibrium while |v| < eps · v_max. There v_max is the highest median speed that
     any block has had in this training. So eps depends neither on the length of an epoch nor on the
-    model. A block rests when ``share`` of its measured neurons are at equilibrium, in ``patience``
-    measurements one after the other, and all blocks below rest too. A block in which nothing is
-    measured rests with the one above.
+    model. A block is settled when ``share`` of its measured neurons are at equilibrium. One in
+    which nothing is measured is settled if the one above is. The lowest block that trains is
+    frozen when it was settled in ``patience`` measurements, one after the other.
 
     Everything trains again when a learning rate rises, when the data change, or when the validation
     loss gets worse: see ``neq.policies.thaw.ThawRule``.
@@ -105,7 +105,7 @@ class BottomUp(FromBelow):
         self.patience, self.anneal = patience, anneal
         self._thaw = ThawRule(surge)
         self._fastest = 0.0  # the highest median speed of a block so far
-        self._rested: list[int] = []  # in how many measurements each block has rested by now
+        self._settled: list[int] = []  # in how many measurements each block was settled by now
         self._ends: list[int] = []  # at which epochs the lowest blocks are frozen, once annealed
 
     def depth(self, layers: Sequence[Motion], epoch: int) -> int:
@@ -113,15 +113,15 @@ class BottomUp(FromBelow):
         count = len(self._training.blocks)
         frozen = sum(end <= epoch for end in self._ends)
         if self._thaw.applies(self._training, layers, frozen):
-            self._rested, self._ends = [], []
+            self._settled, self._ends = [], []
             self._annealing.spans.clear()
             return 0
-        before = self._rested or [0] * count
-        self._rested = [
-            done + 1 if rests else 0
-            for done, rests in zip(before, self._resting(layers, frozen), strict=True)
+        before = self._settled or [0] * count
+        self._settled = [
+            done + 1 if settled else 0
+            for done, settled in zip(before, self._are_settled(layers, frozen), strict=True)
         ]
-        while len(self._ends) < count and self._rested[len(self._ends)] >= self.patience:
+        while len(self._ends) < count and self._settled[len(self._ends)] >= self.patience:
             self._grow(epoch + self.anneal)
         return sum(end <= epoch for end in self._ends)
 
@@ -132,31 +132,31 @@ class BottomUp(FromBelow):
         self._ends.append(end)
 
     def state_dict(self) -> dict[str, Any]:
-        own = {"fastest": self._fastest, "rested": list(self._rested), "ends": list(self._ends)}
+        own = {"fastest": self._fastest, "settled": list(self._settled), "ends": list(self._ends)}
         return {**super().state_dict(), **own, "thaw": self._thaw.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self._fastest, self._rested = state["fastest"], list(state["rested"])
+        self._fastest, self._settled = state["fastest"], list(state["settled"])
         self._thaw.load_state_dict(state["thaw"])
         self._annealing.spans.clear()
         self._ends = []
         for end in state["ends"]:
             self._grow(end)
 
-    def _resting(self, layers: Sequence[Motion], frozen: int) -> list[bool]:
+    def _are_settled(self, layers: Sequence[Motion], frozen: int) -> list[bool]:
         """Of each block: are enough of its neurons at equilibrium, or is it frozen?"""
         blocks = [
             [one for one in layers if one.block == i] for i in range(len(self._training.blocks))
         ]
         medians = [median_speed(block) for block in blocks[frozen:]]
         self._fastest = max([self._fastest, *(m for m in medians if m > 0)])
-        resting, rests = [], False
+        answers, settled = [], False
         for block in reversed(blocks):
             share = share_below(block, self.eps * self._fastest)
-            rests = rests if share is None else bool(share >= self.share)
-            resting.append(rests)
-        return [i < frozen or rests for i, rests in enumerate(reversed(resting))]
+            settled = settled if share is None else bool(share >= self.share)
+            answers.append(settled)
+        return [i < frozen or one for i, one in enumerate(reversed(answers))]
 
     @staticmethod
     def scheduled(
@@ -222,8 +222,8 @@ class Scheduled(FromBelow):
         super().attach(training)
         count = len(training.blocks)
         if self._is_cubic:
-            rest = 1 - self.first
-            self.shares = [(self.first + rest * i / count) ** 3 for i in range(count)]
+            first = self.first
+            self.shares = [(first + (1 - first) * i / count) ** 3 for i in range(count)]
         if len(self.shares) > count:
             raise ValueError(
                 f"BottomUp.scheduled: {len(self.shares)} shares, but the model has {count} blocks "

@@ -1,10 +1,10 @@
-"""Asking a policy, and setting what it chose."""
+"""What a policy is told, asking it, and setting what it chose."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from neq.distributed.ranks import Ranks
 from neq.layers.active import as_mask
@@ -53,6 +53,31 @@ def prefix_for(
         if policy.needs_blocks:
             raise
         return None
+
+
+def motions_of(
+    groups: Iterable[Group], scores: Mapping[str, Tensor], active: Tensor, prefix: Prefix | None
+) -> list[Motion]:
+    """How the neurons of each group moved.
+
+    Args:
+        groups: The groups.
+        scores: What was measured: by name, float64 [all neurons] each, group after group.
+        active: Which neurons trained: bool [all neurons].
+        prefix: What the policy can freeze whole.
+    """
+    groups = list(groups)
+    sizes = [group.n_neurons for group in groups]
+    by_name = {name: values.split(sizes) for name, values in scores.items()}
+    return [
+        Motion.of(
+            group,
+            {name: parts[i] for name, parts in by_name.items()},
+            mask,
+            None if prefix is None else prefix.block_of(group),
+        )
+        for i, (group, mask) in enumerate(zip(groups, active.split(sizes), strict=True))
+    ]
 
 
 def decide(
