@@ -207,13 +207,16 @@ class NeuronLayer(nn.Module):
             TypeError: If some neurons are frozen and the weight is a DTensor.
         """
         active = self.active
+        records = torch.is_grad_enabled() or _beyond_backward()
         if torch.compiler.is_compiling():
-            # a graph that depends on this layer's own mask would be recompiled at each change
-            everything, nothing = not active.ever_masked, self.has_statistics and active.nothing
+            # A graph that depended on this layer's own mask would be recompiled at each change.
+            # Only that of a norm in a frozen prefix, which is in eval mode, depends on it.
+            everything, keeps = not active.ever_masked, self.has_statistics and self.training
+            nothing = self.has_statistics and records and not self.training and active.nothing
         else:
             everything, nothing = active.k == active.neurons, active.nothing
-        records = torch.is_grad_enabled() or _beyond_backward()
-        if everything or not (records or nothing):
+            keeps = nothing
+        if everything or not (records or keeps):
             out: Tensor = super().forward(*args, **kwargs)
             return out
         weight, bias = self.weight, self.bias
