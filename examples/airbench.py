@@ -5,6 +5,7 @@
     python examples/airbench.py --data FOLDER --net 93 --epochs 11 --seeds 0 1 2 --jobs 2
     python examples/airbench.py --data FOLDER --arm scheduled --freeze 0.4 0.7
     python examples/airbench.py --data FOLDER --task second-half --images 500 --batch 50 --lr 0.3
+    python examples/airbench.py --data FOLDER --arm policy --policy BottomUp --options eps=0.1
 
 Each run writes a JSON file to --output, named after the arm and the seed. A run that was stopped
 goes on from its last epoch; one that has ended is not made again. Seconds are the processor's on a
@@ -26,7 +27,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.lib import cli
-from examples.airbench_arms import ARMS
+from examples.airbench_arms import ARMS, POLICIES
 from examples.airbench_net import PARTS, WIDTHS
 from examples.airbench_run import Result, Run, Settings, Where, finished
 from examples.airbench_tasks import TASKS
@@ -84,7 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     amp = given.device.type == "cuda" if given.amp is None else given.amp
     values = {key: value for key, value in vars(given).items() if key in vars(Settings())}
-    values |= {key: tuple(values[key]) for key in ("freeze", "parts")}
+    values |= {key: tuple(values[key]) for key in ("freeze", "parts", "options")}
     base = Settings(**values)
     wanted = [replace(base, seed=seed) for seed in given.seeds]
     where = Where(given.output, given.output / "pretrained", given.device, amp)
@@ -98,6 +99,15 @@ def main(arguments: list[str] | None = None) -> None:
             )
     except (ValueError, ImportError, OSError) as error:
         parser.error(str(error))
+
+
+def option(text: str) -> tuple[str, float | str]:
+    """NAME=VALUE; a value that is no number is a word."""
+    name, _, value = text.partition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        return name, value
 
 
 def new_parser() -> argparse.ArgumentParser:
@@ -127,7 +137,14 @@ def new_parser() -> argparse.ArgumentParser:
         "--parts", nargs="+", choices=PARTS, default=default.parts, metavar="PART",
         help=f"only: those that train, of {', '.join(PARTS)}",
     )  # fmt: skip
-    add("--fraction", type=cli.share, default=0.5, help="random-rows: of the rows, that trains")
+    add("--policy", choices=POLICIES, default=default.policy, help="policy: which one of neq")
+    add(
+        "--options", nargs="+", type=option, default=default.options, metavar="NAME=VALUE",
+        help="policy: its options, such as eps=0.1, and warmup=0",
+    )  # fmt: skip
+    add("--cached", action="store_true", help="policy: with a cache of the frozen prefix")
+    add("--bank", type=cli.whole, default=default.bank, metavar="N", help="draws in the cache")
+    add("--stop", type=cli.share, default=default.stop, help="end after this share of the schedule")
     add("--data", type=Path, metavar="FOLDER", help="see examples/cifar_data.py")
     add("--cache", type=Path, metavar="FOLDER", help="keeps the images decoded")
     add("--output", type=Path, default=Path("runs/airbench"), metavar="FOLDER")

@@ -1,13 +1,14 @@
 """The arms of examples/airbench.py: what trains, and when."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import neq
 from examples.airbench_net import PARTS
+from neq.policies.base import Training
 
 if TYPE_CHECKING:
     from examples.airbench_run import Settings
@@ -21,15 +22,17 @@ class Dense:
     def __init__(self, settings: "Settings") -> None:
         self.settings = settings
 
-    def start(self, model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
-        """The model is on its device, with the weights that it starts from."""
+    def start(self, model: nn.Sequential, optimizer: torch.optim.Optimizer, images: Tensor) -> None:
+        """The model is on its device, with the weights that it starts from. images: to train on,
+        normalised.
+        """
 
     def frozen(self, done: float) -> Sequence[str]:
         """The parts of the network that are frozen when this share of the run is done."""
         return ()
 
-    def rows(self) -> str:
-        """What of the other parts trains, for people: a step's time depends on it."""
+    def kind(self) -> str:
+        """What else a step's time depends on."""
         return ""
 
     def end_epoch(self) -> None:
@@ -57,19 +60,31 @@ class Only(Dense):
         return [part for part in PARTS if part not in self.settings.parts]
 
 
-class RandomRows(Dense):
-    """In each layer a share of the neurons trains, drawn anew for each epoch."""
+class ByPolicy(Dense):
+    """A Controller of neq measures and chooses what trains, after each epoch."""
 
     optimizer = neq.optim.SGD
 
-    def start(self, model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
+    def start(self, model: nn.Sequential, optimizer: torch.optim.Optimizer, images: Tensor) -> None:
         neq.convert(model)
-        policy = neq.Random(self.settings.fraction, self.settings.seed)
-        self.control = neq.Controller(model, policy=policy, optimizer=optimizer)
-        self.control.step()  # rows are drawn for the first epoch too
+        name, options = self.settings.policy, dict(self.settings.options)
+        warmup = options.pop("warmup", 1)
+        self.control = neq.Controller(
+            model,
+            policy=POLICIES[name](**options),
+            optimizer=optimizer,
+            probe=images[:PROBE],
+            example_inputs=images[: self.settings.batch],
+            warmup=warmup,
+        )
 
-    def rows(self) -> str:
-        return f"{self.settings.fraction:g} of the rows of "
+    def kind(self) -> str:
+        return f"{self.settings.policy}, {depth} blocks frozen: " if (depth := self.depth) else ""
+
+    @property
+    def depth(self) -> int:
+        """How many blocks are frozen whole."""
+        return 0 if self.control.prefix is None else self.control.prefix.depth
 
     def end_epoch(self) -> None:
         self.control.step()
@@ -81,11 +96,51 @@ class RandomRows(Dense):
         self.control.load_state_dict(state)
 
 
+class RandomLayers(neq.Policy):
+    """Whole layers in a random order, drawn anew each time, while a step takes at most its share.
+
+    Backward goes down to the lowest of them, so each that lies lower costs more.
+    """
+
+    measures = False
+
+    def __init__(self, share: float, seed: int = 0) -> None:
+        self.share, self._drawn = share, torch.Generator().manual_seed(seed)
+
+    def attach(self, training: Training) -> None:
+        self._times = training.step_times()
+
+    def choose(self, layers: Sequence[neq.Motion], epoch: int) -> Sequence[Tensor]:
+        trained: dict[str, float] = {}
+        for i in torch.randperm(len(layers), generator=self._drawn).tolist():
+            more = {**trained, layers[i].name: 1.0}
+            if self._times.ms(0, more) <= self.share * self._times.dense:
+                trained = more
+        return [torch.full((len(one),), one.name in trained) for one in layers]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"drawn": self._drawn.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._drawn.set_state(state["drawn"])
+
+
+POLICIES: Mapping[str, Callable[..., neq.Policy]] = {
+    "BottomUp": neq.BottomUp,
+    "BottomUp.scheduled": neq.BottomUp.scheduled,
+    "Budget": neq.Budget,
+    "Equilibrium": neq.Equilibrium,
+    "Random": neq.Random,
+    "RandomLayers": RandomLayers,
+}
+PROBE = 256  # images, of those to train on
+
+
 ARMS: Mapping[str, type[Dense]] = {
     "dense": Dense,
     "scheduled": Scheduled,
     "only": Only,
-    "random-rows": RandomRows,
+    "policy": ByPolicy,
 }
 
 

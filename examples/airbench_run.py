@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,13 +16,13 @@ from tqdm import tqdm
 
 from bench.lib.environment import environment
 from examples import airbench_net
-from examples.airbench_arms import ARMS, freeze
+from examples.airbench_arms import ARMS, PROBE, ByPolicy, freeze
 from examples.airbench_tasks import TASKS, Start
-from examples.cifar_data import Data, Images, Normal, windows
+from examples.airbench_views import CachedLoader, Views
+from examples.cifar_data import Data, Images, Normal
 from examples.clock import Clock
 
 PHASES = "data", "forward", "backward", "optimizer", "freeze"
-SHIFT = 2  # pixels that a window moves, at most
 BIAS_EPOCHS = 3  # for which the stem's bias trains
 LOOK_EVERY = 5  # steps between two updates of Lookahead
 VALIDATION = 5000  # images, the last of the training set
@@ -54,7 +54,11 @@ class Settings:
     curve: bool = False  # evaluate after each epoch, not in the end only
     freeze: tuple[float, ...] = (0.4, 0.7)  # shares of the run: for the arm scheduled
     parts: tuple[str, ...] = ("head",)  # that train: for the arm only
-    fraction: float = 0.5  # of the rows that train: for the arm random-rows
+    policy: str = "BottomUp"  # of neq: for the arm policy
+    options: tuple[tuple[str, Any], ...] = ()  # of the policy, and a warmup
+    cached: bool = False  # keep what a frozen prefix computes, for the arm policy
+    bank: int = 4  # how many draws of the augmentation each image has, in a cache
+    stop: float = 1.0  # the share of the schedule after which the run ends
 
     @property
     def title(self) -> str:
@@ -101,8 +105,7 @@ def _refuse_another(file: Path, found: Result, settings: Settings) -> None:
     # through JSON, which knows no tuples; what an older file does not know had its default
     given, default = (json.loads(json.dumps(asdict(s))) for s in (settings, Settings()))
     found = {**default, **json.loads(json.dumps(found))}
-    if found != given:
-        other = {key: found.get(key) for key in given if found.get(key) != given[key]}
+    if other := {key: found[key] for key in given if found[key] != given[key]}:
         instead = {key: given[key] for key in other}
         raise ValueError(f"{file} is of another run, with {other} instead of {instead}")
 
@@ -137,38 +140,6 @@ def _start(settings: Settings, where: Where) -> Start | None:
     return Start(**torch.load(file, map_location="cpu", weights_only=True))
 
 
-class Views:
-    """Windows of images, moved and mirrored at random.
-
-    A seed mirrors half of the images; then every second epoch mirrors all of them. So an image and
-    its mirror image come in turns.
-    """
-
-    def __init__(self, pixels: Tensor, seed: int, augment: bool) -> None:
-        self._size = pixels.shape[2], pixels.shape[3]
-        self._shift = SHIFT if augment else 0
-        ys, xs = (_reflected(n, self._shift, pixels.device) for n in self._size)
-        self._padded = pixels[:, :, ys][..., xs]
-        self._flips = torch.zeros(len(pixels), dtype=torch.bool, device=pixels.device)
-        if augment:
-            generator = torch.Generator(pixels.device).manual_seed(seed)
-            self._flips.random_(generator=generator)
-        self._augment = augment
-
-    def __call__(self, chosen: Tensor, epoch: int, generator: torch.Generator) -> Tensor:
-        top, left = torch.randint(
-            *(2 * self._shift + 1, (2, len(chosen), 1)), device=chosen.device, generator=generator
-        )
-        flip = self._flips[chosen, None] ^ (self._augment and epoch % 2 == 1)
-        return windows(self._padded[chosen], top, left, flip, self._size)
-
-
-def _reflected(n: int, pad: int, device: torch.device) -> Tensor:
-    """The indices 0 ... n - 1, with ``pad`` more on both sides that go back."""
-    inside = torch.arange(-pad, n + pad, device=device).abs()
-    return (n - 1) - ((n - 1) - inside).abs()
-
-
 class Run:
     """A model and its optimizer, stopped and resumed between any two epochs."""
 
@@ -184,7 +155,8 @@ class Run:
         self.views = Views(self.train.pixels, settings.seed, settings.augment)
         self.normal = Normal(self.train.pixels)
         self.per_epoch = len(self.train.labels) // settings.batch  # whole batches only
-        self.steps = math.ceil(self.per_epoch * settings.epochs)
+        self.schedule = math.ceil(self.per_epoch * settings.epochs)  # in steps
+        self.steps = math.ceil(self.schedule * settings.stop)
         self.clock = Clock(device, PHASES)
         self.epochs: list[Result] = []
 
@@ -202,12 +174,27 @@ class Run:
             momentum=airbench_net.MOMENTUM,
             nesterov=True,
         )
-        self.arm.start(self.model, self.optimizer)
+        seen = self.train.pixels[: max(PROBE, settings.batch)]
+        self.arm.start(self.model, self.optimizer, self.normal(seen))
+        self.loader = self._cached() if settings.cached else None
         self.lookahead = airbench_net.Lookahead(self.model)
         self.amp = torch.autocast(device.type, torch.bfloat16) if where.amp else nullcontext()
         self.file = where.output / f"{settings.title}.pt"
         if self.file.is_file():
             self._load()
+
+    def _cached(self) -> CachedLoader:
+        settings = self.settings
+        if not isinstance(self.arm, ByPolicy):
+            raise ValueError(f"{settings.title}: the arm {settings.arm} has no cache, policy has")
+        return CachedLoader(
+            self.arm.control,
+            self.train,
+            self.normal,
+            batch=settings.batch,
+            bank=settings.bank if settings.augment else None,
+            epochs=settings.epochs,
+        )
 
     def go(self, position: int = 0) -> Result:
         """Train to the end, and write the result. position: of the progress bar on the screen."""
@@ -231,28 +218,38 @@ class Run:
     def _frozen(self, step: int) -> list[str]:
         # in the recipe the stem's weights never train, and its bias does not for long
         stem = ["stem"] if step >= BIAS_EPOCHS * self.per_epoch else []
-        return [*stem, *self.arm.frozen(step / self.steps)]
+        return [*stem, *self.arm.frozen(step / self.schedule)]
 
     def state(self, step: int) -> str:
         """What trains in this step: the time of the step follows from it."""
         frozen = self._frozen(step)
         trained = "+".join(part for part in airbench_net.PARTS if part not in frozen)
-        return self.arm.rows() + trained
+        return self.arm.kind() + trained
 
     def enter(self, step: int) -> None:
         """Bring the model into the state of this step, and the rates to its values."""
         freeze(self.model, self._frozen(step))
-        factor = airbench_net.triangle(step / self.steps)
+        factor = airbench_net.triangle(step / self.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = factor * group["full_lr"]
 
-    def step(self, step: int, chosen: Tensor, generator: torch.Generator) -> Tensor:
-        """Train on these images; their mean loss."""
+    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images of an epoch, normalised, and their labels; without end."""
+        # order and views depend on seed and epoch alone, so there is no state to save
+        device, size = self.where.device, self.settings.batch
+        generator = torch.Generator(device).manual_seed(1_000_000 * self.settings.seed + epoch)
+        order = torch.randperm(len(self.train.labels), device=device, generator=generator)
+        if self.loader is not None:
+            yield from self.loader.epoch(order)
+        for chosen in order.split(size):
+            yield self.normal(self.views(chosen, epoch, generator)), self.train.labels[chosen]
+
+    def step(self, step: int, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
+        """Train on the next batch; its mean loss."""
         with self.clock("freeze"):
             self.enter(step)
         with self.clock("data"):
-            views = self.views(chosen, step // self.per_epoch, generator)
-            x, y = self.normal(views), self.train.labels[chosen]
+            x, y = next(batches)
         with self.clock("forward"), self.amp:
             loss = F.cross_entropy(self.model(x), y, label_smoothing=0.2, reduction="sum")
         self.optimizer.zero_grad()
@@ -260,7 +257,7 @@ class Run:
             loss.backward()
         with self.clock("optimizer"):
             self.optimizer.step()
-            done = (step + 1) / self.steps
+            done = (step + 1) / self.schedule
             if (step + 1) % LOOK_EVERY == 0:
                 self.lookahead.update(self.model, self.lookahead.keep(done))
             if step + 1 == self.steps:
@@ -268,16 +265,13 @@ class Run:
         return loss.detach() / len(y)
 
     def epoch(self, epoch: int, tell: Callable[[], object]) -> Result:
-        # order and views depend on seed and epoch alone, so there is no state to save
-        device = self.where.device
-        generator = torch.Generator(device).manual_seed(1_000_000 * self.settings.seed + epoch)
-        order = torch.randperm(len(self.train.labels), device=device, generator=generator)
         first = epoch * self.per_epoch
         steps = range(first, min(first + self.per_epoch, self.steps))
-        states, loss_sum = Counter[str](), torch.zeros((), device=device)
+        states, loss_sum = Counter[str](), torch.zeros((), device=self.where.device)
         self.model.train()
-        for step, chosen in zip(steps, order.split(self.settings.batch), strict=False):
-            loss_sum += self.step(step, chosen, generator)
+        batches = self.batches(epoch)
+        for step in steps:
+            loss_sum += self.step(step, batches)
             states[self.state(step)] += 1
             tell()
         with self.clock("freeze"):

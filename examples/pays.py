@@ -14,6 +14,7 @@ the steps of all states in turns, on a quiet machine. A run's seconds are then i
 """
 
 import argparse
+import itertools
 import json
 import signal
 import sys
@@ -21,8 +22,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import stdev
-
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -146,9 +145,8 @@ def measure(study: Study, data: Data, where: Where, seconds: float) -> None:
 
 def _step(run: Run, step: int) -> Callable[[int], object]:
     run.model.train()
-    generator = torch.Generator(run.where.device).manual_seed(0)
-    chosen = torch.randperm(len(run.train.labels), device=run.where.device)[: run.settings.batch]
-    return lambda turn: run.step(step, chosen, generator)
+    batches = itertools.chain.from_iterable(map(run.batches, itertools.repeat(0)))
+    return lambda turn: run.step(step, batches)
 
 
 if __name__ == "__main__":

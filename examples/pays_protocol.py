@@ -80,4 +80,11 @@ def _settings(place: str, values: dict[str, Any]) -> Settings:
         raise ValueError(
             f"{place}: {', '.join(sorted(unknown))}: settings are {', '.join(sorted(known))}"
         )
-    return Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    return Settings(**{key: _frozen(value) for key, value in values.items()})
+
+
+def _frozen(value: Any) -> Any:
+    """Tuples in place of JSON's lists and objects."""
+    if isinstance(value, dict):
+        value = sorted(value.items())
+    return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value

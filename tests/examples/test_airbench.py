@@ -9,10 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import neq
 from examples import airbench
-from examples.airbench_run import Run, Settings, Views, Where, finished, split
+from examples.airbench_arms import RandomLayers
+from examples.airbench_net import triangle
+from examples.airbench_run import Run, Settings, Where, finished, split
 from examples.airbench_tasks import TASKS
+from examples.airbench_views import Views
 from examples.cifar_data import load
+from neq.cost.step_times import Segment, StepTimes
 from tests.support import ROOT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -112,7 +117,7 @@ def test_the_recipe(data, where):
         torch.testing.assert_close(run.model.state_dict()[name], wanted, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("arm", ["dense", "scheduled", "random-rows"])
+@pytest.mark.parametrize("arm", ["dense", "scheduled", "policy"])
 def test_a_stopped_run_goes_on(arm, data, where, tmp_path):
     settings = replace(TINY, arm=arm)
     whole = Run(settings, data, where._replace(output=tmp_path))
@@ -184,12 +189,90 @@ def test_only_some_parts_train(data, where):
 
 
 def test_random_rows(data, where):
-    run = Run(replace(TINY, arm="random-rows", fraction=0.5), data, where)
+    options = (("fraction", 0.5), ("warmup", 0))
+    run = Run(replace(TINY, arm="policy", policy="Random", options=options), data, where)
     before = weights(run)
     run.epoch(0, lambda: None)
     changed = (run.model.block3[4].weight != before["block3.4.weight"]).flatten(1).any(1)
     assert torch.equal(changed, run.model.block3[4].active_mask) is False  # drawn anew by now
     assert changed.sum() == 16  # of 32
+
+
+POLICY = replace(TINY, arm="policy", policy="BottomUp.scheduled")
+
+
+def test_a_policy_freezes_from_below(data, where):
+    """At the same times as the arm scheduled, and with one more block for each norm."""
+    run = Run(replace(POLICY, options=(("epochs", 5), ("shares", (0.4, 0.4, 0.4)))), data, where)
+    for epoch in range(2):
+        assert run.epoch(epoch, lambda: None)["steps"] == {"stem+block1+block2+block3+head": 4}
+    before = weights(run)
+    result = run.epoch(2, lambda: None)
+    assert same(run, before, "stem", "block1")
+    assert not same(run, before, "block2")
+    assert [*result["steps"]] == [
+        "BottomUp.scheduled, 3 blocks frozen: stem+block1+block2+block3+head"
+    ]
+
+
+def test_a_cache_changes_nothing_but_the_time(data, where, tmp_path):
+    options = (("epochs", 5), ("shares", (0.4, 0.4, 0.4)))
+    plain = replace(POLICY, options=options, augment=False)
+    runs = [Run(replace(plain, cached=cached), data, where) for cached in (False, True)]
+    for epoch in range(5):
+        results = [run.epoch(epoch, lambda: None) for run in runs]
+        assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-4)
+    assert runs[1].loader.hits == 2 * 4
+    assert runs[1].loader.misses == 4
+
+
+def test_a_cache_has_a_bank_of_draws(data, where):
+    options = (("epochs", 99), ("shares", (1.0, 1.0, 1.0)))
+    run = Run(replace(POLICY, options=options, cached=True, bank=2, epochs=99), data, where)
+
+    def images():  # [epochs, images, 3, 16, 16]
+        epochs = [[x for x, _ in run.loader.epoch(torch.arange(80))] for _ in range(8)]
+        return torch.stack([torch.cat(batches) for batches in epochs])
+
+    drawn = images()
+    assert max(len(torch.unique(drawn[:, i], dim=0)) for i in range(80)) > 2
+    run.arm.control.prefix.freeze(3)
+    drawn = images()
+    assert {len(torch.unique(drawn[:, i], dim=0)) for i in range(80)} <= {1, 2}
+
+
+def test_only_policies_have_a_cache(data, where):
+    with pytest.raises(ValueError, match="the arm scheduled has no cache"):
+        Run(replace(TINY, arm="scheduled", cached=True), data, where)
+
+
+def test_a_run_is_ended_before_its_schedule(data, where):
+    run = Run(replace(TINY, stop=0.7), data, where)
+    result = run.go()
+    assert sum(result["steps"].values()) == 14  # of 20
+    assert run.optimizer.param_groups[0]["lr"] == pytest.approx(
+        run.optimizer.param_groups[0]["full_lr"] * triangle(13 / 20)
+    )
+
+
+def test_random_layers_keep_to_their_share_of_a_step():
+    """Of four layers that take the same, a lower one costs more, since backward goes further."""
+    segment = {"forward": 1.0, "dgrad": 1.0, "wgrad": 1.0}
+    times = StepTimes(tuple(Segment(str(i), str(i), **segment) for i in range(4)))
+    assert times.dense == 11
+    model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(5)))
+    control = neq.Controller(
+        model, optimizer=(), policy=RandomLayers(0.7), example_inputs=torch.randn(4, 2)
+    )
+    control.step_times = lambda: times
+    control.policy.attach(control)
+    drawn = set()
+    for _ in range(200):
+        control.step()
+        trained = "".join(n for n, g in control.layers.items() if g.first.active_fraction)
+        assert times.ms(0, dict.fromkeys(trained, 1.0)) <= 0.7 * times.dense
+        drawn.add(trained)
+    assert drawn == {"1", "23"}  # 0 takes 8 already; beside 1 there is room for none
 
 
 def test_split(data):
