@@ -117,6 +117,13 @@ def new_parser() -> argparse.ArgumentParser:
     add("--task", choices=TASKS, default="scratch", help=f"one of {', '.join(TASKS)}")
     add("--pretrain-epochs", type=cli.positive, default=default.pretrain_epochs)
     add("--pretrain-images", type=cli.whole, metavar="N", help="(default: all)")
+    add(
+        "--pretrained",
+        type=cli.whole,
+        default=0,
+        metavar="N",
+        help="so many, in turns (default: each its own)",
+    )
     add("--name", default="", help="of the result's file (default: the arm)")
     add("--seeds", type=int, nargs="+", default=[0], metavar="SEED")
     add("--net", choices=WIDTHS, default=default.net)

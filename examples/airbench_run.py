@@ -40,6 +40,7 @@ class Settings:
     task: str = "scratch"
     pretrain_epochs: float = 8.0  # of the run that it starts from, if the task has one
     pretrain_images: int | None = None
+    pretrained: int = 0  # from how many such runs seeds start, in turns; 0: each from its own
     keep: bool = False  # the weights in the end, for runs that start from them
     seed: int = 0
     net: str = "94"
@@ -72,7 +73,7 @@ class Settings:
         return Settings(
             name=f"{task}-{self.net}-{self.width:g}",
             task=task,
-            seed=self.seed,
+            seed=self.seed % self.pretrained if self.pretrained else self.seed,
             net=self.net,
             width=self.width,
             images=self.pretrain_images,

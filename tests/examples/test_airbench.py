@@ -275,6 +275,12 @@ def test_random_layers_keep_to_their_share_of_a_step():
     assert drawn == {"1", "23"}  # 0 takes 8 already; beside 1 there is room for none
 
 
+def test_runs_start_from_a_few_others_in_turns():
+    runs = [replace(TINY, task="second-half", seed=seed, pretrained=2) for seed in range(5)]
+    assert [run.before().seed for run in runs] == [0, 1, 0, 1, 0]
+    assert replace(TINY, task="second-half", seed=4).before().seed == 4
+
+
 def test_split(data):
     wanted = replace(TINY, images=500, evaluated=None)
     train, test = split(data, wanted)
