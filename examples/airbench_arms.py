@@ -69,11 +69,12 @@ class ByPolicy(Dense):
         neq.convert(model)
         name, options = self.settings.policy, dict(self.settings.options)
         warmup = options.pop("warmup", 1)
+        policy = POLICIES[name](**options)
         self.control = neq.Controller(
             model,
-            policy=POLICIES[name](**options),
+            policy=policy,
             optimizer=optimizer,
-            probe=images[:PROBE],
+            probe=images[:PROBE] if policy.measures else None,
             example_inputs=images[: self.settings.batch],
             warmup=warmup,
         )
@@ -133,7 +134,7 @@ POLICIES: Mapping[str, Callable[..., neq.Policy]] = {
     "Random": neq.Random,
     "RandomLayers": RandomLayers,
 }
-PROBE = 256  # images, of those to train on
+PROBE = 64  # images, of those to train on
 
 
 ARMS: Mapping[str, type[Dense]] = {
