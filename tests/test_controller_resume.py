@@ -28,6 +28,8 @@ POLICIES = {
     "adaptive": lambda: neq.AdaptiveEps(0.03, rate=1e-3),
     "random": lambda: neq.Random(0.5),
     "slowest": lambda: neq.LowestVelocity(0.5),
+    "bottom up": lambda: neq.BottomUp(0.5, 0.5, 1, anneal=1, above=neq.Random(0.5)),
+    "scheduled": lambda: neq.BottomUp.scheduled([0.3, 0.7], epochs=6, anneal=0.5),
 }
 
 PROBES = {
