@@ -16,7 +16,6 @@ from neq.cost.step_times import StepTimes
 from neq.cost.units import Unit
 from neq.distributed.ranks import Ranks
 from neq.history import EpochRecord, History
-from neq.integrations.wrapped import model_in, optimizer_in
 from neq.layers.groups import LeaveAlone, check_masks, chosen_for
 from neq.measure.base import Measure, Where
 from neq.measure.evaluating import Inputs, as_inputs
@@ -30,11 +29,12 @@ from neq.policies.decide import decide, motions_of, prefix_for
 from neq.policies.granules import Granule, check_granule, in_granules
 from neq.prefix.blocks import Block
 from neq.recorder import Epoch, Recorder
+from neq.wrapped import model_in, optimizer_in
 
 # optimizers keep their Controllers alive, so none is missing here that still guards one
 _IN_CHARGE: "weakref.WeakSet[Controller]" = weakref.WeakSet()
 
-_STATE = {"epoch", "masks", "depth", "scores", "samples", "measure", "policy"}
+_STATE = {"epoch", "loss", "masks", "depth", "scores", "samples", "measure", "policy"}
 
 
 class Controller:
@@ -279,20 +279,23 @@ class Controller:
         if not self._ended:
             self._end("remove() was called")
 
-    def state_dict(self, *, outputs: bool = True) -> dict[str, Any]:
+    def state_dict(self, *, outputs: bool | None = None) -> dict[str, Any]:
         """What ``load_state_dict`` needs to continue with the same bits.
 
         Args:
             outputs: Include the previous outputs, which are most of the state. Without them, the
-                model is measured when the state is loaded. That gives the same outputs if the
-                model then has the weights that it has now, and had at the end of the epoch.
+                model is measured when the state is loaded: the same if it has the weights that it
+                had at the epoch's end. By default, unless the one optimizer hasn't stepped since.
         """
+        if outputs is None:
+            outputs = len(self.optimizers) != 1 or self._count is None or self._count.steps > 0
         masks = dict(zip(self.layers, self._active().split(self._sizes), strict=True))
         return {
             "epoch": self.epoch,
             "steps": self._count.steps if self._count else 0,
             "masks": {name: mask.clone() for name, mask in masks.items()},
             "depth": self._depth,
+            "loss": self.loss,
             "scores": {name: values.clone() for name, values in self.scores.items()},
             "samples": self._samples.clone(),
             "measure": self.measure.state_dict(outputs),
@@ -318,7 +321,7 @@ class Controller:
                 f"this is no state of a Controller of neq {__version__}: it lacks {missing}"
             )
         check_masks(self.layers, state["masks"])
-        self.epoch = state["epoch"]
+        self.epoch, self.loss = state["epoch"], state["loss"]
         if self.prefix is not None:
             self.prefix.freeze(state["depth"])
         if self._count is not None:

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from neq.integrations.wrapped import model_in
 from neq.layers.base import NeuronLayer
 from neq.optim.frozen import freeze_whole, thaw_whole
 from neq.prefix.blocks import blocks, containers
 from neq.prefix.fingerprint import fingerprint
 from neq.prefix.marks import marks
 from neq.prefix.statistics import recompute_statistics
+from neq.wrapped import model_in
 from neq_kernels import _torch
 from neq_kernels.device.ranks import in_process_group
 

@@ -12,6 +12,7 @@ import neq
 import neq.history
 import neq_kernels
 from neq.cost.step_times import Segment, StepTimes
+from neq.integrations import accelerate, lightning, transformers
 from neq.layers.groups import Group
 from neq.measure.base import Measure
 from neq.measure.update_gain import UpdateGain
@@ -31,6 +32,8 @@ def public() -> Iterator[tuple[str, object]]:
     for name, thing in vars(neq.history).items():
         if getattr(thing, "__module__", None) == "neq.history" and not name.startswith("_"):
             yield from with_members(f"neq.history.{name}", thing)
+    for thing in (lightning.NEqCallback, transformers.NEqCallback, accelerate.prepare_controller):
+        yield f"{thing.__module__}.{thing.__name__}", thing
     for thing in (Group, Measure, StepTimes, Segment, Training, UpdateGain, *PLANNER):
         yield from with_members(f"{thing.__module__}.{thing.__name__}", thing)
 
