@@ -44,8 +44,10 @@ from neq.policies import (
     Policy,
     Random,
 )
+from neq.regularisers import LOBSTER, NeuronLOBSTER
 
 __all__ = [
+    "LOBSTER",
     "Account",
     "AdaptiveEps",
     "Budget",
@@ -74,6 +76,7 @@ __all__ = [
     "NEqLinear",
     "NEqRMSNorm",
     "NEqSyncBatchNorm",
+    "NeuronLOBSTER",
     "NeuronLayer",
     "NoiseProbe",
     "Policy",
