@@ -33,6 +33,7 @@ from neq.layers.summary import summary
 from neq.measure.base import Measure
 from neq.measure.equilibrium import Velocity, similarity
 from neq.measure.probes import NoiseProbe, Probe, WeightProbe
+from neq.measure.sensitivity import Sensitivity, sensitivity
 from neq.policies import (
     AdaptiveEps,
     Budget,
@@ -44,7 +45,7 @@ from neq.policies import (
     Policy,
     Random,
 )
-from neq.regularisers import LOBSTER, NeuronLOBSTER
+from neq.regularisers import LOBSTER, NeuronLOBSTER, SeReNe
 
 __all__ = [
     "LOBSTER",
@@ -82,6 +83,8 @@ __all__ = [
     "Policy",
     "Probe",
     "Random",
+    "SeReNe",
+    "Sensitivity",
     "Velocity",
     "WeightProbe",
     "__version__",
@@ -89,6 +92,7 @@ __all__ = [
     "convert",
     "optim",
     "revert",
+    "sensitivity",
     "similarity",
     "summary",
 ]

@@ -274,7 +274,13 @@ class Controller:
         if self.probe is None:
             return []
         self.measure.start()
-        return self.probe.run(self.model, list(self.layers.values()), self.measure.observe)
+        by_gradient = self.measure.by_gradient
+        return self.probe.run(
+            self.model,
+            list(self.layers.values()),
+            self.measure.observe,
+            self.measure.observe_output if by_gradient else None,
+        )
 
     def _decide(self, active: Tensor) -> None:
         """Ask the policy, and set what it chose. ``active``: bool [all neurons], as now."""

@@ -57,7 +57,7 @@ def forgetting() -> saved_tensors_hooks:
 
 
 @contextmanager
-def hooked(hooks: Mapping[Module, Callable[..., None]]) -> Iterator[None]:
+def hooked(hooks: Mapping[Module, Callable[..., Any]]) -> Iterator[None]:
     """Inside, each layer has its hook: ``hook(layer, args, kwargs, output)``."""
     with ExitStack() as stack:
         for layer, hook in hooks.items():
@@ -94,12 +94,9 @@ def as_inputs(model: nn.Module, batch: Any) -> Inputs:
     return tuple(batch[: _required(model)]) if isinstance(batch, (tuple, list)) else (batch,)
 
 
-def call(model: nn.Module, inputs: Inputs) -> None:
-    """Call the model with arguments that ``as_inputs`` made."""
-    if isinstance(inputs, Mapping):
-        model(**inputs)
-    else:
-        model(*inputs)
+def call(model: nn.Module, inputs: Inputs) -> Any:
+    """What the model gives for arguments that ``as_inputs`` made."""
+    return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -77,7 +77,11 @@ class Probe:
         return self.data  # type: ignore[no-any-return]
 
     def run(
-        self, model: nn.Module, groups: Sequence[Sequence[NeuronLayer]], observe: Observe
+        self,
+        model: nn.Module,
+        groups: Sequence[Sequence[NeuronLayer]],
+        observe: Observe,
+        observe_output: Callable[[Any], None] | None = None,
     ) -> list[Tensor]:
         """Run the model, and show each output of each layer in the order of computation.
 
@@ -86,6 +90,8 @@ class Probe:
             groups: The groups of layers in the model.
             observe: Called as ``observe(group, y, channel_dim)``: the number of the group, an
                 output [samples, ...], and its dimension that counts the neurons.
+            observe_output: Called with what the model returned for each batch. If given, the model
+                runs with a graph, in which each layer's output has a gradient.
 
         Returns:
             Marks that tell these samples from others: float64 vectors, on any device.
@@ -94,30 +100,32 @@ class Probe:
             ValueError: If there is no batch.
         """
         hooks = {
-            layer: partial(_show, observe, number)
+            layer: partial(_show if observe_output is None else show_in_graph, observe, number)
             for number, layers in enumerate(groups)
             for layer in layers
         }
         marks = []
-        with evaluating(model), hooked(hooks):
+        with_graph = observe_output is not None
+        with evaluating(model), hooked(hooks), torch.set_grad_enabled(with_graph):
             for batch in self.batches(model):
                 marks.append(_mark(batch))
-                self.feed(model, batch)
+                output = self.feed(model, batch)
+                if observe_output is not None:
+                    observe_output(output)
         if not marks:
             raise ValueError("the probe gave no batch: a loader must have at least one")
         return marks
 
-    def feed(self, model: nn.Module, batch: Any) -> None:
-        """Call the model on a batch.
+    def feed(self, model: nn.Module, batch: Any) -> Any:
+        """What the model gives for a batch.
 
         Args:
             model: The model.
             batch: One of ``batches``.
         """
         if self.forward is None:
-            call(model, as_inputs(model, batch))
-        else:
-            self.forward(model, to_device(batch, device_of(model)))
+            return call(model, as_inputs(model, batch))
+        return self.forward(model, to_device(batch, device_of(model)))
 
     def example(self, model: nn.Module) -> Inputs | None:
         """The model's arguments for the first batch; None if ``forward`` makes them.
@@ -180,8 +188,17 @@ class WeightProbe(Probe):
         super().__init__(())
 
     def run(
-        self, model: nn.Module, groups: Sequence[Sequence[NeuronLayer]], observe: Observe
+        self,
+        model: nn.Module,
+        groups: Sequence[Sequence[NeuronLayer]],
+        observe: Observe,
+        observe_output: Callable[[Any], None] | None = None,
     ) -> list[Tensor]:
+        if observe_output is not None:
+            raise ValueError(
+                "this measure looks at the model's outputs, and a WeightProbe has none: give "
+                "samples as the probe"
+            )
         for number, (layer, *_) in enumerate(groups):
             parameters = layer.parameter_rows()
             if parameters.shape[1] > 1:
@@ -210,3 +227,15 @@ def _show(
     observe: Observe, number: int, layer: NeuronLayer, args: Any, kwargs: Any, output: Tensor
 ) -> None:
     observe(number, *layer.by_neuron(output))
+
+
+def show_in_graph(
+    observe: Observe, number: int, layer: NeuronLayer, args: Any, kwargs: Any, output: Tensor
+) -> Tensor:
+    """Show an output that has a gradient, also where nothing trains. Returns it for the model."""
+    if not output.requires_grad:
+        # a copy: what follows may work in place, which a leaf forbids
+        output = output.detach().requires_grad_().clone()
+    shown, channel_dim = layer.by_neuron(output)
+    observe(number, shown, channel_dim)
+    return output if shown is output else shown.reshape(output.shape)

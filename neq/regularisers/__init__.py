@@ -6,5 +6,6 @@ parameter (LOBSTER) or of a neuron (SeReNe). What the loss depends on stays, the
 
 from neq.regularisers.base import Regulariser
 from neq.regularisers.lobster import LOBSTER, NeuronLOBSTER
+from neq.regularisers.serene import SeReNe
 
-__all__ = ["LOBSTER", "NeuronLOBSTER", "Regulariser"]
+__all__ = ["LOBSTER", "NeuronLOBSTER", "Regulariser", "SeReNe"]

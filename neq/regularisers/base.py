@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from neq.integrations.wrapped import optimizer_in
 
@@ -24,6 +25,7 @@ class Regulariser(ABC):
 
     Attributes:
         lam: λ. It may be changed between steps.
+        parameters: Those that the optimizer steps among the parameters that may decay.
 
     Raises:
         TypeError: If ``optimizer`` is not an optimizer.
@@ -40,14 +42,16 @@ class Regulariser(ABC):
             )
         if not 0 <= lam <= 1:
             raise ValueError(f"{kind}: lam must lie in [0, 1], got {lam}")
-        if not stepped_by(optimizer) & set(parameters):
+        stepped = {p for group in optimizer.param_groups for p in group["params"]}
+        self.parameters = stepped & set(parameters)
+        if not self.parameters:
             raise ValueError(
                 f"{kind}: the optimizer steps none of the parameters that could decay: give it the "
                 "optimizer that trains this model"
             )
         self.lam = lam
         self._due = False
-        self._handles = (
+        self._handles: tuple[RemovableHandle, ...] = (
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
         )
@@ -79,11 +83,6 @@ class Regulariser(ABC):
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is None or not found_inf:
             self.decay(optimizer)
-
-
-def stepped_by(optimizer: Optimizer) -> set[Tensor]:
-    """All parameters of an optimizer."""
-    return {p for group in optimizer.param_groups for p in group["params"]}
 
 
 def decay_neurons(p: Tensor, insensitivity: Tensor, lam: float) -> None:

@@ -14,7 +14,7 @@ from neq.integrations.wrapped import model_in
 from neq.layers.base import shaped_like
 from neq.layers.groups import Group, groups_of
 from neq.optim.frozen import frozen_in, modules_in
-from neq.regularisers.base import Regulariser, decay_neurons, stepped_by
+from neq.regularisers.base import Regulariser, decay_neurons
 from neq_kernels import _torch
 
 _TINY = 1e-10  # the least sensitivity that a layer is rescaled by
@@ -66,15 +66,15 @@ class LOBSTER(Regulariser):
         rescaled: bool = False,
     ) -> None:
         self._modules = modules_in(model_in(model) if isinstance(model, nn.Module) else model)
-        self._parameters = {p for m in self._modules for p in m.parameters(recurse=False)}
         self.rescaled = rescaled
-        super().__init__(optimizer, lam, self._parameters)
+        own = (p for module in self._modules for p in module.parameters(recurse=False))
+        super().__init__(optimizer, lam, own)
 
     def decay(self, optimizer: Optimizer) -> None:
         frozen = frozen_in(self._modules)
         due = [
             p
-            for p in stepped_by(optimizer) & self._parameters
+            for p in self.parameters
             if p.grad is not None and not (p in frozen and frozen[p].k == 0)
         ]
         for some in _together(due):
@@ -158,6 +158,7 @@ class NeuronLOBSTER(Regulariser):
             )
         self._smoothed: dict[str, Tensor] = {}  # by the group's name: float32 [neurons]
         super().__init__(optimizer, lam, [group.first.bias for group in self._groups.values()])
+        self._groups = {n: g for n, g in self._groups.items() if g.first.bias in self.parameters}
 
     def decay(self, optimizer: Optimizer) -> None:
         for name, group in self._groups.items():

@@ -118,6 +118,16 @@ def test_a_measure_of_your_own():
     assert all(0.3 < share <= 0.5 for share in shares)  # those above the median
 
 
+def test_the_family():
+    setting = Setting(perceptron())
+    for heading in ("LOBSTER", "SeReNe"):
+        for code in blocks("docs/family.md", heading):
+            setting.run(code)
+    setting.train()
+    given = {name: setting[name] for name in ("model", "optimizer")}
+    neq.Controller(**given, probe=setting["images"], policy=setting["DropInsensitive"]()).step()
+
+
 def test_a_loop_of_your_own(capsys):
     (code,) = blocks("docs/integrations.md", "A loop of your own")
     Setting(perceptron()).run(code)

@@ -145,6 +145,34 @@ def shard(rank: int) -> None:
         optimizer.step()
 
 
+def regularise(rank: int) -> None:
+    """Every rank decays by the sensitivities on the samples of all."""
+    for kind, *options in (
+        (neq.LOBSTER,),
+        (neq.NeuronLOBSTER,),
+        *((neq.SeReNe, kind) for kind in ("lower-bound", "full", "local")),
+    ):
+        models = model_and_twin()
+        for model in models:
+            parallel = model is models[0]
+            call = DistributedDataParallel(model) if parallel else model
+            optimizer = torch.optim.SGD(call.parameters(), lr=0.05)
+            alone = {"process_group": dist.new_group([rank], use_local_synchronization=True)}
+            group = alone if kind is neq.SeReNe and not parallel else {}
+            regulariser = kind(call, optimizer, 0.25, *options, **group)
+            for step in range(2):
+                torch.manual_seed(step)
+                x = torch.randn(WORLD * BATCH, 3, 5, 5)
+                output = call(x[rank * BATCH : (rank + 1) * BATCH] if parallel else x)
+                if kind is neq.SeReNe:
+                    regulariser.observe(output)
+                optimizer.zero_grad()
+                output.square().sum(1).mean().backward()
+                optimizer.step()
+        for mine, theirs in zip(*(model.parameters() for model in models), strict=True):
+            torch.testing.assert_close(mine, theirs, msg=f"{kind.__name__} {options}")
+
+
 SCENARIOS = {
     "plain": train,
     "by rows": train_by_rows,
@@ -153,6 +181,7 @@ SCENARIOS = {
     "many buckets": partial(train, bucket_cap_mb=0.0001),
     "compiled": partial(train, compiled=True),
     "gradient accumulation": accumulate,
+    "regularisers": regularise,
     "tuning": tune,
     "fully_shard": shard,
 }
