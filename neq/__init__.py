@@ -31,6 +31,7 @@ from neq.layers.norm import (
 )
 from neq.layers.summary import summary
 from neq.measure.base import Measure
+from neq.measure.entropy import PSPEntropy, entropi, psp_entropy
 from neq.measure.equilibrium import Velocity, similarity
 from neq.measure.probes import NoiseProbe, Probe, WeightProbe
 from neq.measure.sensitivity import Sensitivity, sensitivity
@@ -80,6 +81,7 @@ __all__ = [
     "NeuronLOBSTER",
     "NeuronLayer",
     "NoiseProbe",
+    "PSPEntropy",
     "Policy",
     "Probe",
     "Random",
@@ -90,7 +92,9 @@ __all__ = [
     "__version__",
     "account",
     "convert",
+    "entropi",
     "optim",
+    "psp_entropy",
     "revert",
     "sensitivity",
     "similarity",
