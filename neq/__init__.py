@@ -1,6 +1,6 @@
 """Training that stops paying for neurons that have stopped learning."""
 
-from neq import optim
+from neq import optim, prune
 from neq._version import __version__
 from neq.controller import Controller
 from neq.cost.account import Account
@@ -94,6 +94,7 @@ __all__ = [
     "convert",
     "entropi",
     "optim",
+    "prune",
     "psp_entropy",
     "revert",
     "sensitivity",

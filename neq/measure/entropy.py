@@ -162,28 +162,12 @@ def psp_entropy(
         )
     model, ranks = model_in(model), Ranks(process_group)
     tallies = {name: _Tally(name, per) for name in _named(model, layers)}
-    hooks = {model.get_submodule(name): tally.take for name, tally in tallies.items()}
-    with evaluating(model), hooked(hooks):
-        for batch in loader:
-            inputs, labels = _divided(batch)
-            for tally in tallies.values():
-                tally.labels = labels
-            call(model, as_inputs(model, inputs))
-    called = {name: tally for name, tally in tallies.items() if len(tally.samples)}
+    called = _count(model, loader, tallies)
     if layers is not None and len(called) < len(tallies):
         raise ValueError(f"never called on this loader: {sorted(tallies.keys() - called.keys())}")
     if not called:
         raise ValueError("no layer was called: the loader must have at least one batch")
-    largest = torch.tensor([max(len(tally.samples) for tally in called.values())])
-    total = classes or int(ranks.max_(largest))
-    for tally in called.values():
-        tally.reduce(total, ranks)
-    for name, tally in called.items():
-        if missing := (tally.samples == 0).nonzero().flatten().tolist():
-            raise ValueError(
-                f"layer {name!r} saw no sample of class {missing[0]}, of {total} classes: its "
-                "share is unknown"
-            )
+    _reduce(called, classes, ranks)
     return PSPEntropy(
         {name: tally.counts for name, tally in called.items()},
         {name: tally.samples for name, tally in called.items()},
@@ -276,6 +260,34 @@ class _Tally:
         self._make_room(classes, self.counts.shape[1], self.counts.device)
         self.counts = ranks.sum_(self.counts).cpu()
         self.samples = ranks.sum_(self.samples).cpu()
+
+
+def _count(
+    model: nn.Module, loader: Iterable[Any], tallies: Mapping[str, _Tally]
+) -> dict[str, _Tally]:
+    """Run the model on all batches. Returns the tallies of the layers that were called."""
+    hooks = {model.get_submodule(name): tally.take for name, tally in tallies.items()}
+    with evaluating(model), hooked(hooks):
+        for batch in loader:
+            inputs, labels = _divided(batch)
+            for tally in tallies.values():
+                tally.labels = labels
+            call(model, as_inputs(model, inputs))
+    return {name: tally for name, tally in tallies.items() if len(tally.samples)}
+
+
+def _reduce(tallies: Mapping[str, _Tally], classes: int | None, ranks: Ranks) -> None:
+    """Add up over all ranks. Every class must have been seen."""
+    seen = max(len(tally.samples) for tally in tallies.values())
+    device = next(iter(tallies.values())).counts.device  # where ranks can exchange tensors
+    total = classes or int(ranks.max_(torch.tensor(seen, device=device)))
+    for name, tally in tallies.items():
+        tally.reduce(total, ranks)
+        if missing := (tally.samples == 0).nonzero().flatten().tolist():
+            raise ValueError(
+                f"layer {name!r} saw no sample of class {missing[0]}, of {total} classes: its "
+                "share is unknown"
+            )
 
 
 def _named(model: nn.Module, layers: Iterable[str] | None) -> list[str]:

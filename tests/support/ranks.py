@@ -173,6 +173,18 @@ def regularise(rank: int) -> None:
             torch.testing.assert_close(mine, theirs, msg=f"{kind.__name__} {options}")
 
 
+def entropy(rank: int) -> None:
+    """The counts of all ranks, also of a class that only one of them has seen."""
+    model, _ = model_and_twin()
+    torch.manual_seed(0)
+    x, labels = torch.randn(6, 3, 5, 5), torch.tensor([0, 0, 1, 0, 1, 2])
+    mine = slice(3 * rank, 3 * rank + 3)
+    found = neq.psp_entropy(model, [(x[mine], labels[mine])])
+    alone = dist.new_group([rank], use_local_synchronization=True)
+    whole = neq.psp_entropy(model, [(x, labels)], process_group=alone)
+    assert all(torch.equal(found[name], bits) for name, bits in whole.items())
+
+
 SCENARIOS = {
     "plain": train,
     "by rows": train_by_rows,
@@ -182,6 +194,7 @@ SCENARIOS = {
     "compiled": partial(train, compiled=True),
     "gradient accumulation": accumulate,
     "regularisers": regularise,
+    "entropy": entropy,
     "tuning": tune,
     "fully_shard": shard,
 }
