@@ -2,6 +2,7 @@
 
 from neq.prune.at_once import by_equilibrium, one_shot
 from neq.prune.gradual import Gradual, Round
+from neq.prune.shrinking import shrink
 from neq.prune.zeros import Zeros
 
-__all__ = ["Gradual", "Round", "Zeros", "by_equilibrium", "one_shot"]
+__all__ = ["Gradual", "Round", "Zeros", "by_equilibrium", "one_shot", "shrink"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from neq.integrations.wrapped import model_in
-from neq.layers.base import shaped_like
+from neq.layers.base import NeuronLayer, shaped_like
 from neq.layers.groups import Group, groups_of
 from neq.optim.frozen import frozen_in, modules_in
 from neq.regularisers.base import Regulariser, decay_neurons
@@ -109,6 +109,7 @@ class NeuronLOBSTER(Regulariser):
 
     A layer without a bias is left alone. Before a batch norm there should be none: a shift that the
     norm takes away has no gradient, and the layer would decay as if nothing depended on it.
+    ``neq.revert`` ends it.
 
     Args:
         model: The model. It is converted in place if none of its layers is converted yet.
@@ -163,6 +164,8 @@ class NeuronLOBSTER(Regulariser):
     def decay(self, optimizer: Optimizer) -> None:
         for name, group in self._groups.items():
             layer = group.first
+            if not isinstance(layer, NeuronLayer):
+                continue  # reverted
             if layer.bias.grad is None or layer.active.k == 0:
                 continue
             insensitivity = self._insensitivity(name, group)

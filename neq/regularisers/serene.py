@@ -27,8 +27,8 @@ class SeReNe(Regulariser):
 
     Show it the outputs of each forward in training, before ``backward``. ``"lower-bound"`` then
     runs one more backward pass, from the outputs to the first layer, without weight gradients;
-    ``"full"`` one for each output; ``"local"`` none. In eval mode and in compiled code it sees
-    nothing.
+    ``"full"`` one for each output; ``"local"`` none. In eval mode, in compiled code and after
+    ``neq.revert`` it sees nothing.
 
     A neuron that is not connected to the outputs is left alone. So is, with ``"local"``, one whose
     output goes into no ReLU, neither directly nor through a batch norm.
@@ -124,11 +124,11 @@ class SeReNe(Regulariser):
     def _begin(self, model: nn.Module, args: Any) -> None:
         self._sensitivity.forget()  # outputs that were not shown
 
-    def _show(self, number: int, layer: NeuronLayer, args: Any, output: Tensor) -> Tensor | None:
+    def _show(self, number: int, layer: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         if torch.compiler.is_compiling() or not self._observing:
             return None
-        if not (layer.training and torch.is_grad_enabled()):
-            return None
+        if not (layer.training and torch.is_grad_enabled()) or not isinstance(layer, NeuronLayer):
+            return None  # the last: reverted
         shown, channel_dim = layer.by_neuron(output)
         self._sensitivity.observe(number, shown, channel_dim)
         return None if shown is output else shown.reshape(output.shape)

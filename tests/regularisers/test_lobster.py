@@ -43,6 +43,10 @@ def step(model, optimizer):
     optimizer.step()
 
 
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), 0.1)
+
+
 def gradients_of(model):
     """By name, of a loss that is computed anew; parameters without a gradient are left out."""
     names, parameters = zip(*model.named_parameters(), strict=True)
@@ -79,7 +83,7 @@ def test_rescaled_by_hand():
 def test_every_parameter_against_autograd(rescaled):
     """Also biases and norms. The unused layer, without a gradient, is left alone."""
     model, twin = net(), net()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = sgd(model)
     neq.LOBSTER(model, optimizer, LAM, rescaled=rescaled)
     for _ in range(3):
         step(model, optimizer)
@@ -97,7 +101,7 @@ def test_every_parameter_against_autograd(rescaled):
 def test_neurons_against_autograd(rescaled):
     """dL/dp of a neuron, summed over samples and positions, smoothed; p is what the layer gives."""
     model, twin = net(), neq.convert(net())
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = sgd(model)
     neq.NeuronLOBSTER(model, optimizer, LAM, rescaled=rescaled)
     smoothed = {}
     for _ in range(3):
@@ -141,7 +145,7 @@ def by_output(model):
 def test_smoothing_is_an_average():
     """In the published code a gradient that stays the same adds up to ten times itself."""
     layer = nn.Linear(1, 2)
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    optimizer = sgd(layer)
     lobster = neq.NeuronLOBSTER(layer, optimizer)
     for _ in range(50):
         layer.bias.grad = torch.tensor([0.25, -0.5])
@@ -189,14 +193,13 @@ def test_under_a_grad_scaler(kind, fused):
         optimizers[1].zero_grad()
         F.cross_entropy(twin(x), labels).backward()
         optimizers[1].step()
-    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(a, b)
+    torch.testing.assert_close([*model.parameters()], [*twin.parameters()])
 
 
 @EACH_KIND
 def test_accumulated_gradients(kind):
     model, twin = net(), net()
-    optimizers = [torch.optim.SGD(m.parameters(), 0.1) for m in (model, twin)]
+    optimizers = sgd(model), sgd(twin)
     for m, optimizer in zip((model, twin), optimizers, strict=True):
         kind(m, optimizer, LAM)
     for part in range(0, 24, 8):
@@ -282,8 +285,7 @@ def test_a_step_of_a_users_class_decays_once(kind):
         optimizer = optimizer_kind(model.parameters(), 0.1)
         kind(model, optimizer, LAM)
         step(model, optimizer)
-    for a, b in zip(*(m.parameters() for m in models), strict=True):
-        assert torch.equal(a, b)
+    assert all(map(torch.equal, *(m.parameters() for m in models)))
 
 
 def test_a_step_that_fails_decays_nothing_and_the_next_one_does():
@@ -327,9 +329,19 @@ def test_lam_may_change_and_remove_ends_it():
     assert layer.weight.item() == 0.125
 
 
+def test_neurons_of_a_reverted_model_are_left_alone():
+    model, twin = net(), net()
+    optimizers = sgd(model), sgd(twin)
+    neq.NeuronLOBSTER(model, optimizers[0], LAM)
+    neq.revert(model)
+    for m, optimizer in zip((model, twin), optimizers, strict=True):
+        step(m, optimizer)
+    assert all(map(torch.equal, model.parameters(), twin.parameters()))
+
+
 def test_neurons_resume_bit_for_bit():
     model = net()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = sgd(model)
     lobster = neq.NeuronLOBSTER(model, optimizer, LAM)
     step(model, optimizer)
     states = copy.deepcopy([part.state_dict() for part in (model, optimizer, lobster)])
@@ -340,8 +352,7 @@ def test_neurons_resume_bit_for_bit():
     for part, state in zip((other, its_optimizer, its_lobster), states, strict=True):
         part.load_state_dict(state)
     step(other, its_optimizer)
-    for a, b in zip(model.parameters(), other.parameters(), strict=True):
-        assert torch.equal(a, b)
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
     with pytest.raises(ValueError, match=r"other layers: \['nowhere'\]"):
         lobster.load_state_dict({"smoothed": {"nowhere": torch.zeros(1)}})
 
@@ -367,7 +378,7 @@ def test_models_of_transformers(kind, make):
 @EACH_KIND
 def test_bad_arguments(kind):
     model = perceptron()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = sgd(model)
     name = kind.__name__
     with pytest.raises(ValueError, match=rf"{name}: lam must lie in \[0, 1\], got -1"):
         kind(model, optimizer, -1)

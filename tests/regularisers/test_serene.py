@@ -313,6 +313,7 @@ def test_bad_use():
     output = model(batch()[0])
     with pytest.raises(ValueError, match=r"got shape \[\]: give what the model computed"):
         serene.observe(F.cross_entropy(output, batch()[1]))
+    neq.revert(model)(batch()[0]).sum().backward()  # of which it sees nothing
     compiled = torch.compile(model, backend="eager")
     with pytest.raises(ValueError, match="compiled code shows none of its layers"):
         serene.observe(compiled(batch()[0]))
