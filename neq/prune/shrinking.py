@@ -117,8 +117,8 @@ def _trace(model: nn.Module, inputs: Inputs) -> tuple[Any, Callable[[nn.Module],
 def _removable(group: Any, gone: list[int], read: Mapping[nn.Module, Tensor]) -> list[int]:
     """The gone neurons that all layers of a group may lose.
 
-    Who makes the same channel must have it gone too; who reads it must read 0; and somebody must
-    read it, or it is an output.
+    A layer that makes the same channel must have it gone too. One that reads it must read 0. And
+    one must read it, or it is an output.
     """
     stay: set[int] = set()
     has_reader = False
