@@ -191,3 +191,14 @@ def test_bad_arguments():
         neq.prune.Zeros(model, [3])
     with pytest.raises(ValueError, match=r"no parameter '0.weight' of shape \[2\], got \[6, 4\]"):
         neq.prune.Zeros(model, ()).prune({"0.weight": torch.ones(2).bool()})
+
+
+def test_what_was_pruned_before_stays_pruned():
+    model = nn.Linear(3, 1, bias=False)
+    zeros = neq.prune.Zeros(model, ())
+    for element in (0, 2):
+        zeros.prune({"weight": torch.arange(3).view(1, 3) == element})
+    nn.init.ones_(model.weight)
+    zeros.apply()
+    assert model.weight.tolist() == [[0, 1, 0]]
+    assert zeros.sparsity == pytest.approx(2 / 3)
