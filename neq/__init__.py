@@ -5,6 +5,7 @@ from neq._version import __version__
 from neq.controller import Controller
 from neq.cost.account import Account
 from neq.cost.flops import account
+from neq.cost.summary import summary
 from neq.history import History
 from neq.layers.base import NeuronLayer
 from neq.layers.conv import (
@@ -16,6 +17,7 @@ from neq.layers.conv import (
     NEqConvTranspose3d,
 )
 from neq.layers.conversion import convert, revert
+from neq.layers.embedding import NEqEmbedding
 from neq.layers.linear import NEqLinear
 from neq.layers.norm import (
     NEqBatchNorm1d,
@@ -29,7 +31,6 @@ from neq.layers.norm import (
     NEqRMSNorm,
     NEqSyncBatchNorm,
 )
-from neq.layers.summary import summary
 from neq.measure.base import Measure
 from neq.measure.entropy import PSPEntropy, entropi, psp_entropy
 from neq.measure.equilibrium import Velocity, similarity
@@ -37,6 +38,7 @@ from neq.measure.probes import NoiseProbe, Probe, WeightProbe
 from neq.measure.sensitivity import Sensitivity, sensitivity
 from neq.policies import (
     AdaptiveEps,
+    BottomUp,
     Budget,
     Equilibrium,
     Everything,
@@ -46,12 +48,18 @@ from neq.policies import (
     Policy,
     Random,
 )
+from neq.prefix.blocks import Block, blocks
+from neq.prefix.cache import PrefixCache
+from neq.prefix.prefix import Prefix
 from neq.regularisers import LOBSTER, NeuronLOBSTER, SeReNe
+from neq.schedule import ReduceLROnEquilibrium
 
 __all__ = [
     "LOBSTER",
     "Account",
     "AdaptiveEps",
+    "Block",
+    "BottomUp",
     "Budget",
     "Controller",
     "Equilibrium",
@@ -70,6 +78,7 @@ __all__ = [
     "NEqConvTranspose1d",
     "NEqConvTranspose2d",
     "NEqConvTranspose3d",
+    "NEqEmbedding",
     "NEqGroupNorm",
     "NEqInstanceNorm1d",
     "NEqInstanceNorm2d",
@@ -83,14 +92,18 @@ __all__ = [
     "NoiseProbe",
     "PSPEntropy",
     "Policy",
+    "Prefix",
+    "PrefixCache",
     "Probe",
     "Random",
+    "ReduceLROnEquilibrium",
     "SeReNe",
     "Sensitivity",
     "Velocity",
     "WeightProbe",
     "__version__",
     "account",
+    "blocks",
     "convert",
     "entropi",
     "optim",

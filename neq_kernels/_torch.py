@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd import forward_ad
+from torch.utils import _pytree
 
 # Is a function transform (torch.func) active?
 transforms_active = torch._C._are_functorch_transforms_active
@@ -26,6 +28,16 @@ foreach_sub_ = torch._foreach_sub_
 foreach_div_ = torch._foreach_div_
 foreach_clamp_max_ = torch._foreach_clamp_max_
 foreach_addcmul_ = torch._foreach_addcmul_
+
+
+# A decorator: compilers leave the function alone. Unlike torch.compiler.disable it loads none.
+not_compiled = _disable_dynamo
+
+
+# Inside, subclasses of Tensor are treated as tensors.
+plain_tensors = torch._C.DisableTorchFunctionSubclass
+# A tensor of a subclass, in the same memory, outside of autograd. Tensor.as_subclass makes a view.
+make_subclass = Tensor._make_subclass
 
 
 def compiler_loaded() -> bool:
@@ -61,3 +73,16 @@ def current_stream(device: int) -> int:
     """The handle of CUDA's current stream. torch's public function takes microseconds."""
     stream: int = torch._C._cuda_getCurrentRawStream(device)
     return stream
+
+
+def sequence_number(node: Any) -> int:
+    """The number of a node of autograd's graph. Nodes are numbered as they are made."""
+    number: int = node._sequence_nr()
+    return number
+
+
+# The number that the next node will get.
+next_sequence_number = torch._C._autograd._get_sequence_nr
+
+# Take nested containers apart, and put them together again.
+tree_flatten, tree_unflatten = _pytree.tree_flatten, _pytree.tree_unflatten

@@ -40,6 +40,7 @@ class ActiveSet:
         """Take a bool mask [neurons]. Makes new tensors, since a backward pass keeps the old."""
         self._mask = mask.to("cpu", copy=True)
         self.neurons, self.k = len(mask), int(self._mask.sum())
+        self.nothing = self.k == 0  # a compiled graph may be specialised on this, never on k
         self.count = torch.tensor(self.k, device="cpu")
         self._place()
         if self.k < self.neurons:

@@ -58,7 +58,8 @@ def train_active(
     """
     # neq's kernels take a linear layer's weight as [n, inputs]
     matrix = weight.t() if dim and conv is None else weight
-    backend = choose_backend(x, matrix, active, conv)
+    wants_db = bias is not None and bias.requires_grad
+    backend = choose_backend(x, matrix, wants_db, active, conv)
     if backend != "dense":
         return row_grad(run(weight.detach(), detach(bias)), x, matrix, bias, active, conv, backend)
     if is_one_node:
@@ -67,7 +68,7 @@ def train_active(
 
 
 def choose_backend(
-    x: Tensor, weight: Tensor, active: ActiveSet, conv: Conv | None = None
+    x: Tensor, weight: Tensor, bias: bool, active: ActiveSet, conv: Conv | None = None
 ) -> str | None:
     """The backend of the weight gradient; "dense" stands for the vendor's joint backward.
 
@@ -77,12 +78,13 @@ def choose_backend(
     Args:
         x: [..., inputs] or [N, inputs, *pixels].
         weight: [n, ...].
+        bias: Is the bias's gradient wanted?
         active: Which of the n neurons are active.
         conv: The geometry of a convolution; None for a linear layer.
     """
     if torch.compiler.is_compiling():
         return None
-    return planner.choose(x, weight, active.neurons, active.k, conv)
+    return planner.choose(x, weight, active.neurons, active.k, bias, conv)
 
 
 class RowGrad(torch.autograd.Function):
@@ -187,6 +189,8 @@ class MaskGrad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dw: Tensor | None, db: Tensor | None) -> tuple[Tensor | None, ...]:
+        # a copy, since of one sample db can be dY itself
+        db = None if db is None else db.clone()
         return *_masked(dw, db, ctx.frozen, ctx.dim, ctx.conv), None, None, None
 
 
@@ -196,12 +200,12 @@ Gradient = Tensor | None
 def _masked(
     dw: Gradient, db: Gradient, frozen: Tensor, dim: int, conv: Conv | None
 ) -> tuple[Gradient, Gradient]:
+    # in place, since the vendor's backward has just made them for this use of the parameters
     if dw is not None:
-        # in place, since the vendor's backward has just made dW for this use of the weight
         dw = dw.clone() if torch.is_grad_enabled() else dw
-        zero_frozen_(dw, frozen, dim, conv)
-    if db is not None:  # not in place: of one sample it can be dY itself
-        db = db.index_fill(0, frozen, 0)
+        zero_frozen_(dw, frozen, dim, conv, db)
+    elif db is not None:
+        db.index_fill_(0, frozen, 0)
     return dw, db
 
 

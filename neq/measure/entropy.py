@@ -136,8 +136,9 @@ def psp_entropy(
         per: ``"channel"`` takes all positions of a channel together. ``"element"`` is as published:
             each element of the output of a sample is a neuron.
         order: 1, or 2 for pairs of classes.
-        layers: Names of any modules; by default all layers with neurons. A module that neq does not
-            know has its channels in dimension 1 if its output is an image, else in the last.
+        layers: Names of any modules; by default all layers with neurons except Embeddings, which
+            give what they store. A module that neq does not know has its channels in dimension 1 if
+            its output is an image, else in the last.
         classes: How many classes there are; by default the largest label says it.
         process_group: The ranks that hold parts of the loader; by default all.
 
@@ -293,7 +294,8 @@ def _reduce(tallies: Mapping[str, _Tally], classes: int | None, ranks: Ranks) ->
 def _named(model: nn.Module, layers: Iterable[str] | None) -> list[str]:
     modules = dict(model.named_modules())
     if layers is None:
-        kinds = (*convertible(), *convertible().values())
+        known = {plain: ours for plain, ours in convertible().items() if not ours.looks_up}
+        kinds = (*known, *known.values())
         found = [name for name, module in modules.items() if isinstance(module, kinds)]
         if not found:
             raise ValueError(

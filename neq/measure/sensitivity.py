@@ -40,8 +40,9 @@ class _Call(NamedTuple):
 class Sensitivity(Measure):
     """Gives the score "sensitivity": how much the outputs depend on each neuron (SeReNe).
 
-    A neuron that is not connected to the outputs is not measured. Nor is, with ``"local"``, one
-    whose output goes into no ReLU, neither directly nor through a batch norm.
+    A neuron that is not connected to the outputs is not measured, nor an entry of an Embedding.
+    Nor is, with ``"local"``, one whose output goes into no ReLU, neither directly nor through a
+    batch norm.
 
     Args:
         kind: ``"full"``, ``"lower-bound"`` or ``"local"``: see ``neq.measure.sensitivity``.

@@ -32,7 +32,7 @@ class Magnitudes:
         self.per: Per = per
         groups = groups_of(model)
         alone = left_alone(model, groups, leave_alone)
-        found = {n: g.first for n, g in groups.items() if n not in alone and g.first.by_rows}
+        found = {n: g.first for n, g in groups.items() if n not in alone and g.multiplies}
         if not found:
             raise ValueError(
                 "leave_alone: no linear or convolutional layer is left that could be pruned"
@@ -77,7 +77,7 @@ class Magnitudes:
         dtype = torch.promote_types(weight.dtype, torch.float32)
         if self.per == "element":
             return weight.to(dtype).abs()
-        return layer._weight_rows().to(dtype).square().mean(1).sqrt()
+        return layer.weight_rows(weight).to(dtype).square().mean(1).sqrt()
 
 
 def neurons_of(

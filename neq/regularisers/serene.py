@@ -71,12 +71,12 @@ class SeReNe(Regulariser):
         model = model_in(model)
         groups = groups_of(model)
         # a ReLU may lie behind a norm, so "local" also looks at these
-        self._groups = {n: g for n, g in groups.items() if g.first.by_rows or kind == "local"}
+        self._groups = {n: g for n, g in groups.items() if g.multiplies or kind == "local"}
         self._sizes = [group.n_neurons for group in self._groups.values()]
         devices = [group.device for group in self._groups.values()]
         self._sensitivity.attach(self._sizes, devices, "device", True)
         self._observing, self._observed, self._ever_observed = True, False, False
-        weights = [group.first.weight for group in groups.values() if group.first.by_rows]
+        weights = [group.first.weight for group in groups.values() if group.multiplies]
         super().__init__(optimizer, lam, weights)
         self._handles += (
             model.register_forward_pre_hook(self._begin),
@@ -84,6 +84,7 @@ class SeReNe(Regulariser):
                 layer.register_forward_hook(partial(self._show, number))
                 for number, group in enumerate(self._groups.values())
                 for layer in group
+                if not layer.looks_up
             ),
         )
 
@@ -115,7 +116,7 @@ class SeReNe(Regulariser):
         self._observed = False
         for group, s in zip(self._groups.values(), scores, strict=True):
             layer = group.first
-            if layer.by_rows and layer.weight in self.parameters:
+            if group.multiplies and layer.weight in self.parameters:
                 insensitivity = (1 - s.to(layer.weight.device)).relu().nan_to_num(0)
                 if not layer.active.everything:
                     insensitivity *= layer.active_mask

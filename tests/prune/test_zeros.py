@@ -89,10 +89,10 @@ def test_one_threshold_for_all_layers(sparsity):
 )
 def test_neurons_go_whole_by_their_root_mean_square(layer):
     model = neq.convert(nn.Sequential(layer))
-    rows = model[0]._weight_rows()
+    rows = model[0].weight_rows(model[0].weight.detach())
     order = rows.square().mean(1).argsort()
     zeros = neq.prune.one_shot(model, (), 0.5, per="neuron", leave_alone=())
-    gone = ~model[0]._weight_rows().any(1)
+    gone = ~model[0].weight_rows(model[0].weight.detach()).any(1)
     assert set(gone.nonzero().flatten().tolist()) == set(order[:3].tolist())
     assert not model[0].bias[gone].any()
     assert model[0].bias[~gone].all()

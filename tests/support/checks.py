@@ -25,7 +25,8 @@ def problem_of(op, dy, x, weight, order, count, bias, *geometry) -> Problem:
     bucket = ceil_div(int(count) * BUCKETS, len(order))
     column_major = conv is None and is_column_major(weight)
     last = conv is not None and x.stride(1) == 1
-    return Problem(op, dy.device.type, dy.dtype, *shapes, last, conv, bucket, column_major)
+    layout = last, conv, bucket, column_major, bias
+    return Problem(op, dy.device.type, dy.dtype, *shapes, *layout)
 
 
 def answers(op: str, args: tuple) -> Iterator[tuple[str, tuple]]:
