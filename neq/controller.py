@@ -19,6 +19,7 @@ from neq.history import EpochRecord, History
 from neq.layers.groups import LeaveAlone, check_masks, chosen_for
 from neq.measure.base import Measure, Where
 from neq.measure.evaluating import Inputs, as_inputs
+from neq.measure.probes import on_host
 from neq.measure.stopwatch import Stopwatch
 from neq.optim import OnThaw
 from neq.optim.guards import Guards
@@ -173,7 +174,7 @@ class Controller:
         if self.optimizers:
             self._count = StepCount(self.optimizers[0], every, self._measure_and_choose)
         self.policy.attach(self)
-        self._samples = _on_host(self._observe())
+        self._samples = on_host(self._observe())
         if warmup == 0:
             self._decide(self._active())
         self._since = time.perf_counter()
@@ -208,7 +209,7 @@ class Controller:
         samples = self._observe()
         sums = self._ranks.sum_(self.measure.sums()).cpu()  # the host waits here for the device
         trained, depth = self._active(), self._depth
-        if not torch.equal(_on_host(samples), self._samples):
+        if not torch.equal(on_host(samples), self._samples):
             raise ValueError(
                 f"the probe's samples are not those of the epoch before (epoch {self.epoch}), so "
                 "outputs can't be compared: a loader must give the same samples in the same order "
@@ -379,7 +380,9 @@ class Controller:
         if self.probe is None:
             return []
         self.measure.start()
-        return self.probe.run(self.model, list(self.layers.values()), self.measure.observe)
+        groups = list(self.layers.values())
+        of_output = self.measure.observe_output if self.measure.by_gradient else None
+        return self.probe.run(self.model, groups, self.measure.observe, of_output)
 
     def _decide(self, active: Tensor) -> None:
         """Ask the policy, and set what it chose. ``active``: bool [all neurons], as now."""
@@ -394,7 +397,3 @@ class Controller:
         """Which neurons are active: bool [all neurons], group after group, on the CPU."""
         masks = [group.first.active_mask for group in self.layers.values()]
         return torch.cat([mask.to(masks[0].device) for mask in masks]).cpu()
-
-
-def _on_host(marks: list[Tensor]) -> Tensor:
-    return torch.cat([torch.zeros(0, dtype=torch.float64), *(mark.cpu() for mark in marks)])

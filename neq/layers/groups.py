@@ -46,6 +46,11 @@ class Group(list[NeuronLayer]):
         return self.first.n_neurons
 
     @property
+    def multiplies(self) -> bool:
+        """Are there linear or convolutional layers among them, by whose weights inputs go?"""
+        return any(layer.by_rows and not layer.looks_up for layer in self)
+
+    @property
     def trains(self) -> bool:
         """Does a parameter of a layer require a gradient? If not, no neuron of it trains."""
         return any(layer.trains for layer in self)
@@ -82,8 +87,8 @@ def chosen_for(model: nn.Module, leave_alone: LeaveAlone) -> dict[str, Group]:
     Raises:
         ValueError: If there is no such group.
     """
-    groups = _groups_of(model)
-    alone = _left_alone(model, groups, leave_alone)
+    groups = groups_of(model)
+    alone = left_alone(model, groups, leave_alone)
     left = {name: group for name, group in groups.items() if name not in alone}
     chosen = {name: group for name, group in left.items() if group.trains}
     if not chosen:
@@ -118,8 +123,11 @@ def check_masks(groups: dict[str, Group], masks: Mapping[str, Tensor]) -> None:
             )
 
 
-def _groups_of(model: nn.Module) -> dict[str, Group]:
-    """The groups of a model by name, in the model's order."""
+def groups_of(model: nn.Module) -> dict[str, Group]:
+    """The groups of a model by name, in the model's order.
+
+    Converts the model if none of its layers is converted yet.
+    """
     if not any(isinstance(m, NeuronLayer) for m in model.modules()):
         convert(model)
     layers: dict[int, list[NeuronLayer]] = {}
@@ -136,7 +144,7 @@ def _groups_of(model: nn.Module) -> dict[str, Group]:
     return {names[key]: Group(names[key], shared) for key, shared in layers.items()}
 
 
-def _left_alone(model: nn.Module, groups: dict[str, Group], leave_alone: LeaveAlone) -> set[str]:
+def left_alone(model: nn.Module, groups: dict[str, Group], leave_alone: LeaveAlone) -> set[str]:
     """The names of the groups that a Controller neither measures nor changes."""
     names = {module: name for name, module in model.named_modules()}
     if leave_alone is None:

@@ -126,6 +126,23 @@ def test_a_measure_of_your_own():
     assert all(0.3 < share <= 0.5 for share in shares)  # those above the median
 
 
+def test_the_family(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    setting = Setting(perceptron())
+    setting["validation"] = setting["loader"]
+    for heading in ("LOBSTER", "SeReNe", "PSP-entropy", "Pruning"):
+        for code in blocks("docs/family.md", heading):
+            setting.run(code)
+    weights = torch.cat([layer.weight.flatten() for layer in setting["model"][::2]])
+    assert (weights == 0).double().mean() >= 0.5
+    setting.train()
+    given = {name: setting[name] for name in ("model", "optimizer")}
+    neq.Controller(**given, probe=setting["images"], policy=setting["DropInsensitive"]()).step()
+    assert (tmp_path / "entropy.png").exists()
+    assert (tmp_path / "pruning.png").exists()
+    assert all(0 < h < 4 for h in setting["bits"].values())
+
+
 def test_a_loop_of_your_own(capsys):
     (code,) = blocks("docs/integrations.md", "A loop of your own")
     Setting(perceptron()).run(code)
