@@ -8,6 +8,7 @@ from torch.nn.parameter import is_lazy
 
 from neq._table import aligned, si
 from neq.cost.account import LayerAccount
+from neq.cost.block_times import BlockSummary, block_summaries
 from neq.cost.flops import account
 from neq.layers.base import NeuronLayer
 from neq.layers.conversion import check_module, convertible, obstacle, same_neurons
@@ -51,9 +52,12 @@ class Summary:
 
     Attributes:
         layers: One entry for each module that owns parameters, in the model's order.
+        blocks: One for each block that can be frozen whole, from the input up, if there were
+            example inputs.
     """
 
     layers: tuple[LayerSummary, ...]
+    blocks: tuple[BlockSummary, ...] = ()
 
     @property
     def neurons(self) -> int:
@@ -93,24 +97,37 @@ class Summary:
         sums = (_cell(sum(getattr(x, of) or 0 for x in self.layers)) for of in work)
         rows.append(("total", "", *total, _percent(self.parameters, self.parameters), *sums, ""))
         table = aligned(rows, right=range(2, len(head)))
-        return (
-            f"{table}\nneq can freeze {_percent(self.in_reach, self.parameters)} of the parameters"
-        )
+        reach = f"neq can freeze {_percent(self.in_reach, self.parameters)} of the parameters"
+        return "\n".join([table, reach, *self._blocks()])
+
+    def _blocks(self) -> list[str]:
+        """The table of the blocks, if there are any."""
+        if not self.blocks:
+            return []
+        rows: list[tuple[str, ...]] = [("block", "parameters", "share", "ms", "step left", "ends")]
+        for block in self.blocks:
+            share = _percent(block.parameters, self.parameters)
+            left = f"{block.left:.1%}"
+            size = f"{block.parameters:,}"
+            rows.append((block.name, size, share, f"{block.ms:.3g}", left, block.end))
+        table = aligned(rows, right=range(1, 5))
+        return ["", table, "step left: of a dense step's time, with the block and all above frozen"]
 
 
 # long: its docstring is half of it
 def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
     """List the modules of a model that own parameters: their neurons, and what neq can do.
 
-    Before a model is converted, it says what ``neq.convert`` would convert.
+    Before a model is converted, it says what ``neq.convert`` would convert. With example inputs it
+    also lists the blocks that can be frozen whole, with their times.
 
     Args:
         model: Any module, converted or not.
         example_inputs: A batch like those of training. With it the FLOPs of each layer are counted,
-            by ``neq.account``.
+            by ``neq.account``, and the time of each block is measured, in some twenty steps.
 
     Returns:
-        One entry for each such module. ``print`` shows them as a table.
+        One entry for each such module, and for each block. ``print`` shows them as tables.
 
     Raises:
         TypeError: If ``model`` is not a module.
@@ -130,8 +147,11 @@ def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
     """
     check_module("summary", model)
     accounts: dict[str, LayerAccount] = {}
+    timed: tuple[BlockSummary, ...] = ()
     if example_inputs is not None:
-        accounts = dict(account(model, as_inputs(model, example_inputs)).layers)
+        inputs = as_inputs(model, example_inputs)
+        accounts = dict(account(model, inputs).layers)
+        timed = block_summaries(model, inputs)
     known = tuple(convertible())
     converted = [(name, m) for name, m in model.named_modules() if isinstance(m, NeuronLayer)]
     owners = {id(layer.weight): (name, layer) for name, layer in converted}
@@ -157,7 +177,7 @@ def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
             flops = accounts[name].dense.total.flops, accounts[name].dense.wgrad.flops
         sizes = sum(p.numel() for p in own), trained if reason in ("", _NOT_YET) else 0
         layers.append(LayerSummary(name, type(module).__name__, *counts, *sizes, reason, *flops))
-    return Summary(tuple(layers))
+    return Summary(tuple(layers), timed)
 
 
 def _twin(module: nn.Module, owners: dict[int, tuple[str, NeuronLayer]]) -> str | None:

@@ -14,8 +14,8 @@ class ThawRule:
     """Says that a frozen prefix has to train again, when one of three things has happened.
 
     - A learning rate has risen by more than a tenth since the last decision.
-    - The layers above the prefix move ``surge`` times as fast as at the last decision, by the
-      median of their factors: the data have changed.
+    - The layers above the prefix move ``surge`` times as fast as at the last decision, and are not
+      at equilibrium: the data have changed. The speed is the mean of their mean speeds.
     - A validation loss, if the Controller is given one, exceeds the best since the last thaw by
       more than three times the usual change from one to the next.
 
@@ -28,34 +28,39 @@ class ThawRule:
             raise ValueError(f"surge must be above 1, got {surge}")
         self.surge = surge
         self._rates: list[float] = []
-        self._speeds: dict[str, float] = {}  # the median |v| of each layer
+        self._speeds: dict[str, float] = {}  # the mean |v| of each layer that was measured
         self._losses: list[float] = []
 
-    def applies(self, training: Training, layers: Sequence[Motion], depth: int) -> bool:
+    def applies(
+        self, training: Training, layers: Sequence[Motion], depth: int, still: float = 0.0
+    ) -> bool:
         """Does the prefix have to train again?
 
         Args:
             training: The training.
             layers: How the neurons moved.
             depth: How many blocks are frozen.
+            still: The speed up to which a neuron is at equilibrium.
         """
         rates = [float(g["lr"]) for o in training.optimizers for g in o.param_groups]
         rose = any(now > 1.1 * then for now, then in zip(rates, self._rates, strict=False))
         self._rates = rates
-        surged = self._surged(layers, depth)
+        surged = self._surged(layers, depth, still)
         regressed = self._regressed(training.loss)
         thaws = rose or (depth > 0 and (surged or regressed))
         if thaws:
             del self._losses[:-1]
         return thaws
 
-    def _surged(self, layers: Sequence[Motion], depth: int) -> bool:
-        # layer by layer: the one that was frozen last may have been the slowest
+    def _surged(self, layers: Sequence[Motion], depth: int, still: float) -> bool:
         before = self._speeds
-        self._speeds = {one.name: median_speed([one]) for one in layers}
-        above = [one.name for one in layers if one.block is None or one.block >= depth]
-        factors = [self._speeds[n] / before[n] for n in above if before.get(n, 0) > 0]
-        return bool(torch.tensor(factors).nanmedian() > self.surge)
+        means = {one.name: float(one.velocity.abs().nanmean()) for one in layers}
+        self._speeds = {name: mean for name, mean in means.items() if isfinite(mean)}
+        # the same layers at both times: one that was frozen since may have been the slowest
+        above = {one.name for one in layers if one.block is None or one.block >= depth}
+        above &= before.keys() & self._speeds.keys()
+        now, then = (sum(speeds[name] for name in above) for speeds in (self._speeds, before))
+        return now > self.surge * then and now > still * len(above)
 
     def _regressed(self, loss: float | None) -> bool:
         """Is this a new loss that is worse beyond noise?"""

@@ -343,6 +343,13 @@ class Prefix:
         torch.set_grad_enabled(True)
 
 
+def prefixes_of(model: nn.Module) -> list[Prefix]:
+    """The frozen prefixes of a model and of models inside of it."""
+    hooks = (hook for m in model.modules() for hook in m._forward_pre_hooks.values())
+    owners = (getattr(hook, "__self__", None) for hook in hooks)
+    return [owner for owner in owners if isinstance(owner, Prefix)]
+
+
 def _reached(output: Any, parameters: list[Tensor]) -> Any:
     """``output`` with a backward that reaches the parameters, since DDP waits for all of them."""
     leaves, structure = _torch.tree_flatten(output)

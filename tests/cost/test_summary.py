@@ -188,12 +188,53 @@ def test_flops_are_those_of_the_account():
             assert layer.step_flops == costs[name].dense.total.flops > 0
             assert layer.wgrad_flops == costs[name].dense.wgrad.flops > 0
         assert unknown.step_flops is unknown.wgrad_flops is None
-    lines = str(neq.summary(model, x)).splitlines()
+    lines = str(neq.summary(model, x)).split("\n\n")[0].splitlines()
     assert lines[0].split()[-3:] == ["step", "FLOPs", "wgrad"]
     assert lines[1].split()[-5:] == [str(first.step_flops), "120", "would", "be", "converted"]
     assert lines[2].split()[6:8] == ["-", "-"]
     assert lines[-2].split()[-1] == str(first.wgrad_flops + last.wgrad_flops)
     assert "FLOPs" not in str(neq.summary(model))
+
+
+def test_blocks_with_their_times():
+    model = nn.Sequential(nn.Linear(300, 400), nn.ReLU(), nn.Linear(400, 3), nn.Linear(3, 2))
+    x = torch.randn(500, 300)
+    for _ in range(2):
+        summary = neq.summary(model, x)
+        first, second = summary.blocks
+        assert (first.name, first.end, first.parameters) == ("0", "1", 300 * 400 + 400)
+        assert (second.name, second.end, second.parameters) == ("2", "2", 400 * 3 + 3)
+        assert first.ms > second.ms > 0  # of a hundred times the FLOPs
+        assert 1 > first.left > second.left > 0
+        head, one, two = str(summary).split("\n\n")[1].splitlines()[:3]
+        assert head.split() == ["block", "parameters", "share", "ms", "step", "left", "ends"]
+        assert one.split()[:3] == ["0", "120,400", "99.0%"]
+        assert one.split()[4:] == [f"{first.left:.1%}", "1"]
+        assert two.split()[4:] == [f"{second.left:.1%}", "2"]
+        neq.convert(model)
+    assert neq.summary(model).blocks == ()
+
+
+def test_blocks_are_those_of_a_model_that_is_not_frozen():
+    model = nn.Sequential(nn.Linear(30, 30), nn.Linear(30, 30), nn.Linear(30, 2))
+    x = torch.randn(20, 30)
+    prefix = neq.Prefix(model, x)
+    prefix.freeze(1)
+    summary = neq.summary(nn.Sequential(model), x)
+    assert [block.name for block in summary.blocks] == ["0.0", "0.1"]
+    assert all(block.ms > 0 and block.left < 1 for block in summary.blocks)
+    assert prefix.depth == 1
+    assert not model[0].training
+
+
+def test_a_model_without_blocks():
+    x = torch.randn(2, 3)
+    frozen = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).requires_grad_(False)
+    for model in nn.Linear(3, 3), frozen:
+        summary = neq.summary(model, x)
+        assert summary.blocks == ()
+        assert "block" not in str(summary)
+        assert summary.layers[0].step_flops > 0
 
 
 def test_summary_as_values():

@@ -1,4 +1,4 @@
-"""Norms with running statistics: with no active neuron they stand still, and they are used."""
+"""Norms with running statistics: without an active neuron they stand still, and are used."""
 
 import copy
 

@@ -149,6 +149,21 @@ def test_a_thaw_gives_back_the_rate_too():
     assert told.after(FAST, FAST) == 0  # it is not frozen at the time that was planned
 
 
+def test_a_surge_within_equilibrium_is_none():
+    told = Told(neq.BottomUp(patience=1))
+    told.after(SLOW, FAST, FAST)
+    told.after(0.0, 0.001, 0.001, 0.001)
+    assert told.after(0.0, 0.09, 0.09, 0.09) > 0
+
+
+def test_a_layer_that_is_measured_stays_above():
+    told = Told(neq.BottomUp(patience=1))
+    told.after(FAST, FAST, FAST)
+    motions = told.motions(SLOW, SLOW, SLOW)
+    assert told.policy.depth(motions[:3], 2) == 2
+    assert told.policy.depth(motions, 4) == 3
+
+
 def test_surge_is_an_argument():
     for surge, depth in ((2.0, 0), (4.0, 1)):
         told = Told(neq.BottomUp(patience=1, surge=surge))

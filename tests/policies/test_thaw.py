@@ -18,9 +18,9 @@ def told():
     return Told(Nothing())
 
 
-def applies(rule, told, *speeds, depth=1, loss=None):
+def applies(rule, told, *speeds, depth=1, loss=None, still=0.0):
     told.loss = told.loss if loss is None else loss
-    return rule.applies(told, told.motions(*speeds), depth)
+    return rule.applies(told, told.motions(*speeds), depth, still)
 
 
 def test_a_rate_that_rises_by_more_than_a_tenth(told):
@@ -43,17 +43,24 @@ def test_one_group_that_rises_is_enough_also_while_nothing_is_frozen(told):
 
 def test_layers_above_that_surge(told):
     rule = ThawRule(4.0)
-    # those below don't count, nor does the one that surges alone
     for speeds, surges in (
         ((0.0, 0.1, 0.1, 0.1), False),
-        ((9.0, 0.39, 0.39, 0.39), False),
-        ((9.0, 0.39, 0.39, 9.0), False),
-        ((9.0, 1.7, 1.7, 9.0), True),
-        ((9.0, 1.7, 1.7, 9.0), False),  # as fast as before
+        ((9.0, 0.39, 0.39, 0.39), False),  # those below don't count
+        ((9.0, 0.39, 0.39, [0.39, 0.39, NAN, 9.39]), False),  # 4.17 / 1.17
+        ((9.0, 0.39, 0.39, 16.5), True),  # 17.28 / 4.17: one that moves for all is enough
+        ((9.0, 0.39, 0.39, 16.5), False),  # as fast as before
         ((9.0, -17.0, -17.0, -90.0), True),  # by speed
     ):
         assert applies(rule, told, *speeds) == surges, speeds
     assert not applies(rule, told, 9.0, 900.0, 900.0, 900.0, depth=0)
+
+
+def test_what_is_at_equilibrium_does_not_surge(told):
+    """Speeds that are next to nothing may rise to a multiple of it by rounding."""
+    for still, surges in ((0.21, False), (0.19, True)):
+        rule = ThawRule(4.0)
+        assert not applies(rule, told, 0.0, 0.0, 0.0, 0.01, still=still)
+        assert applies(rule, told, 0.0, 0.1, 0.1, 0.4, still=still) == surges
 
 
 def test_layers_are_compared_with_themselves(told):
@@ -65,7 +72,7 @@ def test_layers_are_compared_with_themselves(told):
 
 def test_what_was_not_measured_or_did_not_move_tells_nothing(told):
     rule = ThawRule(4.0)
-    for speeds in ((NAN,) * 4, (1.0, 0.0, 0.0, 0.0), (1.0,) * 4, (NAN,) * 4, (1.0,) * 4):
+    for speeds in ((NAN,) * 4, (1.0,) * 4, (NAN,) * 4, (9.0, NAN, NAN, NAN)):
         assert not applies(rule, told, *speeds)
 
 

@@ -45,7 +45,7 @@ def test_blocks_end_below_what_is_kept():
 def test_thawing_restores_everything():
     model = resnet()
     model.stem[0].weight.requires_grad_(False)
-    model.stem[1].eval()  # as some keep a norm's statistics
+    model.stem[1].eval()  # as users do that keep a norm's statistics
     twin = copy.deepcopy(model)
     attributes = {name: {*vars(m)} for name, m in model.named_modules()}
     prefix = neq.Prefix(model, IMAGES)
