@@ -42,6 +42,7 @@ def supports(problem: Problem) -> bool:
     conv = problem.conv
     works = (
         problem.device == "cuda"
+        and not problem.compact
         and problem.dtype in DTYPES
         and problem.flops > 0
         and problem.dy[0] * prod(problem.dy[2:]) < INT32
