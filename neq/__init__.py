@@ -15,7 +15,7 @@ from neq.layers.conv import (
     NEqConvTranspose2d,
     NEqConvTranspose3d,
 )
-from neq.layers.conversion import convert, revert
+from neq.layers.conversion import convert, expand, revert
 from neq.layers.linear import NEqLinear
 from neq.layers.norm import (
     NEqBatchNorm1d,
@@ -33,6 +33,7 @@ from neq.layers.summary import summary
 from neq.measure.base import Measure
 from neq.measure.equilibrium import Velocity, similarity
 from neq.measure.probes import NoiseProbe, Probe, WeightProbe
+from neq.optim.compact import compact
 from neq.policies import (
     AdaptiveEps,
     Budget,
@@ -83,7 +84,9 @@ __all__ = [
     "WeightProbe",
     "__version__",
     "account",
+    "compact",
     "convert",
+    "expand",
     "optim",
     "revert",
     "similarity",

@@ -1,6 +1,7 @@
 """Measure, then choose the neurons that train: once per epoch."""
 
 import time
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from neq.measure.base import Where
 from neq.measure.evaluating import Inputs, as_inputs, forgetting
 from neq.measure.probes import Probe
 from neq.optim import Guard, OnThaw, RowOptimizer
+from neq.optim.compact import at_most
 from neq.policies import Equilibrium, Motion, Policy
 
 
@@ -39,7 +41,8 @@ class Controller:
             does not measure. Under ``torch.distributed`` each rank may hold its own part.
         policy: Chooses the neurons that train; by default ``Equilibrium()``.
         on_thaw: What a neuron's optimizer state is when it trains again: see ``neq.optim.Guard``.
-        warmup: How many epochs train all neurons. With 0 the policy chooses before the first epoch.
+        warmup: How many epochs train all neurons. With 0 the policy chooses before the first epoch;
+            so it does for a compact model, in which all neurons can't train.
         leave_alone: Layers that are neither measured nor changed: names of layers or of modules
             that contain them, or ``leave_alone(module, name) -> bool``. By default the model's last
             Linear, the classifier, as published; ``()`` for none.
@@ -108,6 +111,7 @@ class Controller:
         self.history = history if isinstance(history, History) else History(history)
         self.epoch = 0
         self.scores: dict[str, Tensor] = {}
+        self._said = False  # that some neurons don't fit
 
         groups = groups_of(self.model)
         alone = left_alone(self.model, groups, leave_alone)
@@ -121,6 +125,9 @@ class Controller:
         keeps_precision = self.probe is None or self.probe.keeps_precision
         devices = [group.device for group in self.layers.values()]
         self.measure.attach(self._sizes, devices, memory, keeps_precision)
+        self._capacities = [group.capacity for group in self.layers.values()]
+        if any(group.first.leaves is not None for group in self.layers.values()):
+            self.warmup = 0
         self._guards = self._guard(on_thaw)
         self._inputs: Inputs | None = None
         if example_inputs is not None:
@@ -133,7 +140,7 @@ class Controller:
                 self._account = account(self.model, self._inputs)
         self.policy.attach(self)
         self._samples = _on_host(self._observe())
-        if warmup == 0:
+        if self.warmup == 0:
             self._decide(self._active())
         self._since = time.perf_counter()
 
@@ -190,12 +197,16 @@ class Controller:
         return wgrad_ms(self.model, self.layers, self._inputs)
 
     def remove(self) -> None:
-        """Let go of model and optimizers: all neurons train again, and nothing is guarded."""
+        """Let go of model and optimizers: all neurons train again, and nothing is guarded.
+
+        In compact layers those train that trained last.
+        """
         for guard in self._guards:
             guard.remove()
         self.policy.detach()
         for group in self.layers.values():
-            group.set_active(None)
+            if group.first.leaves is None:
+                group.set_active(None)
 
     def state_dict(self, *, outputs: bool = True) -> dict[str, Any]:
         """What ``load_state_dict`` needs to continue with the same bits.
@@ -290,11 +301,25 @@ class Controller:
             as_mask(rows, len(motion), f"{kind}.choose, layer {motion.name!r}")
             for motion, rows in zip(motions, chosen, strict=True)
         ]
+        masks = self._that_fit(masks)
         # a policy that draws or times may choose differently on another rank
         decided = self._ranks.from_first(torch.cat(masks), self._device).split(self._sizes)
         for motion, mask in zip(motions, decided, strict=True):
             if not torch.equal(motion.active, mask):
                 motion.layer.set_active(mask)
+
+    def _that_fit(self, masks: list[Tensor]) -> list[Tensor]:
+        """A random choice of the neurons, where the capacity of a compact layer is too small."""
+        fitting = [at_most(m, size) for m, size in zip(masks, self._capacities, strict=True)]
+        surplus = sum(int((a ^ b).sum()) for a, b in zip(masks, fitting, strict=True))
+        if surplus and not self._said:
+            self._said = True
+            warnings.warn(
+                f"{type(self.policy).__name__} chose {surplus} neurons more than the capacity of "
+                "this compact model has room for: where it is so, a random choice of them trains",
+                stacklevel=3,
+            )
+        return fitting
 
     def _motions(self, active: Tensor) -> list[Motion]:
         """What the policy is given. ``active``: bool [all neurons], group after group."""

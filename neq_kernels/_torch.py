@@ -22,6 +22,10 @@ any_autocast = torch._C._is_any_autocast_enabled
 foreach_add_ = torch._foreach_add_
 
 
+# Can the data of one tensor be exchanged for that of another?
+is_exchangeable = torch._has_compatible_shallow_copy_type
+
+
 def compiler_loaded() -> bool:
     """Can anything be compiled? Asked without loading the compiler."""
     return "torch._dynamo" in sys.modules

@@ -1,7 +1,7 @@
 """Counts what a training step costs, from a forward pass and the multiply-adds of each layer."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -15,6 +15,7 @@ from neq.cost.account import Account, Costs, LayerAccount, Work
 from neq.layers.active import ActiveSet
 from neq.layers.base import NeuronLayer
 from neq.layers.conversion import convertible
+from neq.layers.leaves import owner_of
 from neq.measure.evaluating import call, evaluating, hooked
 
 
@@ -70,7 +71,7 @@ def account(
         module = model.get_submodule(name)
         params = module._parameters.values() if now[name] else ()
         # a shared parameter is stepped once: by the first layer that has it
-        update = [(p, *updates.pop(p)) for p in params if p in updates]
+        update = [(_whole(p), *updates.pop(p)) for p in params if p in updates]
         neurons, active, share = 0, 0, Fraction(1)
         if isinstance(module, NeuronLayer):
             neurons, active = module.n_neurons, module.active.k
@@ -131,13 +132,21 @@ def _all_active(model: nn.Module) -> Iterator[bool]:
     """Inside, all neurons are active. Yields whether some were frozen before."""
     layers = [m for m in model.modules() if isinstance(m, NeuronLayer)]
     kept = [layer.active for layer in layers]
-    try:
-        for layer in layers:
+    with ExitStack() as stack:
+        for layer, active in zip(layers, kept, strict=True):
+            stack.enter_context(layer.without_leaves())
+            stack.callback(setattr, layer, "active", active)
             layer.active = ActiveSet(layer.n_neurons, layer.weight.device)
         yield not all(active.everything for active in kept)
-    finally:
-        for layer, active in zip(layers, kept, strict=True):
-            layer.active = active
+
+
+def _whole(p: Tensor) -> Tensor:
+    """Of a leaf, the tensor that it has rows of; any other parameter itself."""
+    owner = owner_of(p)
+    layer = None if owner is None else owner.layer
+    if owner is None or layer is None or layer.leaf(owner.name) is not p:
+        return p
+    return cast(Tensor, getattr(layer, owner.name))
 
 
 def _costs(
@@ -151,6 +160,8 @@ def _costs(
     weight, bias = cast(Tensor, layer.weight), getattr(layer, "bias", None)
     parameter_bytes: int = weight.nbytes + (0 if bias is None else bias.nbytes)
     # where rows can't be skipped, wgrad is computed for all neurons, or for none if all are frozen
+    leaf = layer.leaf("weight") if isinstance(layer, NeuronLayer) else None
+    trains = (weight if leaf is None else leaf).requires_grad
     part = share if kind.by_rows else Fraction(share > 0)
     forward, dgrad, wgrad, macs = Work(), Work(), Work(), 0
     for one in calls:
@@ -161,7 +172,7 @@ def _costs(
         if one.dgrad:  # that of a norm reads the input too
             read = one.y_bytes + weight.nbytes + (0 if kind.by_rows else one.x_bytes)
             dgrad += Work(flops, read + one.x_bytes)
-        if weight.requires_grad and part:
+        if trains and part:
             read = one.x_bytes + int(part * one.y_bytes)
             wgrad += Work(int(part * flops), read + parameter_bytes)
     optimizer = Work()

@@ -50,6 +50,11 @@ class Group(list[NeuronLayer]):
         return device
 
     @property
+    def capacity(self) -> int | None:
+        """How many neurons can be active in the compact form; None if there is no limit."""
+        return None if self.first.leaves is None else self.first.leaves.capacity
+
+    @property
     def mask(self) -> Tensor:
         """Which neurons are active: bool [n_neurons], on the CPU."""
         return self.first.active_mask.cpu()

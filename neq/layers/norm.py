@@ -61,7 +61,7 @@ class OneNodeNorm(NEqNorm):
     """Norms that are one node of autograd's graph: a hook there zeroes the frozen gradients."""
 
     def _train_active(self, weight: Tensor, bias: Tensor | None, input: Tensor) -> Tensor | None:
-        if torch.compiler.is_compiling() or weight.dim() != 1:
+        if torch.compiler.is_compiling() or weight.dim() != 1 or self.leaves is not None:
             return None
         # an empty batch makes a batch norm two nodes
         if input.numel() == 0 or not is_one_node(input, weight):

@@ -61,6 +61,8 @@ def frozen_in(modules: Iterable[nn.Module]) -> dict[Tensor, Frozen]:
         return found
     owners: dict[Tensor, NeuronLayer] = {}
     for layer in layers:
+        if layer.leaves is not None:
+            continue  # its parameters hold no frozen rows
         # also parameters from which weights are computed: weight_orig of pruning, say
         for name, p in layer._parameters.items():
             if p is None:

@@ -250,8 +250,8 @@ class Gradient : Plan {
       for (int64_t j = 0; j < block.size(); ++j) {
         const int64_t i = m.rows[r].first + j, row = p.rows[i];
         m.rows[r].dy[j] = packs_dy ? block.begin * c.size() + j : row * p.dy_strides[1];
-        m.rows[r].sums[j] =
-            in_place ? p.places[i] * p.dw_strides[0] : (pixel_part * p.k + i) * sums_row;
+        m.rows[r].sums[j] = in_place ? p.places[i] * p.dw_strides[0]
+                                     : (pixel_part * p.k + i) * sums_row;
       }
     }
 
