@@ -219,7 +219,8 @@ class CompactForm(nn.Module):
         leaf, full, dim = self._pair(name)
         if self.active.k:
             rows = self.active.on(full.device).rows
-            full.index_copy_(dim, rows, self._active(leaf, dim).to(full.dtype))
+            values = self._active(leaf, dim)
+            full.index_copy_(dim, rows, values if leaf.dtype == full.dtype else values.to(full))
         self._saw(name)
 
     @torch.no_grad()
@@ -252,7 +253,7 @@ class CompactForm(nn.Module):
         """The active rows of a leaf, without the zeros behind them."""
         if leaf.shape[dim] == self.active.neurons:
             return leaf.index_select(dim, self.active.on(leaf.device).rows)
-        return leaf.narrow(dim, 0, self.active.k)
+        return leaf if leaf.shape[dim] == self.active.k else leaf.narrow(dim, 0, self.active.k)
 
     def merged(self, name: str) -> Tensor | None:
         """Weight or bias, with the rows of its leaf in the graph."""

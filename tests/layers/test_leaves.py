@@ -1,12 +1,14 @@
 """The compact form of layers: what goes in and comes out is that of the masked form."""
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
 import neq
+from neq.layers import base
 from tests.support.compact import ROWS, Net, assert_same_weights, batch, loss_of, set_rows, twins
 from tests.support.layers import CONV, LINEAR, NORM, TRANSPOSED
 from tests.support.tensors import integers
@@ -192,3 +194,31 @@ def test_gradients_need_no_gradient_of_the_input_layer():
     assert model.mlp.leaf("bias") is None
     assert model.mlp.bias.grad is None
     assert model.mlp.active_weight.grad.any()
+
+
+@pytest.mark.parametrize("view", [False, True])
+def test_wrappers_that_exchange_parameters_are_refused(view):
+    """As FullyShardedDataParallel does: by views of a flat one, or by others of its own."""
+    _, compact = twins()
+    layer = compact.mlp
+    other = layer.active_weight.detach().clone()
+    del layer.active_weight
+    layer.active_weight = other if view else nn.Parameter(other)
+    with (
+        mock.patch.object(base, "in_process_group", return_value=True),
+        pytest.raises(TypeError, match="'mlp': active_weight is not the Parameter that"),
+    ):
+        loss_of(compact)
+
+
+def test_data_parallel_replicas_train_the_leaves():
+    _, compact = twins()
+    replica = compact.mlp._replicate_for_data_parallel()
+    for name, p in compact.mlp.named_parameters():
+        setattr(replica, name, p * 1)
+        replica._parameters.pop(name, None)
+    x = torch.randn(4, 32)
+    replica(x).square().sum().backward()
+    through, compact.mlp.active_weight.grad = compact.mlp.active_weight.grad, None
+    compact.mlp(x).square().sum().backward()
+    torch.testing.assert_close(through, compact.mlp.active_weight.grad)
