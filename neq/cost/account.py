@@ -85,6 +85,30 @@ class LayerAccount:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """The bytes that a training step keeps, beside activations and buffers.
+
+    Attributes:
+        weights: The parameters; of a compact model, all weights and the leaves.
+        gradients: Of what trains.
+        optimizer: The optimizer's state.
+    """
+
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+
+    @property
+    def total(self) -> int:
+        """All three together."""
+        return self.weights + self.gradients + self.optimizer
+
+    def __str__(self) -> str:
+        parts = self.weights, self.gradients, self.optimizer, self.total
+        return "weights {}B, gradients {}B, optimizer {}B, together {}B".format(*map(_si, parts))
+
+
+@dataclass(frozen=True)
 class StepTime:
     """Seconds per step: predicted from the skipped weight gradients, and measured.
 
@@ -119,10 +143,14 @@ class Account:
     Attributes:
         layers: The costs of each layer, by its name in the model.
         uncounted: The names of other modules that own parameters. Their costs are not counted.
+        dense_memory: The bytes that a step of the whole model keeps, were all its rows parameters.
+        memory: The bytes that it keeps now. In the masked form they are the same.
     """
 
     layers: Mapping[str, LayerAccount]
     uncounted: tuple[str, ...]
+    dense_memory: Memory = Memory()
+    memory: Memory = Memory()
 
     @property
     def dense(self) -> Costs:
@@ -170,6 +198,7 @@ class Account:
             )
         if self.uncounted:
             lines.append(f"not counted: {', '.join(self.uncounted)}")
+        lines.append(f"memory now: {self.memory}; dense: {self.dense_memory}")
         return "\n".join(lines)
 
 

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 from neq.cost.account import Account, Costs, LayerAccount, Work
+from neq.cost.memory import default, held
 from neq.layers.active import ActiveSet
 from neq.layers.base import NeuronLayer
 from neq.layers.conversion import convertible
-from neq.layers.leaves import owner_of
+from neq.layers.leaves import whole
 from neq.measure.evaluating import call, evaluating, hooked
 
 
@@ -71,7 +72,7 @@ def account(
         module = model.get_submodule(name)
         params = module._parameters.values() if now[name] else ()
         # a shared parameter is stepped once: by the first layer that has it
-        update = [(_whole(p), *updates.pop(p)) for p in params if p in updates]
+        update = [(whole(p), *updates.pop(p)) for p in params if p in updates]
         neurons, active, share = 0, 0, Fraction(1)
         if isinstance(module, NeuronLayer):
             neurons, active = module.n_neurons, module.active.k
@@ -85,7 +86,7 @@ def account(
             _costs(module, kind, dense[name], Fraction(1), samples, update),
             _costs(module, kind, now[name], share, samples, update),
         )
-    return Account(layers, tuple(uncounted))
+    return Account(layers, tuple(uncounted), *held(model, optimizer))
 
 
 @dataclass(frozen=True)
@@ -140,15 +141,6 @@ def _all_active(model: nn.Module) -> Iterator[bool]:
         yield not all(active.everything for active in kept)
 
 
-def _whole(p: Tensor) -> Tensor:
-    """Of a leaf, the tensor that it has rows of; any other parameter itself."""
-    owner = owner_of(p)
-    layer = None if owner is None else owner.layer
-    if owner is None or layer is None or layer.leaf(owner.name) is not p:
-        return p
-    return cast(Tensor, getattr(layer, owner.name))
-
-
 def _costs(
     layer: nn.Module,
     kind: type[NeuronLayer],
@@ -186,8 +178,7 @@ def _costs(
 def _updates(model: nn.Module, optimizer: Optimizer | None) -> dict[Tensor, tuple[int, int]]:
     """For each parameter that is stepped, of one element: FLOPs, and numbers moved."""
     if optimizer is None:
-        step = _update(SGD([torch.empty(0)], momentum=0.9, weight_decay=5e-4).param_groups[0])
-        return {p: step for p in model.parameters() if p.requires_grad}
+        return {p: _update(default()) for p in model.parameters() if p.requires_grad}
     if not isinstance(optimizer, SGD | Adam):
         raise ValueError(
             "optimizer must be SGD, Adam or AdamW, of torch.optim or of neq.optim, "

@@ -87,6 +87,15 @@ def owner_of(p: Tensor) -> Owner | None:
     return owner if owner is not None and owner._leaf() is p else None
 
 
+def whole(p: Tensor) -> Tensor:
+    """Of a leaf, the tensor that it has rows of; any other parameter itself."""
+    owner = owner_of(p)
+    layer = None if owner is None else owner.layer
+    if owner is None or layer is None or layer.leaf(owner.name) is not p:
+        return p
+    return cast(Tensor, getattr(layer, owner.name))
+
+
 @dataclass
 class Leaves:
     """What a layer in the compact form knows of its leaves. Layers that share a weight share it."""

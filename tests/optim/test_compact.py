@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import neq
+from neq.cost.account import Memory
 from neq.optim import Guard
 from tests.support.compact import (
     ROWS,
@@ -102,6 +103,10 @@ def test_the_bytes_that_torch_allocates():
     model(torch.ones(1, 512)).sum().backward()
     optimizer.step()
     assert live_bytes() - weights == pytest.approx(16 * s * N, rel=0.05)
+    account = neq.account(model, torch.ones(1, 512), optimizer=optimizer)
+    assert account.dense_memory == Memory(4 * N, 4 * N, 8 * N)
+    assert account.memory.total == pytest.approx(live_bytes() - weights + 4 * N, rel=0.01)
+    assert f"memory now: {account.memory}" in str(account)
 
 
 def live_bytes():
