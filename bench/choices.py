@@ -94,7 +94,8 @@ def run(wgrad: Call, case: Case, others: tuple[object, ...], turn: int) -> objec
 def problem_of(case: Case, active: Active) -> Posed:
     """The case as the planner sees it."""
     x = case.inputs[0][1]
-    return planner.problem_of(x, case.weight, case.problem.neurons, active.k, case.conv)
+    sizes = case.problem.neurons, active.k, case.problem.bias
+    return planner.problem_of(x, case.weight, *sizes, case.conv)
 
 
 def predicted(problem: Posed) -> dict[str, float]:

@@ -58,7 +58,6 @@ SPEED = {"llama-8b": 60, "swin-b|vit-l|gpt2|gpt2-medium": 60, "resnet50|resnet32
 OTHERS = "resnet18|convnext-t|swin-t|vit-s|vit-b|llama-1b"
 STEPS = {"resnet50": 45, "gpt2-medium": 45, "swin-b": 45, "llama-1b": 45}
 KERNELS = [  # a small problem of each
-    "tests/kernels/wgrad/test_fused.py::test_same_bits_however_often",
     "tests/kernels/wgrad/test_grouped.py::test_same_bits_however_often",
     "tests/kernels/wgrad/test_narrow.py::test_same_bits_however_often",
     "tests/kernels/wgrad/test_pack_columns.py::test_same_bits_twice",

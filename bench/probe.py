@@ -3,8 +3,8 @@
     python bench/probe.py                   # made-up images
     python bench/probe.py --data FOLDER     # images by class, FOLDER/<class>/*.jpg: CIFAR-10, say
 
-A ResNet-32 trains on 32x32 images with all neurons active. One Controller per memory watches and
-notes which neurons it would freeze.
+A ResNet-32 trains on 32x32 images with all neurons active. One Controller per memory watches a
+copy of it, and notes which neurons it would freeze.
 
 Then two operations that only move bytes are timed in turns with a copy: ``neq::row_similarity`` of
 two outputs of a larger layer, and ``pack_columns`` of gradients of the same sizes, samples by
@@ -15,6 +15,7 @@ reads all of dY and writes the packed columns.
 """
 
 import argparse
+import copy
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -90,8 +91,9 @@ def measure(given: argparse.Namespace) -> list[Result]:
     model = ResNetForImageClassification(config).to(given.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     probe = images[:SAMPLES]
-    controllers = [
-        neq.Controller(model, probe=probe, policy=Watching(given.eps), optimizer=(), memory=memory)
+    watching = {"probe": probe, "optimizer": ()}
+    controllers = [  # each of a copy, since a model's layers have one Controller
+        neq.Controller(copy.deepcopy(model), policy=Watching(given.eps), memory=memory, **watching)
         for memory in MEMORIES
     ]
     training = images[SAMPLES:], labels[SAMPLES:]
@@ -111,6 +113,7 @@ def measure(given: argparse.Namespace) -> list[Result]:
             loss.item()
             steps.append(time.perf_counter() - start)
         for memory, control in zip(MEMORIES, controllers, strict=True):
+            control.model.load_state_dict(model.state_dict())
             probes[memory].append(control.step().probe_seconds)
             frozen[memory].append(control.policy.frozen)
     epoch_seconds = median(steps) * IMAGES / BATCH

@@ -5,6 +5,7 @@
 #include "bindings_wgrad.h"
 #include "cuda/wgrad/conv_wgrad.h"
 #include "cuda/wgrad/pack.h"
+#include "cuda/wgrad/zero.h"
 
 namespace py = pybind11;
 
@@ -42,6 +43,31 @@ void cuda_pack_columns(const Tensor& dy, const Tensor& rows, const Tensor& packe
                                            rows.data<const int64_t>(), rows.size(0), packed.data(),
                                            sums ? sums->data() : nullptr, scratch.data(), device,
                                            reinterpret_cast<void*>(stream)));
+}
+
+cuda::Rows rows_of(const Tensor& t, int dim) {
+  const int64_t neurons = t.size(dim), piece = neurons > 1 ? t.stride(dim) : t.numel();
+  return {t.data(), t.numel() / (neurons * piece), neurons, piece * bytes_of(t.dtype())};
+}
+
+// Zeroes the rows of dimension `dim` of a weight's gradient, and those of the bias's. Returns
+// false, having done nothing, if one does not fill its memory, or is empty.
+bool cuda_zero_rows(const Tensor& dw, int dim, const std::optional<Tensor>& db, const Tensor& rows,
+                    int device, uintptr_t stream) {
+  require_cuda(device, dw, rows, db.value_or(dw));
+  require(dim >= 0 && dim < dw.dims(), "dim", dim, "a dimension of dw");
+  require_indices(rows, "rows");
+  if (db) {
+    require(db->dims() == 1, "dimensions of db", db->dims(), "1");
+    require(db->size(0) == dw.size(dim), "size of db", db->size(0), "that of dw");
+  }
+  for (const Tensor* t : {&dw, db ? &*db : &dw})
+    if (!t->fills_its_memory() || t->numel() == 0) return false;
+  const cuda::Rows none{};
+  check("zero_rows",
+        cuda::zero_rows(rows_of(dw, dim), db ? rows_of(*db, 0) : none, rows.data<const int64_t>(),
+                        rows.size(0), device, reinterpret_cast<void*>(stream)));
+  return true;
 }
 
 cuda::Size2 size2(const Ints& given) { return {int(given[0]), int(given[1])}; }
@@ -157,6 +183,8 @@ void bind_cuda(py::module_& m) {
   m.def("cuda_pack_scratch_bytes", &cuda_pack_scratch_bytes, py::arg("dy"), py::arg("k"));
   m.def("cuda_pack_columns", &cuda_pack_columns, py::arg("dy"), py::arg("rows"), py::arg("packed"),
         py::arg("sums"), py::arg("scratch"), py::arg("device"), py::arg("stream"));
+  m.def("cuda_zero_rows", &cuda_zero_rows, py::arg("dw"), py::arg("dim"), py::arg("db"),
+        py::arg("rows"), py::arg("device"), py::arg("stream"));
   m.def("cuda_conv_wgrad", &cuda_conv_wgrad, py::arg("dy"), py::arg("x"), py::arg("dw"),
         py::arg("db"), py::arg("order"), py::arg("k"), py::arg("stride"), py::arg("padding"),
         py::arg("dilation"), py::arg("tile"), py::arg("octets"), py::arg("slices"),

@@ -5,6 +5,7 @@ from neq._version import __version__
 from neq.controller import Controller
 from neq.cost.account import Account
 from neq.cost.flops import account
+from neq.cost.summary import summary
 from neq.history import History
 from neq.layers.base import NeuronLayer
 from neq.layers.conv import (
@@ -16,6 +17,7 @@ from neq.layers.conv import (
     NEqConvTranspose3d,
 )
 from neq.layers.conversion import convert, expand, revert
+from neq.layers.embedding import NEqEmbedding
 from neq.layers.linear import NEqLinear
 from neq.layers.norm import (
     NEqBatchNorm1d,
@@ -29,13 +31,13 @@ from neq.layers.norm import (
     NEqRMSNorm,
     NEqSyncBatchNorm,
 )
-from neq.layers.summary import summary
 from neq.measure.base import Measure
 from neq.measure.equilibrium import Velocity, similarity
 from neq.measure.probes import NoiseProbe, Probe, WeightProbe
 from neq.optim.compact import compact
 from neq.policies import (
     AdaptiveEps,
+    BottomUp,
     Budget,
     Equilibrium,
     Everything,
@@ -45,10 +47,16 @@ from neq.policies import (
     Policy,
     Random,
 )
+from neq.prefix.blocks import Block, blocks
+from neq.prefix.cache import PrefixCache
+from neq.prefix.prefix import Prefix
+from neq.schedule import ReduceLROnEquilibrium
 
 __all__ = [
     "Account",
     "AdaptiveEps",
+    "Block",
+    "BottomUp",
     "Budget",
     "Controller",
     "Equilibrium",
@@ -67,6 +75,7 @@ __all__ = [
     "NEqConvTranspose1d",
     "NEqConvTranspose2d",
     "NEqConvTranspose3d",
+    "NEqEmbedding",
     "NEqGroupNorm",
     "NEqInstanceNorm1d",
     "NEqInstanceNorm2d",
@@ -78,12 +87,16 @@ __all__ = [
     "NeuronLayer",
     "NoiseProbe",
     "Policy",
+    "Prefix",
+    "PrefixCache",
     "Probe",
     "Random",
+    "ReduceLROnEquilibrium",
     "Velocity",
     "WeightProbe",
     "__version__",
     "account",
+    "blocks",
     "compact",
     "convert",
     "expand",

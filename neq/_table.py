@@ -13,3 +13,11 @@ def aligned(rows: Sequence[Sequence[str]], right: range) -> str:
         ).rstrip()
         for row in rows
     )
+
+
+def si(x: float) -> str:
+    """A number with three digits or so and the prefix of its unit, which comes next."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if x >= size:
+            return f"{x / size:.2f} {unit}"
+    return f"{x:.0f} "

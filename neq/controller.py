@@ -1,8 +1,8 @@
 """Measure, then choose the neurons that train: once per epoch."""
 
 import time
-import warnings
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +11,38 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from neq._version import __version__
-from neq.cost.account import Account
-from neq.cost.flops import account
-from neq.cost.units import Unit, parameters, wgrad_flops, wgrad_ms
+from neq.cost.step import StepCosts
+from neq.cost.step_times import StepTimes
+from neq.cost.units import Unit
 from neq.distributed.ranks import Ranks
-from neq.history import EpochRecord, History, layer_record
+from neq.history import EpochRecord, History
 from neq.integrations.wrapped import model_in, optimizer_in
-from neq.layers.active import as_mask
-from neq.layers.groups import LeaveAlone, groups_of, left_alone
-from neq.measure.base import Where
-from neq.measure.evaluating import Inputs, as_inputs, forgetting
-from neq.measure.probes import Probe
-from neq.optim import Guard, OnThaw, RowOptimizer
-from neq.optim.compact import at_most
+from neq.layers.groups import LeaveAlone, check_masks, chosen_for
+from neq.measure.base import Measure, Where
+from neq.measure.evaluating import Inputs, as_inputs
+from neq.measure.stopwatch import Stopwatch
+from neq.optim import OnThaw
+from neq.optim.guards import Guards
+from neq.optim.steps import StepCount, check_counts
 from neq.policies import Equilibrium, Motion, Policy
+from neq.policies.base import probe_for
+from neq.policies.decide import decide, motions_of, prefix_for
+from neq.policies.granules import Granule, check_granule, in_granules
+from neq.prefix.blocks import Block
+from neq.recorder import Epoch, Recorder
+
+# optimizers keep their Controllers alive, so none is missing here that still guards one
+_IN_CHARGE: "weakref.WeakSet[Controller]" = weakref.WeakSet()
+
+_STATE = {"epoch", "masks", "depth", "scores", "samples", "measure", "policy"}
 
 
 class Controller:
     """Chooses after each epoch the neurons that train in the next.
+
+    It starts with all neurons of its layers active, whatever they were before: rows that you have
+    set by hand hold in layers that it leaves alone. A model's layers have one Controller: a new one
+    ends an earlier one, as ``remove`` does.
 
     Args:
         model: The model, on its device and with the weights with which training starts: the
@@ -43,15 +57,28 @@ class Controller:
         on_thaw: What a neuron's optimizer state is when it trains again: see ``neq.optim.Guard``.
         warmup: How many epochs train all neurons. With 0 the policy chooses before the first epoch;
             so it does for a compact model, in which all neurons can't train.
+        every: After how many steps of its first optimizer the Controller measures and chooses by
+            itself. An epoch is then this many steps. By default it does so when ``step`` is called.
+            Steps that a GradScaler skips do not count, and while gradients are accumulated there
+            are none. Of several optimizers, put the one first that steps last.
+        epochs: How many epochs the training has in all, if you know. Then ``record.advice`` says
+            what the rest of it will save.
         leave_alone: Layers that are neither measured nor changed: names of layers or of modules
-            that contain them, or ``leave_alone(module, name) -> bool``. By default the model's last
-            Linear, the classifier, as published; ``()`` for none.
+            that contain them, or ``leave_alone(module, name) -> bool``. Layers that share a weight
+            are left alone together. By default the model's last Linear, the classifier, as
+            published, with an Embedding that is tied to it; ``()`` for none. A layer none of whose
+            parameters requires a gradient when the Controller is made is left alone too.
         memory: Where outputs are kept for the next epoch. ``"device"``: beside the model.
             ``"host"``: in main memory. ``"sketch"``: beside the model, a sample of their positions.
         history: A ``History``, or the path of a JSONL file.
         example_inputs: A batch like those of training, on which the costs of a step are counted or
             timed; by default the probe's first.
+        statistics: Batches of training, some dozens. From these, norms that are frozen with a
+            prefix get running statistics that fit the weights they keep.
         process_group: The ranks that train copies of this model; by default all.
+        granule: How many neighbouring neurons are decided together, by the mean of their scores.
+            ``"auto"``: 16 for matrices and channels_last convolutions on a GPU, which reads memory
+            in such pieces; else 1. ``Fixed`` and ``Equilibrium.released()`` choose single neurons.
 
     Attributes:
         model: The model without wrappers.
@@ -59,13 +86,19 @@ class Controller:
             one weight.
         optimizers: The torch optimizers without wrappers.
         policy: The policy.
+        prefix: The ``Prefix`` that the policy freezes; None if it freezes none.
+        loss: The validation loss that ``step`` was given; with ``every``, assign it yourself.
         history: The ``History``.
+        every: As given.
         epoch: How many epochs are over.
+        record: The record of the latest epoch; None before its end.
         scores: What the measure found for each neuron: by name, float64 [n] each. The neurons of
             all groups come one group after the other.
 
     Raises:
-        ValueError: If the policy measures and there is no probe, or no layer is left to choose for.
+        ValueError: If the policy measures and there is no probe, if it freezes a prefix of a model
+            that can't be cut, if no layer is left to choose for, or if ``every`` is given without
+            an optimizer.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
@@ -94,69 +127,88 @@ class Controller:
         policy: Policy | None = None,
         on_thaw: OnThaw = "keep",
         warmup: int = 1,
+        every: int | None = None,
+        epochs: int | None = None,
         leave_alone: LeaveAlone = None,
         memory: Where = "device",
         history: History | str | Path | None = None,
         example_inputs: Any = None,
+        statistics: Iterable[Any] | None = None,
         process_group: Any = None,
+        granule: Granule = "auto",
     ) -> None:
         self.model = model_in(model)
         self.policy = Equilibrium() if policy is None else policy
         several = optimizer if isinstance(optimizer, Iterable) else [optimizer]
         self.optimizers = [optimizer_in(one) for one in several]
-        self.probe = _as_probe(probe, self.policy)
-        if warmup < 0:
-            raise ValueError(f"warmup must be a number of epochs, at least 0; got {warmup}")
-        self.warmup = warmup
+        self.probe = probe_for(self.policy, probe)
+        check_counts(warmup, every, epochs, len(self.optimizers))
         self.history = history if isinstance(history, History) else History(history)
-        self.epoch = 0
+        self.epoch, self.every, self.epochs = 0, every, epochs
+        self.loss: float | None = None
+        self.record: EpochRecord | None = None
         self.scores: dict[str, Tensor] = {}
-        self._said = False  # that some neurons don't fit
 
-        groups = groups_of(self.model)
-        alone = left_alone(self.model, groups, leave_alone)
-        self.layers = {name: group for name, group in groups.items() if name not in alone}
-        if not self.layers:
-            raise ValueError("leave_alone: no layer is left to decide on")
+        self.layers = chosen_for(self.model, leave_alone)
+        self.warmup = 0 if any(g.is_compact for g in self.layers.values()) else warmup
+        self._granule = check_granule(granule) if self.policy.by_granule else 1
         self._sizes = [group.n_neurons for group in self.layers.values()]
         self._device = next(iter(self.layers.values())).device
         self._ranks = Ranks(process_group)
-        self.measure = self.policy.measure()
-        keeps_precision = self.probe is None or self.probe.keeps_precision
-        devices = [group.device for group in self.layers.values()]
-        self.measure.attach(self._sizes, devices, memory, keeps_precision)
-        self._capacities = [group.capacity for group in self.layers.values()]
-        if any(group.first.leaves is not None for group in self.layers.values()):
-            self.warmup = 0
-        self._guards = self._guard(on_thaw)
-        self._inputs: Inputs | None = None
+        self.measure = self._new_measure(memory)
+        inputs: Inputs | None = None
         if example_inputs is not None:
-            self._inputs = as_inputs(self.model, example_inputs)
+            inputs = as_inputs(self.model, example_inputs)
         elif self.probe is not None:
-            self._inputs = self.probe.example(self.model)
-        self._account: Account | None = None
-        if self._inputs is not None:
-            with forgetting():
-                self._account = account(self.model, self._inputs)
+            inputs = self.probe.example(self.model)
+        self._costs = StepCosts(self.model, self.layers, inputs, self.optimizers)
+        self._count: StepCount | None = None
+        self._ended = ""  # why it is over
+        told = self._take_over()
+        mine = [layer for group in self.layers.values() for layer in group]
+        self._guards = Guards(self.optimizers, self.model, mine, on_thaw, told)
+        by_rows = self._guards.by_rows  # then freezing saves updates too
+        self._recorder = Recorder(self.policy, self._costs, by_rows, self.warmup, epochs)
+        self.prefix = prefix_for(self.policy, self.model, self.layers, inputs, leave_alone)
+        self._statistics = statistics
+        if self.optimizers:
+            self._count = StepCount(self.optimizers[0], every, self._measure_and_choose)
         self.policy.attach(self)
         self._samples = _on_host(self._observe())
         if self.warmup == 0:
             self._decide(self._active())
         self._since = time.perf_counter()
 
-    def step(self) -> EpochRecord:
+    def step(self, loss: float | None = None) -> EpochRecord:
         """After an epoch: measure how its neurons moved, and choose those that train in the next.
+
+        Args:
+            loss: The validation loss, if there is one. ``BottomUp`` thaws when it gets worse.
 
         Returns:
             The record of the epoch. As a string, one line to print.
 
         Raises:
+            RuntimeError: If ``remove`` was called, or another Controller has taken over, or the
+                Controller does this by itself (``every``).
             ValueError: If the probe gives other samples than before.
         """
-        stopwatch = _Stopwatch(self._device)
+        self._check_in_charge()
+        if self.every is not None:
+            raise RuntimeError(
+                f"this Controller measures and chooses by itself, every {self.every} optimizer "
+                "steps: step() is for one without every; control.record is the latest record"
+            )
+        self.loss = loss
+        return self._measure_and_choose()
+
+    def _measure_and_choose(self) -> EpochRecord:
+        stopwatch = Stopwatch(self._device)
+        if self.prefix is not None:
+            self.prefix.warn_of_changes()
         samples = self._observe()
         sums = self._ranks.sum_(self.measure.sums()).cpu()  # the host waits here for the device
-        trained = self._active()
+        trained, depth = self._active(), self._depth
         if not torch.equal(_on_host(samples), self._samples):
             raise ValueError(
                 f"the probe's samples are not those of the epoch before (epoch {self.epoch}), so "
@@ -164,16 +216,44 @@ class Controller:
                 "each time, without shuffling or augmentation"
             )
         self.epoch += 1
+        before = self.scores.get("velocity")
         self.scores = self.measure.score(sums)
         if self.epoch >= self.warmup:
             self._decide(trained)
         probe_seconds = stopwatch.seconds()
         now = time.perf_counter()
-        record = self._record(trained, now - self._since - probe_seconds, probe_seconds)
+        steps = None
+        if self._count is not None:
+            steps = self._count.steps
+            self._count.restart()
+        record = self.record = self._recorder.record(
+            Epoch(
+                self.epoch,
+                now - self._since - probe_seconds,
+                probe_seconds,
+                steps,
+                self._motions(trained),
+                self._active().split(self._sizes),
+                self.scores.get("velocity"),
+                before,
+                depth,
+                self._depth,
+            )
+        )
         self._since = now
         if self._ranks.is_first:
             self.history.append(record)
         return record
+
+    @property
+    def blocks(self) -> Sequence[Block]:
+        """The blocks that the policy may freeze, from the input up."""
+        return () if self.prefix is None else self.prefix.blocks
+
+    @property
+    def _depth(self) -> int:
+        """How many blocks are frozen whole."""
+        return 0 if self.prefix is None else self.prefix.depth
 
     def costs(self, unit: Unit) -> dict[str, float]:
         """What it costs to train all neurons of each group, by its name.
@@ -185,28 +265,20 @@ class Controller:
         Raises:
             ValueError: If the unit needs example inputs and there are none.
         """
-        if unit == "parameters":
-            return parameters(self.layers)
-        if self._account is None or self._inputs is None:
-            raise ValueError(
-                f"costs in {unit} are those of a step: give the Controller example_inputs, a batch "
-                "like those of training"
-            )
-        if unit == "flops":
-            return wgrad_flops(self._account, self.model, self.layers)
-        return wgrad_ms(self.model, self.layers, self._inputs)
+        return self._costs.of(unit)
+
+    def step_times(self) -> StepTimes:
+        """What a step takes on the example inputs, part by part: measured when first asked for.
+
+        Raises:
+            ValueError: If there are no example inputs, or no output of the model has a gradient.
+        """
+        return self._costs.step_times(self.prefix)
 
     def remove(self) -> None:
-        """Let go of model and optimizers: all neurons train again, and nothing is guarded.
-
-        In compact layers those train that trained last.
-        """
-        for guard in self._guards:
-            guard.remove()
-        self.policy.detach()
-        for group in self.layers.values():
-            if group.first.leaves is None:
-                group.set_active(None)
+        """Let go of model and optimizers: all neurons train (of compact layers, those that do)."""
+        if not self._ended:
+            self._end("remove() was called")
 
     def state_dict(self, *, outputs: bool = True) -> dict[str, Any]:
         """What ``load_state_dict`` needs to continue with the same bits.
@@ -214,12 +286,14 @@ class Controller:
         Args:
             outputs: Include the previous outputs, which are most of the state. Without them, the
                 model is measured when the state is loaded. That gives the same outputs if the
-                model then has the weights that it has now.
+                model then has the weights that it has now, and had at the end of the epoch.
         """
         masks = dict(zip(self.layers, self._active().split(self._sizes), strict=True))
         return {
             "epoch": self.epoch,
+            "steps": self._count.steps if self._count else 0,
             "masks": {name: mask.clone() for name, mask in masks.items()},
+            "depth": self._depth,
             "scores": {name: values.clone() for name, values in self.scores.items()},
             "samples": self._samples.clone(),
             "measure": self.measure.state_dict(outputs),
@@ -236,14 +310,20 @@ class Controller:
             state: What ``state_dict`` returned.
 
         Raises:
+            RuntimeError: If ``remove`` was called, or another Controller has taken over.
             ValueError: If the state is of other layers.
         """
-        if missing := sorted({*self.state_dict(outputs=False)} - state.keys()):
+        self._check_in_charge()
+        if missing := sorted(_STATE - state.keys()):
             raise ValueError(
                 f"this is no state of a Controller of neq {__version__}: it lacks {missing}"
             )
-        self._check_layers(state["masks"])
+        check_masks(self.layers, state["masks"])
         self.epoch = state["epoch"]
+        if self.prefix is not None:
+            self.prefix.freeze(state["depth"])
+        if self._count is not None:
+            self._count.restart(state["steps"])
         for name, mask in state["masks"].items():
             self.layers[name].set_active(mask)
         self.scores = {name: values.cpu().clone() for name, values in state["scores"].items()}
@@ -253,32 +333,44 @@ class Controller:
             self._observe()
         self._since = time.perf_counter()
 
-    def _check_layers(self, masks: dict[str, Tensor]) -> None:
-        if list(masks) != list(self.layers):
-            missing = sorted(self.layers.keys() - masks.keys())
-            unknown = sorted(masks.keys() - self.layers.keys())
-            raise ValueError(
-                f"the state is of other layers: it lacks {missing}, and this model lacks {unknown}"
-                if missing or unknown
-                else "the state is of the same layers in another order"
-            )
-        for (name, mask), n in zip(masks.items(), self._sizes, strict=True):
-            if len(mask) != n:
-                raise ValueError(
-                    f"layer {name!r} has {n} neurons, the state was saved with {len(mask)}"
-                )
+    def _take_over(self) -> list[Optimizer]:
+        """Start with all neurons active, as the only Controller of these layers.
 
-    def _guard(self, on_thaw: OnThaw) -> list[Guard]:
-        """Guard the optimizers that do not leave frozen neurons alone by themselves."""
-        guards = []
-        for one in self.optimizers:
-            if isinstance(one, RowOptimizer):
-                if not one.follows:
-                    one.follow(self.model, on_thaw)
-                if one.covers(layer for group in self.layers.values() for layer in group):
-                    continue
-            guards.append(Guard(one, self.model, on_thaw=on_thaw))
-        return guards
+        Returns the optimizers that earlier ones told what to follow.
+        """
+        told: list[Optimizer] = []
+        mine = {layer for group in self.layers.values() for layer in group}
+        for other in list(_IN_CHARGE):
+            if any(not mine.isdisjoint(group) for group in other.layers.values()):
+                other._end("another Controller chooses for its layers")
+                told += other._guards.told
+        for group in self.layers.values():
+            group.let_go()
+        _IN_CHARGE.add(self)
+        return told
+
+    def _end(self, reason: str) -> None:
+        self._ended = reason
+        _IN_CHARGE.discard(self)
+        self._guards.remove()
+        if self._count is not None:
+            self._count.remove()
+        self.policy.detach()
+        if self.prefix is not None:
+            self.prefix.freeze(0)
+        for group in self.layers.values():
+            group.let_go()
+
+    def _check_in_charge(self) -> None:
+        if self._ended:
+            raise RuntimeError(f"this Controller has let go of its model: {self._ended}")
+
+    def _new_measure(self, memory: Where) -> Measure:
+        measure = self.policy.measure()
+        keeps_precision = self.probe is None or self.probe.keeps_precision
+        devices = [group.device for group in self.layers.values()]
+        measure.attach(self._sizes, devices, memory, keeps_precision)
+        return measure
 
     def _observe(self) -> list[Tensor]:
         """Run the probe. Returns marks that tell its samples from others."""
@@ -289,96 +381,18 @@ class Controller:
 
     def _decide(self, active: Tensor) -> None:
         """Ask the policy, and set what it chose. ``active``: bool [all neurons], as now."""
-        motions = self._motions(active)
-        kind = type(self.policy).__name__
-        chosen = list(self.policy.choose(motions, self.epoch))
-        if len(chosen) != len(motions):
-            raise ValueError(
-                f"{kind}.choose must give rows for each of the {len(motions)} layers, "
-                f"got {len(chosen)}"
-            )
-        masks = [
-            as_mask(rows, len(motion), f"{kind}.choose, layer {motion.name!r}")
-            for motion, rows in zip(motions, chosen, strict=True)
-        ]
-        masks = self._that_fit(masks)
-        # a policy that draws or times may choose differently on another rank
-        decided = self._ranks.from_first(torch.cat(masks), self._device).split(self._sizes)
-        for motion, mask in zip(motions, decided, strict=True):
-            if not torch.equal(motion.active, mask):
-                motion.layer.set_active(mask)
-
-    def _that_fit(self, masks: list[Tensor]) -> list[Tensor]:
-        """A random choice of the neurons, where the capacity of a compact layer is too small."""
-        fitting = [at_most(m, size) for m, size in zip(masks, self._capacities, strict=True)]
-        surplus = sum(int((a ^ b).sum()) for a, b in zip(masks, fitting, strict=True))
-        if surplus and not self._said:
-            self._said = True
-            warnings.warn(
-                f"{type(self.policy).__name__} chose {surplus} neurons more than the capacity of "
-                "this compact model has room for: where it is so, a random choice of them trains",
-                stacklevel=3,
-            )
-        return fitting
+        motions = in_granules(self._motions(active), self._granule)
+        decide(self.policy, motions, self.epoch, self.prefix, self._ranks, self._statistics)
 
     def _motions(self, active: Tensor) -> list[Motion]:
-        """What the policy is given. ``active``: bool [all neurons], group after group."""
-        masks = active.split(self._sizes)
-        scores = {name: values.split(self._sizes) for name, values in self.scores.items()}
-        return [
-            Motion.of(group, {name: parts[i] for name, parts in scores.items()}, masks[i])
-            for i, group in enumerate(self.layers.values())
-        ]
+        """What the policy is given. ``active``: bool [all neurons], as now."""
+        return motions_of(self.layers.values(), self.scores, active, self.prefix)
 
     def _active(self) -> Tensor:
         """Which neurons are active: bool [all neurons], group after group, on the CPU."""
         masks = [group.first.active_mask for group in self.layers.values()]
         return torch.cat([mask.to(masks[0].device) for mask in masks]).cpu()
 
-    def _record(self, trained: Tensor, seconds: float, probe_seconds: float) -> EpochRecord:
-        flops, step_flops = dict.fromkeys(self.layers, 0.0), 0.0
-        if self._account is not None:
-            flops, step_flops = self.costs("flops"), float(self._account.dense.total.flops)
-        active = self._active().split(self._sizes)
-        records = [
-            layer_record(motion, now, flops[motion.name])
-            for motion, now in zip(self._motions(trained), active, strict=True)
-        ]
-        return EpochRecord(self.epoch, seconds, probe_seconds, step_flops, tuple(records))
-
-
-def _as_probe(probe: Any, policy: Policy) -> Probe | None:
-    if probe is None:
-        if policy.measures:
-            raise ValueError(
-                f"{type(policy).__name__} decides by how neurons move, so it needs a probe: some "
-                "samples, a loader, neq.NoiseProbe(shape) or neq.WeightProbe()"
-            )
-        return None
-    return probe if isinstance(probe, Probe) else Probe(probe)
-
 
 def _on_host(marks: list[Tensor]) -> Tensor:
     return torch.cat([torch.zeros(0, dtype=torch.float64), *(mark.cpu() for mark in marks)])
-
-
-class _Stopwatch:
-    """Seconds since it was made. On a GPU, work that was queued before does not count."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._start = self._now()
-
-    def _now(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def seconds(self) -> float:
-        end = self._now()
-        if not self._cuda:
-            return float(end - self._start)
-        end.synchronize()
-        return float(self._start.elapsed_time(end)) / 1e3

@@ -65,7 +65,6 @@ def backends() -> dict[str, str]:
         "dense": None,
         "pack": None,  # plain torch, if the compiled kernels are missing
         "native": extension.why_not("cpu"),
-        "fused": _triton_lacks() or gpu_less,
         "narrow": extension.why_not("cuda") or gpu_less,
         "grouped": _triton_lacks() or gpu_less,
         "compiled, cpu": extension.why_not("cpu"),

@@ -1,18 +1,20 @@
 """Records of each epoch: kept in memory, in a file, and sent to a logger."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from math import floor, inf, log10
 from pathlib import Path
+from statistics import median
 from typing import Any
-
-import torch
-from torch import Tensor
-
-from neq.policies.base import Motion
 
 SPEED_EXPONENTS = tuple(e / 2 for e in range(-12, 1))
 """Speeds |v| are counted between these powers of ten. Slower and faster ones go to the end bins."""
+
+_COMPARABLE = (
+    1.0  # second: what a shorter epoch takes says more of the machine than of the training
+)
+_DELAYED = -0.5  # an epoch that takes more than half as long again did other things besides
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,12 @@ class LayerRecord:
         speeds: How many neurons fall into each bin of ``SPEED_EXPONENTS``, 14 in all; empty if
             nothing was measured.
         wgrad_flops: The FLOPs of its weight gradient in one dense step; 0 if not counted.
+        update_flops: The FLOPs of the optimizer's dense step on it; 0 if not counted, or if the
+            optimizer steps frozen neurons too, as those of torch do.
+        thawed: How many neurons were frozen in the epoch just over and train in the next.
+        block: The number of the block that it lies in, if the policy can freeze that whole.
+        dgrad_flops: The FLOPs of its input gradient in one dense step; 0 if not counted, or if it
+            lies in no block.
     """
 
     name: str
@@ -41,11 +49,29 @@ class LayerRecord:
     speed: float | None
     speeds: list[int]
     wgrad_flops: float
+    update_flops: float = 0.0
+    thawed: int = 0
+    block: int | None = None
+    dgrad_flops: float = 0.0
+
+    def saved_flops(self, training: int, depth: int) -> float:
+        """The FLOPs of a dense step that are saved.
+
+        Args:
+            training: How many of its neurons train.
+            depth: How many blocks are frozen whole. Backward does not visit them.
+        """
+        saved = (self.wgrad_flops + self.update_flops) * (1 - training / self.neurons)
+        return saved + self.dgrad_flops * (self.block is not None and self.block < depth)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EpochRecord:
     """One epoch. As a string, one line to print.
+
+    The line says what was saved of a *step*, by FLOPs and by the clock, and the most that could be;
+    then the share of neurons that is frozen in the next epoch. The clock is left out where it can't
+    tell.
 
     Attributes:
         epoch: How many epochs are over.
@@ -53,6 +79,15 @@ class EpochRecord:
         probe_seconds: The time to measure and to choose.
         step_flops: The FLOPs of a whole dense step; 0 if not counted.
         layers: One record for each layer.
+        steps: How many steps the first optimizer has made; None if there is no optimizer.
+        dense_seconds: The median time of the epochs so far in which all neurons trained, of those
+            with as many steps; None if there is none, or they are too short to compare with.
+        mean_speed: The mean |v| of all neurons that were measured; None if there are none.
+        velocity_change: The mean squared change of their velocities since the epoch before; None if
+            they were not measured then.
+        advice: What to do about the run: a few sentences, often none.
+        depth: How many blocks were frozen whole in the epoch just over.
+        depth_next: How many are in the next.
     """
 
     epoch: int
@@ -60,6 +95,13 @@ class EpochRecord:
     probe_seconds: float
     step_flops: float
     layers: tuple[LayerRecord, ...]
+    steps: int | None = None
+    dense_seconds: float | None = None
+    mean_speed: float | None = None
+    velocity_change: float | None = None
+    advice: tuple[str, ...] = ()
+    depth: int = 0
+    depth_next: int = 0
 
     @property
     def neurons(self) -> int:
@@ -77,20 +119,81 @@ class EpochRecord:
         return 1 - self.active / self.neurons
 
     @property
+    def dense(self) -> bool:
+        """Did all neurons train in the epoch just over?"""
+        return all(layer.trained == layer.neurons for layer in self.layers)
+
+    @property
     def wgrad_saved(self) -> float:
         """The share of the layers' wgrad FLOPs that is skipped in the next epoch."""
-        return _saved(self.layers, "active", sum(layer.wgrad_flops for layer in self.layers))
+        all_of_it = sum(layer.wgrad_flops for layer in self.layers)
+        saved = sum(layer.wgrad_flops * (1 - layer.active / layer.neurons) for layer in self.layers)
+        return saved / all_of_it if all_of_it else 0.0
 
     @property
     def step_saved(self) -> float:
         """The share of a dense step's FLOPs that was skipped in the epoch just over."""
-        return _saved(self.layers, "trained", self.step_flops)
+        return self._share((layer.trained for layer in self.layers), self.depth)
+
+    @property
+    def step_saved_next(self) -> float:
+        """The share of a dense step's FLOPs that is skipped in the next epoch."""
+        return self._share((layer.active for layer in self.layers), self.depth_next)
+
+    @property
+    def step_saved_at_most(self) -> float:
+        """The share of a dense step's FLOPs that freezing all neurons and blocks would skip."""
+        blocks = [layer.block for layer in self.layers if layer.block is not None]
+        return self._share([0] * len(self.layers), 1 + max(blocks, default=-1))
+
+    @property
+    def time_saved(self) -> float | None:
+        """The share of a dense epoch's time that was saved in the epoch just over.
+
+        None where the clock can't tell: there is no epoch to compare with, or other work delayed
+        this one. Whatever else the loop does is in both.
+        """
+        return None if self.dense else time_saved(self.seconds, self.dense_seconds)
+
+    def would_freeze(self, eps: float) -> float:
+        """The share of all neurons that were slower than ``eps``: what it would freeze.
+
+        It is exact where ``eps`` is a power of ten in ``SPEED_EXPONENTS``, and interpolated between
+        them. Neurons below the least count from there on, those above the greatest never.
+
+        Args:
+            eps: A threshold on |v|, as for ``neq.Equilibrium``.
+        """
+        at = 2 * (log10(eps) - SPEED_EXPONENTS[0]) if eps > 0 else -inf  # in bins
+        at = min(round(at, 9), len(SPEED_EXPONENTS) - 1)
+        if at < 0:
+            return 0.0
+        whole, part = floor(at), at - floor(at)
+        counts = [layer.speeds for layer in self.layers if layer.speeds]
+        slower = sum(sum(bins[: whole + 1]) + part * bins[whole + 1] for bins in counts)
+        return slower / self.neurons
+
+    def _share(self, training: Iterable[int], depth: int) -> float:
+        """The FLOPs saved if so many neurons of each layer train, as a share of a step's."""
+        if not self.step_flops:
+            return 0.0
+        layers = zip(self.layers, training, strict=True)
+        return sum(layer.saved_flops(k, depth) for layer, k in layers) / self.step_flops
 
     def __str__(self) -> str:
-        parts = [f"epoch {self.epoch}", f"{self.frozen_share:.1%} frozen"]
-        if any(layer.wgrad_flops for layer in self.layers):
-            parts.append(f"{self.wgrad_saved:.1%} of wgrad saved")
-        return ", ".join([*parts, f"probe {self.probe_seconds:.2f} s"])
+        saved = []
+        if self.step_flops:
+            saved.append(
+                f"{self.step_saved:.1%} of a step's FLOPs (at most {self.step_saved_at_most:.1%})"
+            )
+        if self.time_saved is not None:
+            saved.append(f"{self.time_saved:.1%} of its time")
+        parts = [f"saved {' and '.join(saved)}"] if saved else []
+        parts.append(f"{self.frozen_share:.1%} of neurons frozen in the next")
+        return f"epoch {self.epoch}: {'; '.join([*parts, f'probe {self.probe_seconds:.2f} s'])}"
+
+    def __repr__(self) -> str:
+        return f"<{self}>"
 
     @classmethod
     def from_json(cls, line: str) -> "EpochRecord":
@@ -101,7 +204,8 @@ class EpochRecord:
         """
         fields = json.loads(line)
         layers = tuple(LayerRecord(**layer) for layer in fields.pop("layers"))
-        return cls(**fields, layers=layers)
+        advice = tuple(fields.pop("advice", ()))
+        return cls(**fields, layers=layers, advice=advice)
 
 
 class History:
@@ -169,8 +273,11 @@ class History:
         figures = {
             "neq/frozen_share": record.frozen_share,
             "neq/wgrad_saved": record.wgrad_saved,
+            "neq/step_saved": record.step_saved,
             "neq/probe_seconds": record.probe_seconds,
         }
+        if record.time_saved is not None:
+            figures["neq/time_saved"] = record.time_saved
         for layer in record.layers:
             figures[f"neq/frozen_share/{layer.name}"] = 1 - layer.active / layer.neurons
         if hasattr(self.writer, "add_scalar"):
@@ -181,34 +288,28 @@ class History:
             self.writer.log({"neq/epoch": record.epoch, **figures})
 
 
-def layer_record(motion: Motion, active: Tensor, wgrad_flops: float) -> LayerRecord:
-    """Sum up a layer's neurons.
+def dense_seconds(records: Iterable[EpochRecord], steps: int | None) -> float | None:
+    """The median time of dense epochs with so many steps; None if it can't be compared with.
 
     Args:
-        motion: How they moved in the epoch just over, and which of them trained in it.
-        active: Which of them train in the next: bool [n].
-        wgrad_flops: The FLOPs of the layer's dense weight gradient.
+        records: Records of one run.
+        steps: How many steps the epoch has that is to be compared.
     """
-    measured = ~motion.velocity.isnan()
-    speed = motion.velocity[measured].abs()
-    edges = 10.0 ** torch.tensor(SPEED_EXPONENTS, dtype=speed.dtype)
-    bins = torch.bucketize(speed, edges).bincount(minlength=len(edges) + 1)
-    return LayerRecord(
-        motion.name,
-        motion.layer.plain.__name__,
-        neurons=len(active),
-        trained=int(motion.active.sum()),
-        active=int(active.sum()),
-        phi=float(motion.phi[measured].mean()) if len(speed) else None,
-        speed=float(speed.median()) if len(speed) else None,
-        speeds=bins.tolist() if len(speed) else [],
-        wgrad_flops=wgrad_flops,
-    )
+    times = [r.seconds for r in records if r.dense and r.steps == steps and steps != 0]
+    return median(times) if times and median(times) >= _COMPARABLE else None
 
 
-def _saved(layers: Sequence[LayerRecord], which: str, of: float) -> float:
-    saved = sum(layer.wgrad_flops * (1 - getattr(layer, which) / layer.neurons) for layer in layers)
-    return saved / of if of else 0.0
+def time_saved(seconds: float, dense: float | None) -> float | None:
+    """The share of a dense epoch's time that was saved; None if the clock can't tell.
+
+    Args:
+        seconds: The time of an epoch.
+        dense: That of a dense one, or None.
+    """
+    if dense is None:
+        return None
+    saved = 1 - seconds / dense
+    return saved if saved >= _DELAYED else None
 
 
 def read(path: str | Path) -> list[EpochRecord]:

@@ -6,11 +6,12 @@ import html
 import io
 import sys
 from collections.abc import Sequence
+from math import isnan, nan
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 from typing import TYPE_CHECKING
 
-from neq.history import SPEED_EXPONENTS, EpochRecord, read
+from neq.history import SPEED_EXPONENTS, EpochRecord, dense_seconds, read
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _LABELS = 100  # layers named beside the heat map, at most
 _FEW_LABELS = 21  # in a picture of page size
+_EPOCHS_NAMED = 8  # of those in which a layer thawed, at most
 _SLOWEST = 0.5  # the scale ends where an epoch is slower than a dense one by this share
 _NO_MATPLOTLIB = "drawing a report needs matplotlib, which is not installed: pip install matplotlib"
 
@@ -77,7 +79,7 @@ def draw(records: Sequence[EpochRecord], *, shares_only: bool = False) -> "Figur
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         shares = figure.subplots()
         _draw_shares(shares, records, _FEW_LABELS)
-        shares.set_xlabel("epoch")
+        _count_epochs(shares)
         return figure
     layers = min(len(records[-1].layers), _LABELS)
     figure = Figure(figsize=(11, 6 + 0.16 * layers), layout="constrained")
@@ -87,21 +89,31 @@ def draw(records: Sequence[EpochRecord], *, shares_only: bool = False) -> "Figur
     _draw_shares(shares, records, _LABELS)
     _draw_speeds(speeds, records)
     _draw_saving(saving, records)
-    saving.set_xlabel("epoch")
+    _count_epochs(saving)
     return figure
 
 
 def step_saving(records: Sequence[EpochRecord]) -> tuple[list[float], list[float] | None]:
     """For each epoch the share of a dense step that was saved: predicted, and measured.
 
-    The prediction is of FLOPs. The time is compared with that of the epochs in which all neurons
-    trained; None if there was no such epoch.
+    The prediction is of FLOPs. The time is compared with the median of the epochs in which all
+    neurons trained and that have as many steps. It is NaN where there is none, or where these took
+    less than a second; None if that holds for all epochs.
     """
     predicted = [record.step_saved for record in records]
-    dense = [r.seconds for r in records if all(x.trained == x.neurons for x in r.layers)]
-    if not dense:
-        return predicted, None
-    return predicted, [1 - record.seconds / median(dense) for record in records]
+    dense = [dense_seconds(records, record.steps) for record in records]
+    measured = [
+        nan if time is None else 1 - record.seconds / time
+        for record, time in zip(records, dense, strict=True)
+    ]
+    return predicted, None if all(map(isnan, measured)) else measured
+
+
+def _count_epochs(axes: "Axes") -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def _extent(records: Sequence[EpochRecord], height: int) -> tuple[float, float, float, float]:
@@ -152,10 +164,11 @@ def _draw_speeds(axes: "Axes", records: Sequence[EpochRecord]) -> None:
 def _draw_saving(axes: "Axes", records: Sequence[EpochRecord]) -> None:
     epochs = [record.epoch for record in records]
     predicted, measured = step_saving(records)
-    ceiling = _ceiling(records)
+    ceiling = records[-1].step_saved_at_most
     if ceiling:
-        axes.plot(epochs, predicted, label="predicted from FLOPs")
-        axes.axhline(ceiling, linestyle=":", color="grey", label="no weight gradient at all")
+        marker = "o" if len(epochs) == 1 else None  # one point makes no line
+        axes.plot(epochs, predicted, marker=marker, label="predicted from FLOPs")
+        axes.axhline(ceiling, linestyle=":", color="grey", label="every neuron frozen")
     if measured:
         _draw_measured(axes, epochs, measured)
     if ceiling or measured:
@@ -174,7 +187,7 @@ def _draw_saving(axes: "Axes", records: Sequence[EpochRecord]) -> None:
 
 def _draw_measured(axes: "Axes", epochs: Sequence[int], measured: Sequence[float]) -> None:
     """Draw the measured saving. Epochs beyond the scale lie on its edge, so the others show."""
-    shown = [max(value, -_SLOWEST) for value in measured]
+    shown = [value if isnan(value) else max(value, -_SLOWEST) for value in measured]
     (dots,) = axes.plot(epochs, shown, ".", label="measured by the clock")
     beyond = [epoch for epoch, value in zip(epochs, measured, strict=True) if value < -_SLOWEST]
     if beyond:
@@ -189,31 +202,63 @@ def _percent() -> "Formatter":
     return PercentFormatter(1)
 
 
-def _ceiling(records: Sequence[EpochRecord]) -> float:
-    """The share of a dense step's FLOPs that is wgrad of the layers; 0 if not counted."""
-    last = records[-1]
-    return sum(x.wgrad_flops for x in last.layers) / last.step_flops if last.step_flops else 0.0
+def _measured(records: Sequence[EpochRecord]) -> str:
+    """The mean saving by the clock, or why there is none."""
+    _, measured = step_saving(records)
+    if measured is None:
+        return "can't tell: no dense epoch of a second or more and as many steps to compare with"
+    told = [value for value in measured if value >= -_SLOWEST]
+    if len(told) <= len(records) / 2:
+        return "can't tell: most epochs were delayed, or have other numbers of steps"
+    return f"{mean(told):.1%}"
+
+
+def _thawed(records: Sequence[EpochRecord], name: str) -> str:
+    """How many neurons of a layer thawed, and after which epochs."""
+    found = {r.epoch: x.thawed for r in records for x in r.layers if x.name == name and x.thawed}
+    if not found:
+        return "-"
+    epochs = [str(epoch) for epoch in found]
+    shown = ", ".join(epochs[:_EPOCHS_NAMED]) + (", ..." if len(epochs) > _EPOCHS_NAMED else "")
+    return f"{sum(found.values())} in all, {len(found)} times: after {shown}"
+
+
+def _thresholds(last: EpochRecord) -> str:
+    """What each ε would freeze, from the speeds in the last epoch; nothing if there are none."""
+    shares = {e: last.would_freeze(10.0**e) for e in SPEED_EXPONENTS}
+    told = [(f"{10.0**e:.1e}", f"{share:.1%}") for e, share in shares.items() if share]
+    if not told:
+        return ""
+    rows = _table([("eps", "of all neurons frozen"), *told])
+    return f"<h2>What each ε would freeze, at the speeds of the last epoch</h2>\n{rows}\n"
 
 
 def _page(records: Sequence[EpochRecord], png: bytes) -> str:
     last = records[-1]
-    predicted, measured = step_saving(records)
+    predicted, _ = step_saving(records)
     facts = {
         "epochs": str(last.epoch),
         "neurons": str(last.neurons),
-        "frozen at the end": f"{last.frozen_share:.1%}",
+        "frozen at the end": f"{last.frozen_share:.1%} of the neurons",
         "saved of a dense step, predicted from FLOPs": f"{mean(predicted):.1%}"
         if last.step_flops
         else "not counted",
-        "measured, with all that the machine did besides": "no dense epoch to compare with"
-        if measured is None
-        else f"{mean(measured):.1%}",
-        "at most (no weight gradient at all)": f"{_ceiling(records):.1%}",
+        "measured, with all that the machine did besides": _measured(records),
+        "at most (every neuron frozen)": f"{last.step_saved_at_most:.1%}"
+        if last.step_flops
+        else "not counted",
         "seconds of training": f"{sum(r.seconds for r in records):.1f}",
         "seconds of measuring": f"{sum(r.probe_seconds for r in records):.1f}",
     }
     layers = [
-        (x.name, x.kind, str(x.neurons), f"{1 - x.active / x.neurons:.1%}") for x in last.layers
+        (
+            x.name,
+            x.kind,
+            str(x.neurons),
+            f"{1 - x.active / x.neurons:.1%}",
+            _thawed(records, x.name),
+        )
+        for x in last.layers
     ]
     image = base64.b64encode(png).decode()
     return f"""<!doctype html>
@@ -226,8 +271,8 @@ img {{ max-width: 100% }}</style>
 {_table(list(facts.items()))}
 <img alt="frozen share, speed and saving over the epochs" src="data:image/png;base64,{image}">
 <h2>At the end</h2>
-{_table([("layer", "kind", "neurons", "frozen"), *layers])}
-</html>
+{_table([("layer", "kind", "neurons", "frozen", "neurons thawed"), *layers])}
+{_thresholds(last)}</html>
 """
 
 

@@ -90,6 +90,9 @@ def cuda_pack_columns(
     device: int,
     stream: int,
 ) -> None: ...
+def cuda_zero_rows(
+    dw: Tensor, dim: int, db: Tensor | None, rows: Tensor, device: int, stream: int
+) -> bool: ...
 def cuda_conv_wgrad(
     dy: Tensor,
     x: Tensor,

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd import forward_ad
+from torch.utils import _pytree
 
 # Is a function transform (torch.func) active?
 transforms_active = torch._C._are_functorch_transforms_active
@@ -20,10 +22,16 @@ profiler_enabled = torch._C._autograd._profiler_enabled
 any_autocast = torch._C._is_any_autocast_enabled
 # Add to each tensor of a list, in place and at once.
 foreach_add_ = torch._foreach_add_
-
-
 # Can the data of one tensor be exchanged for that of another?
 is_exchangeable = torch._has_compatible_shallow_copy_type
+# A decorator: compilers leave the function alone. Unlike torch.compiler.disable it loads none.
+not_compiled = _disable_dynamo
+
+
+# Inside, subclasses of Tensor are treated as tensors.
+plain_tensors = torch._C.DisableTorchFunctionSubclass
+# A tensor of a subclass, in the same memory, outside of autograd. Tensor.as_subclass makes a view.
+make_subclass = Tensor._make_subclass
 
 
 def compiler_loaded() -> bool:
@@ -59,3 +67,16 @@ def current_stream(device: int) -> int:
     """The handle of CUDA's current stream. torch's public function takes microseconds."""
     stream: int = torch._C._cuda_getCurrentRawStream(device)
     return stream
+
+
+def sequence_number(node: Any) -> int:
+    """The number of a node of autograd's graph. Nodes are numbered as they are made."""
+    number: int = node._sequence_nr()
+    return number
+
+
+# The number that the next node will get.
+next_sequence_number = torch._C._autograd._get_sequence_nr
+
+# Take nested containers apart, and put them together again.
+tree_flatten, tree_unflatten = _pytree.tree_flatten, _pytree.tree_unflatten

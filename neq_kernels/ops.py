@@ -2,7 +2,7 @@
 
 In a family, ``ops.py`` holds schemas, checks and fakes, ``reference.py`` the meaning, and
 ``planner.py`` the choice of a backend. The backends are ``in_torch``, ``pack``, ``dense``,
-``native``, ``fused``, ``narrow`` and ``grouped``; ``*_kernels.py`` hold Triton kernels.
+``native``, ``narrow`` and ``grouped``; ``*_kernels.py`` hold Triton kernels.
 """
 
 from neq_kernels.similarity.ops import row_similarity

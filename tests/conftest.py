@@ -11,16 +11,19 @@ from neq_kernels.wgrad import planner, tables
 
 settings.register_profile("few", max_examples=10)  # where each may compile a kernel
 
-_COMPILED_BY_NVCC = ["kernels/*/test_cuda_compile.py"]
-_OF_TRITON = ["kernels/test_interpreter.py", "kernels/*/test_other_gpus.py"]
+_COMPILED_BY_NVCC = ["kernels/*/test_cuda_compile.py", "kernels/*/test_cuda_launches.py"]
+_RECORDED = ["kernels/test_launches.py", "kernels/*/test_cuda_launches.py"]
+_RECORDED += ["bench/test_launch_overhead.py"]
+_OF_TRITON = ["kernels/test_interpreter.py", *_RECORDED]
 _OF_TRITON += ["kernels/*/test_fused*.py", "kernels/*/test_grouped*.py", *_COMPILED_BY_NVCC]
 
 collect_ignore_glob = [] if shutil.which("nvcc") else [*_COMPILED_BY_NVCC]
 if find_spec("triton") is None:
     collect_ignore_glob += _OF_TRITON
 elif torch.cuda.is_available():
-    # the GPU itself runs the kernels; and Triton 3.6 does not interpret beside numpy 2.4
-    collect_ignore_glob += ["kernels/test_interpreter.py"]
+    # the GPU itself runs the kernels, by its own driver; and Triton 3.6 does not interpret beside
+    # numpy 2.4
+    collect_ignore_glob += ["kernels/test_interpreter.py", *_RECORDED]
 
 
 def pytest_report_header():

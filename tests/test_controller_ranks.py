@@ -54,6 +54,20 @@ def trained(name, rank, folder):
     return masks(control), torch.stack(phi), len(control.history.records)
 
 
+def trained_by_itself(rank):
+    """The masks and how many epochs are over, of a Controller that decides after two steps."""
+    x, labels = data()
+    model = DistributedDataParallel(Net().eval(), find_unused_parameters=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    options = {"policy": neq.Equilibrium(3e-4), "optimizer": optimizer, "every": 2}
+    control = neq.Controller(model, probe=x[:6][rank::2], **options)
+    for _ in range(7):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x[rank::2]), labels[rank::2]).backward()
+        optimizer.step()
+    return masks(control), control.epoch
+
+
 def on_rank(rank, folder):
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", f"file://{folder}/init", rank=rank, world_size=2)
@@ -62,6 +76,7 @@ def on_rank(rank, folder):
     contrary = neq.Controller(Net(), optimizer=(), policy=Contrary())
     contrary.step()
     results["contrary"] = masks(contrary)
+    results["every"] = trained_by_itself(rank)
     torch.save(results, f"{folder}/{rank}.pt")
     # a rank that left while another still uses its connections would abort that one
     gc.collect()
@@ -111,6 +126,14 @@ def test_only_rank_0_writes_history(ranks):
     folder, (first, second) = ranks
     assert [first["equilibrium"][2], second["equilibrium"][2]] == [4, 0]
     assert len((folder / "history-equilibrium.jsonl").read_text().splitlines()) == 4
+
+
+def test_ranks_that_decide_by_themselves_decide_alike(ranks):
+    (first, epochs), (second, epochs_) = (results["every"] for results in ranks[1])
+    assert epochs == epochs_ == 3
+    assert first.keys() == second.keys()
+    assert all(torch.equal(mask, second[name]) for name, mask in first.items())
+    assert 0 < torch.cat(list(first.values())).double().mean() < 1
 
 
 def test_where_ranks_choose_otherwise_rank_0_holds(ranks):

@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import neq
+from neq.cost.step_times import Segment, StepTimes
 from neq.measure import outputs as kept_outputs
 from neq.measure.base import Where
 from tests.support.training import build, data, masks, train
@@ -17,10 +18,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 POLICIES = {
     "equilibrium": lambda: neq.Equilibrium(0.03),
+    "share": lambda: neq.Equilibrium(share=0.5),
     "released": lambda: neq.Equilibrium.released(0.03),
     "pinning": lambda: neq.Equilibrium(0.03, hysteresis=1, pinning=True),
     "budget": lambda: neq.Budget(share=0.4),
     "milliseconds": lambda: neq.Budget(share=0.4, unit="ms"),
+    "step": lambda: neq.Budget(share=0.6, unit="step_ms"),
+    "gradient": lambda: neq.Budget(share=0.6, unit="step_ms", importance="gradient"),
     "adaptive": lambda: neq.AdaptiveEps(0.03, rate=1e-3),
     "random": lambda: neq.Random(0.5),
     "slowest": lambda: neq.LowestVelocity(0.5),
@@ -34,6 +38,11 @@ PROBES = {
 }
 WAYS = [(policy, "device", "images") for policy in POLICIES]
 WAYS += [("slowest", memory, probe) for memory in get_args(Where) for probe in PROBES]
+
+
+def made_up_times(control):
+    parts = [Segment(n, n, None if i else 0, wgrad=i + 1) for i, n in enumerate(control.layers)]
+    return StepTimes(tuple(parts))
 
 
 @pytest.mark.parametrize("outputs", [True, False])
@@ -56,6 +65,8 @@ def test_stop_and_resume_is_the_same_run_bit_for_bit(
                 torch.set_rng_state(saved["random"])
             elif policy == "milliseconds":
                 control.policy.costs = dict.fromkeys(control.layers, 1.5)
+            elif policy in ("step", "gradient"):
+                control.policy.times = made_up_times(control)
             records += train(model, optimizer, epochs, control)
             file = tmp_path / "checkpoint.pt"
             parts_of_it = {
@@ -76,7 +87,10 @@ def test_stop_and_resume_is_the_same_run_bit_for_bit(
     assert [r.epoch for r in again] == [1, 2, 3, 4, 5]
     assert [r.layers for r in again] == [r.layers for r in records]
     exactly = {"rtol": 0, "atol": 0, "equal_nan": True}
-    torch.testing.assert_close(other.state_dict(), control.state_dict(), **exactly)
+    states = other.state_dict(), control.state_dict()
+    times = [state["policy"].pop("times", None) for state in states]  # have text in them
+    assert times[0] == times[1]
+    torch.testing.assert_close(*states, **exactly)
     if policy == "adaptive":
         assert control.policy.eps == other.policy.eps != 0.03
     assert 0 < records[-1].frozen_share < 1

@@ -2,7 +2,7 @@
 
 import io
 import json
-import math
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -10,8 +10,13 @@ from torch import nn
 from tqdm import tqdm
 
 import neq
-from neq import Motion
-from neq.history import SPEED_EXPONENTS, EpochRecord, History, LayerRecord, layer_record, read
+from neq.history import (
+    EpochRecord,
+    History,
+    LayerRecord,
+    dense_seconds,
+    read,
+)
 
 
 def record(epoch=1, trained=8, active=6, step_flops=6000.0, name="conv"):
@@ -31,39 +36,71 @@ def test_figures_by_hand():
 
 
 def test_a_line_for_a_progress_bar():
-    assert str(record(3)) == "epoch 3, 30.0% frozen, 25.0% of wgrad saved, probe 0.12 s"
+    assert str(record(3, trained=4)) == (
+        "epoch 3: saved 8.3% of a step's FLOPs (at most 16.7%); "
+        "30.0% of neurons frozen in the next; probe 0.12 s"
+    )
+    timed = replace(record(3, trained=4), dense_seconds=2.5)
+    assert "saved 8.3% of a step's FLOPs (at most 16.7%) and 20.0% of its time;" in str(timed)
     uncounted = EpochRecord(1, 1.0, 0.1, 0.0, record().layers[1:])
-    assert str(uncounted) == "epoch 1, 50.0% frozen, probe 0.10 s"
+    assert str(uncounted) == "epoch 1: 50.0% of neurons frozen in the next; probe 0.10 s"
+    assert repr(timed) == f"<{timed}>"
+    assert repr([timed]) == f"[<{timed}>]"
     shown = io.StringIO()
     with tqdm(total=1, file=shown) as bar:
         bar.set_postfix_str(record(3))
-    assert "epoch 3, 30.0% frozen" in shown.getvalue()
+    assert "epoch 3: saved" in shown.getvalue()
 
 
-def test_layer_record_by_hand():
-    velocity = torch.tensor([1e-9, -2e-6, 0.5, -0.02, 3.0, math.nan], dtype=torch.float64)
-    phi = torch.tensor([1.0, 0.5, 0.0, 0.5, 0.0, math.nan], dtype=torch.float64)
-    mask = torch.tensor([1, 0, 1, 0, 0, 1]).bool()
-    layer = neq.NEqLinear(1, 6)
-    motion = Motion("fc", layer, phi, velocity, active=torch.ones(6).bool())
-    r = layer_record(motion, mask, 7.0)
-    assert (r.name, r.kind, r.wgrad_flops) == ("fc", "Linear", 7.0)
-    assert (r.neurons, r.trained, r.active) == (6, 6, 3)
-    assert r.phi == pytest.approx(0.4)
-    assert r.speed == pytest.approx(0.02)
-    # below 1e-6; 1e-6 to 3e-6; 1e-2 to 3e-2; 0.3 to 1; above 1
-    expected = [0] * 14
-    for bin_ in (0, 1, SPEED_EXPONENTS.index(-2) + 1, len(SPEED_EXPONENTS) - 1, 13):
-        expected[bin_] += 1
-    assert r.speeds == expected
+def test_what_freezing_saves_of_the_optimizers_step_counts():
+    r = record(trained=4)
+    conv = replace(r.layers[0], update_flops=200.0)
+    r = replace(r, layers=(conv, r.layers[1]))
+    assert r.step_saved == 600 / 6000
+    assert r.step_saved_next == 300 / 6000
+    assert r.step_saved_at_most == 1200 / 6000
+    assert r.wgrad_saved == 0.25
 
 
-def test_what_was_not_measured_is_null_not_nan():
-    nothing = torch.full((3,), math.nan)
-    everything = torch.ones(3).bool()
-    motion = Motion("fc", neq.NEqLinear(1, 3), nothing, nothing, everything)
-    r = layer_record(motion, everything, 0.0)
-    assert (r.phi, r.speed, r.speeds) == (None, None, [])
+def test_the_clock_says_nothing_rather_than_something_absurd():
+    frozen, dense = record(trained=4), record(trained=8)
+    assert (frozen.dense, dense.dense) == (False, True)
+    for seconds, saved in ((2.5, 0.2), (1.5, 1 - 2 / 1.5), (None, None), (1.2, None), (0.01, None)):
+        assert replace(frozen, dense_seconds=seconds).time_saved == pytest.approx(saved)
+        assert replace(dense, dense_seconds=seconds).time_saved is None
+
+    def epochs(*seconds, steps=10):
+        return [replace(dense, seconds=s, steps=steps) for s in seconds]
+
+    run = [*epochs(2.0, 9.0, 3.0), replace(frozen, seconds=1.0, steps=10)]
+    assert dense_seconds(run, 10) == 3.0  # the median of those in which all trained
+    assert dense_seconds(run, 11) is None  # an epoch of other length
+    assert dense_seconds([], 10) is None
+    assert dense_seconds(epochs(0.9), 10) is None  # too short to tell
+    assert dense_seconds(epochs(5.0, steps=0), 0) is None  # no training at all
+    assert dense_seconds(epochs(5.0, steps=None), None) == 5.0
+
+
+def test_what_each_eps_would_freeze():
+    speeds = [2, 0, 0, 0, 4, *[0] * 8, 2]  # below 1e-6, from 10^-4.5 to 1e-4, above 1
+    layers = tuple(
+        replace(layer, speeds=s) for layer, s in zip(record().layers, (speeds, []), strict=True)
+    )
+    r = replace(record(), layers=layers)
+    assert r.neurons == 10
+    shares = [r.would_freeze(eps) for eps in (0, 1e-9, 1e-6, 1e-5, 1e-4, 1e-3, 1, 5)]
+    assert shares == [0, 0, 0.2, 0.2, 0.6, 0.6, 0.6, 0.6]
+    assert r.would_freeze(10**-4.25) == pytest.approx(0.4)  # halfway through the bin
+    assert r.would_freeze(10**-4.5) == pytest.approx(0.2)
+
+
+def test_a_file_of_an_earlier_version_is_read():
+    fields = asdict(record())
+    for name in ("steps", "dense_seconds"):
+        del fields[name]
+    for layer in fields["layers"]:
+        del layer["update_flops"], layer["thawed"]
+    assert EpochRecord.from_json(json.dumps(fields)) == record()
 
 
 def test_file_holds_a_line_per_epoch_as_it_happens(tmp_path):
@@ -135,9 +172,12 @@ def test_writers_get_the_figures(writer):
     assert writer.calls["neq/frozen_share", 5] == pytest.approx(0.3)
     assert writer.calls["neq/wgrad_saved", 5] == 0.25
     assert writer.calls["neq/probe_seconds", 5] == 0.125
+    assert writer.calls["neq/step_saved", 5] == 0.0
+    assert ("neq/time_saved", 5) not in writer.calls
     assert writer.calls["neq/frozen_share/conv", 5] == 0.25
     assert writer.calls["neq/frozen_share/norm", 5] == 0.5
-    History(writer=writer).append(record(6))
+    History(writer=writer).append(replace(record(6, trained=4), dense_seconds=2.5))
+    assert writer.calls["neq/time_saved", 6] == pytest.approx(0.2)
     assert writer.calls["neq/frozen_share", 6] == pytest.approx(0.3)
 
 
@@ -174,3 +214,40 @@ def test_flops_are_those_of_the_example_inputs():
     assert neq.Controller(model, **options).step().layers[0].wgrad_flops == 0
     control = neq.Controller(model, **options, example_inputs=torch.ones(7, 3))
     assert control.step().layers[0].wgrad_flops == 2 * 7 * 12
+
+
+@pytest.mark.parametrize(("kind", "saves"), [(torch.optim.SGD, False), (neq.optim.SGD, True)])
+def test_updates_count_where_the_optimizer_skips_frozen_rows(kind, saves):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    optimizer = kind(model.parameters(), lr=0.1)
+    control = neq.Controller(
+        model, optimizer=optimizer, probe=torch.ones(5, 3), policy=neq.Everything()
+    )
+    layer = control.step().layers[0]
+    assert layer.wgrad_flops == 2 * 5 * 12
+    assert layer.update_flops == (2 * 16 if saves else 0)
+
+
+def test_records_know_steps_and_dense_epochs(monkeypatch):
+    clock = iter([0.0, 3.0, 8.0, 9.0, 9.0])
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    control = neq.Controller(model, optimizer=optimizer, policy=neq.Random(0.5), warmup=2)
+    monkeypatch.setattr("neq.controller.time.perf_counter", lambda: next(clock))
+    control._since = 0.0
+    monkeypatch.setattr("neq.controller.Stopwatch", lambda device: Instant())
+    records = []
+    for steps in (2, 2, 2, 3):
+        for _ in range(steps):
+            model(torch.ones(1, 3)).sum().backward()
+            optimizer.step()
+        records.append(control.step())
+    assert [r.steps for r in records] == [2, 2, 2, 3]
+    assert [r.seconds for r in records] == [0.0, 3.0, 5.0, 1.0]
+    assert [r.dense_seconds for r in records] == [None, 1.5, 1.5, None]
+    assert control.history.records == records
+
+
+class Instant:
+    def seconds(self):
+        return 0.0

@@ -1,6 +1,7 @@
 """Pictures, and the command that draws them."""
 
 import base64
+import html
 import re
 import struct
 import subprocess
@@ -24,7 +25,7 @@ def records(epochs=6, layers=3, flops=1000.0, name="layer"):
         trained = [4 if epoch < 3 else i for i in range(layers)]
         active = [4 if epoch < 2 else i for i in range(layers)]
         speeds = [0] * 14
-        speeds[epoch] = 4
+        speeds[min(epoch, 13)] = 4
         out.append(
             EpochRecord(
                 epoch,
@@ -76,6 +77,68 @@ def test_an_epoch_that_something_else_delayed_does_not_hide_the_others():
     assert list(beyond.get_xdata()) == [4]
     assert saving.get_ylim()[0] > -0.6
     assert len(draw(records()).axes[2].get_lines()) == 3
+
+
+def page(run, tmp_path):
+    write(run, tmp_path / "page.html")
+    return (tmp_path / "page.html").read_text()
+
+
+def test_the_page_says_that_it_cannot_tell_instead_of_something_absurd(tmp_path):
+    branched = [replace(r, steps=0 if r.epoch == 1 else 40) for r in records()]
+    branched = [replace(r, seconds=0.05 if r.epoch < 3 else 110.0) for r in branched]
+    short = [replace(r, seconds=r.seconds / 100) for r in records()]
+    delayed = [replace(r, seconds=r.seconds * (40 if r.epoch > 2 else 1)) for r in records()]
+    for run in (branched, short, delayed, records()[2:]):
+        text = page(run, tmp_path)
+        (figure,) = re.findall("<td>measured, [^<]*</td><td>([^<]*)</td>", text)
+        assert html.unescape(figure).startswith("can't tell: ")
+    one_delayed = [replace(r, seconds=70.0) if r.epoch == 4 else r for r in records()]
+    assert re.search("<td>measured, .*</td><td>12.0%", page(one_delayed, tmp_path))
+
+
+def test_epochs_are_counted_in_whole_numbers():
+    for epochs in (1, 2, 3, 6, 40):
+        for figure in (draw(records(epochs)), draw(records(epochs), shares_only=True)):
+            axes = next(axes for axes in figure.axes if axes.get_xlabel() == "epoch")
+            ticks = [t for t in axes.get_xticks() if 0.5 <= t <= epochs + 0.5]
+            assert ticks
+            assert all(tick == int(tick) for tick in ticks)
+
+
+def test_a_run_of_one_epoch_shows_its_point():
+    saving = draw(records(1)).axes[2]
+    assert saving.get_lines()[0].get_marker() == "o"
+    assert draw(records(2)).axes[2].get_lines()[0].get_marker() == "None"
+
+
+def test_the_page_says_what_each_eps_would_freeze(tmp_path):
+    text = page(records(4), tmp_path)  # in epoch 4 all speeds lie between 10^-4.5 and 10^-4
+    assert "<td>3.2e-05</td>" not in text
+    assert "<td>1.0e-04</td><td>100.0%</td>" in text
+    unmeasured = [
+        replace(r, layers=tuple(replace(x, speeds=[]) for x in r.layers)) for r in records()
+    ]
+    assert "would freeze" not in page(unmeasured, tmp_path)
+
+
+def test_thaws_are_told_by_layer(tmp_path):
+    run = [
+        replace(
+            r,
+            layers=tuple(
+                replace(x, thawed=(i == 1) * (r.epoch in (3, 5)) * 2)
+                for i, x in enumerate(r.layers)
+            ),
+        )
+        for r in records()
+    ]
+    rows = re.findall("<tr>.*?</tr>", page(run, tmp_path))
+    told = {name: row for row in rows for name in ("layer0", "layer1") if name in row}
+    assert "<td>4 in all, 2 times: after 3, 5</td>" in told["layer1"]
+    assert told["layer0"].endswith("<td>-</td></tr>")
+    many = [replace(r, layers=tuple(replace(x, thawed=1) for x in r.layers)) for r in records(20)]
+    assert "20 in all, 20 times: after 1, 2, 3, 4, 5, 6, 7, 8, ...<" in page(many, tmp_path)
 
 
 def test_speed_ticks_lie_between_the_bins_they_part():

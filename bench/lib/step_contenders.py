@@ -8,9 +8,10 @@
     layers    plain, with requires_grad=False on random layers that hold the share 1 - f of the
               weight gradients' FLOPs
 
-Every layer that neq knows is converted, except the last Linear: a Controller leaves it alone too.
-dense, masked and layers step with torch's fused optimizer. none, neq and gather step with
-neq.optim's of the same name, which treats every parameter without a frozen neuron in the same way.
+Every layer that neq knows is converted, except the last Linear and what shares its weight: a
+Controller leaves these alone too. dense, masked and layers step with torch's fused optimizer. none,
+neq and gather step with neq.optim's of the same name, which treats every parameter without a frozen
+neuron in the same way.
 """
 
 from collections import Counter
@@ -30,6 +31,7 @@ from bench.lib.networks import Network
 from bench.lib.wgrad_contenders import WrongResultError, active_count
 from neq import Account, NeuronLayer
 from neq.layers.active import ActiveSet
+from neq.layers.embedding import NEqEmbedding
 from neq.layers.norm import NEqNorm
 from neq_kernels import ops
 from neq_kernels.wgrad import planner
@@ -56,10 +58,10 @@ class Bench:
         of_images = torch.channels_last if layout == "channels_last" else contiguous
         self.layout, self.device, self.dtype = layout, device, dtype
         self.plain = deepcopy(model).to(device, memory_format=of_images)
-        last = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)][-1:]
+        last = [m.weight for m in self.plain.modules() if isinstance(m, nn.Linear)][-1:]
         self.converted = neq.convert(
             deepcopy(self.plain, {id(p): p for p in self.plain.parameters()}),
-            filter_fn=lambda module, name: name not in last,
+            filter_fn=lambda module, name: all(module.weight is not weight for weight in last),
         )
         self.parameters = dict(self.plain.named_parameters())
         modules = self.converted.named_modules()
@@ -252,16 +254,18 @@ class Backends(TorchDispatchMode):
     def __init__(self, step: Step) -> None:
         super().__init__()
         self.asked: Counter[str] = Counter()
-        matrices = {n: m for n, m in step.bench.layers.items() if not isinstance(m, NEqNorm)}
+        others = NEqNorm | NEqEmbedding
+        matrices = {n: m for n, m in step.bench.layers.items() if not isinstance(m, others)}
         some = (0 < step.active_sets[name].k < m.n_neurons for name, m in matrices.items())
         self.layers = sum(some) if step.name in BY_ROWS else 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in (ops.linear_wgrad, ops.conv_wgrad):
-            _, x, weight, order, count, _, *geometry = args
+            _, x, weight, order, count, bias, *geometry = args
             conv = Conv.of(*geometry) if geometry else None
-            self.asked[str(planner.choose(x, weight, len(order), int(count), conv))] += 1
+            sizes = len(order), int(count), bias
+            self.asked[str(planner.choose(x, weight, *sizes, conv))] += 1
         return result
 
     def __str__(self) -> str:

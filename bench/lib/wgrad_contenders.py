@@ -128,10 +128,12 @@ class Case:
         if active.k == len(active.order):
             return "plain"
         x, neurons = self.inputs[0][1], len(active.order)
-        backend = planner.choose(x, self.weight, neurons, active.k, self.conv)
+        sizes = neurons, active.k, self.problem.bias
+        backend = planner.choose(x, self.weight, *sizes, self.conv)
         if backend is None:  # while tuning: a call measures
             self.neq(active)(0)
-            backend = planner.choose(x, self.weight, neurons, active.k, self.conv)
+            sizes = neurons, active.k, self.problem.bias
+        backend = planner.choose(x, self.weight, *sizes, self.conv)
         return str(backend)
 
     def truth(self) -> Gradient:

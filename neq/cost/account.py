@@ -2,8 +2,9 @@
 
 One multiply-add is two FLOPs. Forward, dgrad and wgrad of a matrix layer each cost its
 multiply-adds. In a norm each costs two multiply-adds per element, as the published code counts
-them. Biases and modules without a weight are not counted. Bytes are the least that have to move:
-every operand is read once, and every result is written once.
+them. In an Embedding only wgrad costs FLOPs, one addition per element of the output; a sparse
+gradient counts as a dense one. Biases and modules without a weight are not counted. Bytes are the
+least that have to move: every operand is read once, and every result is written once.
 
 In a layer with frozen neurons, wgrad and the optimizer's step cost the active share. For the step
 this is true of ``neq.optim.SGD`` and ``AdamW``, but not of torch's under a ``Guard``. A norm costs
@@ -13,7 +14,7 @@ its whole wgrad unless all of its neurons are frozen.
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
-from neq._table import aligned
+from neq._table import aligned, si
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ class LayerAccount:
         kind: The name of its class.
         calls: How often one forward of the model calls it.
         converted: Is it a layer of neq?
-        neurons: How many neurons it has; 0 if it is not converted.
+        neurons: How many neurons it has; 0 if it is not converted, or does not train
+            (``requires_grad=False``).
         active: How many of them are active.
         dense: The costs with all neurons active.
         now: The costs with the neurons that are active now.
@@ -105,7 +107,7 @@ class Memory:
 
     def __str__(self) -> str:
         parts = self.weights, self.gradients, self.optimizer, self.total
-        return "weights {}B, gradients {}B, optimizer {}B, together {}B".format(*map(_si, parts))
+        return "weights {}B, gradients {}B, optimizer {}B, together {}B".format(*map(si, parts))
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,7 @@ class Account:
         head = "layer", "kind", "calls", "active", "forward", "dgrad", "wgrad", "optimizer", "moved"
         rows: list[tuple[str, ...]] = [head]
         for name, layer in self.layers.items():
-            active = f"{layer.active / layer.neurons:.1%}" if layer.converted else "-"
+            active = f"{layer.active / layer.neurons:.1%}" if layer.neurons else "-"
             labels = name or "(the model)", layer.kind, str(layer.calls), active
             rows.append((*labels, *_cells(layer.now)))
         rows.append(("now", "", "", "", *_cells(self.now)))
@@ -194,7 +196,7 @@ class Account:
         if before:
             lines.append(
                 f"backprop FLOPs as published (wgrad of convolutions and batch norms, per sample): "
-                f"{_si(after)} of {_si(before)} ({after / before - 1:+.1%})"
+                f"{si(after)} of {si(before)} ({after / before - 1:+.1%})"
             )
         if self.uncounted:
             lines.append(f"not counted: {', '.join(self.uncounted)}")
@@ -204,11 +206,4 @@ class Account:
 
 def _cells(costs: Costs) -> tuple[str, ...]:
     parts = costs.forward, costs.dgrad, costs.wgrad, costs.optimizer
-    return (*(_si(part.flops) for part in parts), _si(costs.total.bytes) + "B")
-
-
-def _si(x: float) -> str:
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if x >= size:
-            return f"{x / size:.2f} {unit}"
-    return f"{x:.0f} "
+    return (*(si(part.flops) for part in parts), si(costs.total.bytes) + "B")

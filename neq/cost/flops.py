@@ -1,7 +1,6 @@
 """Counts what a training step costs, from a forward pass and the multiply-adds of each layer."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -13,9 +12,9 @@ from torch.optim import SGD, Adam, Optimizer
 
 from neq.cost.account import Account, Costs, LayerAccount, Work
 from neq.cost.memory import default, held
-from neq.layers.active import ActiveSet
 from neq.layers.base import NeuronLayer
 from neq.layers.conversion import convertible
+from neq.layers.groups import all_active
 from neq.layers.leaves import whole
 from neq.measure.evaluating import call, evaluating, hooked
 
@@ -63,7 +62,7 @@ def account(
         elif any(p is not None for p in module._parameters.values()):
             uncounted.append(name or "(the model)")
     now = _calls(model, kinds, example_inputs)
-    with _all_active(model) as masked:
+    with all_active(model) as masked:
         dense = _calls(model, kinds, example_inputs) if masked else now
 
     updates = _updates(model, optimizer)
@@ -74,7 +73,7 @@ def account(
         # a shared parameter is stepped once: by the first layer that has it
         update = [(whole(p), *updates.pop(p)) for p in params if p in updates]
         neurons, active, share = 0, 0, Fraction(1)
-        if isinstance(module, NeuronLayer):
+        if isinstance(module, NeuronLayer) and module.trains:
             neurons, active = module.n_neurons, module.active.k
             share = Fraction(active, neurons)
         layers[name] = LayerAccount(
@@ -128,19 +127,6 @@ def _first_tensor(inputs: Any) -> Tensor:
     return found
 
 
-@contextmanager
-def _all_active(model: nn.Module) -> Iterator[bool]:
-    """Inside, all neurons are active. Yields whether some were frozen before."""
-    layers = [m for m in model.modules() if isinstance(m, NeuronLayer)]
-    kept = [layer.active for layer in layers]
-    with ExitStack() as stack:
-        for layer, active in zip(layers, kept, strict=True):
-            stack.enter_context(layer.without_leaves())
-            stack.callback(setattr, layer, "active", active)
-            layer.active = ActiveSet(layer.n_neurons, layer.weight.device)
-        yield not all(active.everything for active in kept)
-
-
 def _costs(
     layer: nn.Module,
     kind: type[NeuronLayer],
@@ -160,18 +146,22 @@ def _costs(
         macs_of_call = kind.macs(layer, one.x, one.y)
         macs += macs_of_call
         flops = 2 * macs_of_call
-        forward += Work(flops, one.x_bytes + parameter_bytes + one.y_bytes)
+        # a lookup reads the rows that it gives, and its wgrad adds them up
+        used = one.y_bytes if kind.looks_up else parameter_bytes
+        wgrad_flops = one.y if kind.looks_up else flops
+        forward += Work(flops, one.x_bytes + used + one.y_bytes)
         if one.dgrad:  # that of a norm reads the input too
             read = one.y_bytes + weight.nbytes + (0 if kind.by_rows else one.x_bytes)
             dgrad += Work(flops, read + one.x_bytes)
         if trains and part:
             read = one.x_bytes + int(part * one.y_bytes)
-            wgrad += Work(int(part * flops), read + parameter_bytes)
+            wgrad += Work(int(part * wgrad_flops), read + parameter_bytes)
     optimizer = Work()
     for p, flops, moved in update:
         elements = int(share * p.numel())
         optimizer += Work(flops * elements, moved * elements * p.element_size())
-    published = 2 * macs * share / samples if kind.in_published_count else 0
+    counts = kind.in_published_count and trains
+    published = 2 * macs * share / samples if counts else 0
     return Costs(forward, dgrad, wgrad, optimizer, float(published))
 
 

@@ -1,6 +1,6 @@
 """What it costs to train all neurons of a group, in parameters, FLOPs or milliseconds."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from time import perf_counter
 from typing import Any, Literal
@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from neq.cost.account import Account
+from neq.cost.account import Account, Costs, Work
 from neq.layers.base import NeuronLayer
 from neq.layers.groups import Group
 from neq.measure.evaluating import Inputs, call, evaluating, hooked
@@ -29,9 +29,25 @@ def parameters(layers: Layers) -> dict[str, float]:
 
 def wgrad_flops(account: Account, model: nn.Module, layers: Layers) -> dict[str, float]:
     """FLOPs of the dense weight gradients in one step."""
+    return _flops(account, model, layers, lambda costs: costs.wgrad)
+
+
+def dgrad_flops(account: Account, model: nn.Module, layers: Layers) -> dict[str, float]:
+    """FLOPs of the gradients of the layers' inputs in one step."""
+    return _flops(account, model, layers, lambda costs: costs.dgrad)
+
+
+def update_flops(account: Account, model: nn.Module, layers: Layers) -> dict[str, float]:
+    """FLOPs of the optimizer's dense step."""
+    return _flops(account, model, layers, lambda costs: costs.optimizer)
+
+
+def _flops(
+    account: Account, model: nn.Module, layers: Layers, part: Callable[[Costs], Work]
+) -> dict[str, float]:
     counted = {model.get_submodule(name): layer for name, layer in account.layers.items()}
     return {
-        name: float(sum(counted[layer].dense.wgrad.flops for layer in shared))
+        name: float(sum(part(counted[layer].dense).flops for layer in shared))
         for name, shared in layers.items()
     }
 
@@ -64,14 +80,15 @@ def _wgrad_ms(layer: NeuronLayer, args: Any, kwargs: Any) -> float:
     dy = torch.ones_like(y)
     times = []
     for _ in range(6):
-        _wait(dy.device)
+        wait(dy.device)
         start = perf_counter()
         torch.autograd.grad(y, owned, dy, retain_graph=True)
-        _wait(dy.device)
+        wait(dy.device)
         times.append(perf_counter() - start)
     return 1e3 * min(times)  # other load on the machine only adds to a time
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Wait for a GPU; a CPU has done its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

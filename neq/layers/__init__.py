@@ -3,11 +3,12 @@
 ``LAYERS`` is the register: ``neq.convert`` converts to the layers listed there.
 """
 
-from neq.layers import conv, linear, norm
+from neq.layers import conv, embedding, linear, norm
 from neq.layers.base import NeuronLayer
 
 LAYERS: tuple[type[NeuronLayer], ...] = (
     linear.NEqLinear,
+    embedding.NEqEmbedding,
     conv.NEqConv1d,
     conv.NEqConv2d,
     conv.NEqConv3d,

@@ -40,6 +40,7 @@ class ActiveSet:
         """Take a bool mask [neurons]. Makes new tensors, since a backward pass keeps the old."""
         self._mask = mask.to("cpu", copy=True)
         self.neurons, self.k = len(mask), int(self._mask.sum())
+        self.nothing = self.k == 0  # a compiled graph may be specialised on this, never on k
         self.count = torch.tensor(self.k, device="cpu")
         self._place()
         if self.k < self.neurons:
@@ -139,3 +140,12 @@ def as_mask(rows: Any, neurons: int, layer: str) -> Tensor:
         values, counts = named.unique(return_counts=True)
         raise ValueError(f"{layer}: row {int(values[counts > 1][0])} is named more than once")
     return mask
+
+
+def at_most(mask: Tensor, size: int | None) -> Tensor:
+    """The bool ``mask`` with at most ``size`` neurons, chosen at random by torch's generator."""
+    active = mask.nonzero().flatten()
+    if size is None or len(active) <= size:
+        return mask
+    kept = active[torch.randperm(len(active))[:size]]
+    return torch.zeros_like(mask).index_fill_(0, kept, True)

@@ -63,7 +63,8 @@ def train_active(
     # neq's kernels take a linear layer's weight as [n, inputs]
     trained, trained_bias = leaves or (weight, bias)
     matrix = trained.t() if dim and conv is None else trained
-    backend = choose_backend(x, matrix, active, conv)
+    wants_db = trained_bias is not None and trained_bias.requires_grad
+    backend = choose_backend(x, matrix, wants_db, active, conv)
     if leaves is not None or backend != "dense":
         y = run(weight.detach(), detach(bias))
         return row_grad(y, x, matrix, trained_bias, active, conv, backend)
@@ -73,7 +74,7 @@ def train_active(
 
 
 def choose_backend(
-    x: Tensor, weight: Tensor, active: ActiveSet, conv: Conv | None = None
+    x: Tensor, weight: Tensor, bias: bool, active: ActiveSet, conv: Conv | None = None
 ) -> str | None:
     """The backend of the weight gradient; "dense" stands for the vendor's joint backward.
 
@@ -83,12 +84,13 @@ def choose_backend(
     Args:
         x: [..., inputs] or [N, inputs, *pixels].
         weight: [n, ...], or a compact one.
+        bias: Is the bias's gradient wanted?
         active: Which of the n neurons are active.
         conv: The geometry of a convolution; None for a linear layer.
     """
     if torch.compiler.is_compiling():
         return None
-    return planner.choose(x, weight, active.neurons, active.k, conv)
+    return planner.choose(x, weight, active.neurons, active.k, bias, conv)
 
 
 class RowGrad(torch.autograd.Function):
@@ -193,6 +195,8 @@ class MaskGrad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dw: Tensor | None, db: Tensor | None) -> tuple[Tensor | None, ...]:
+        # a copy, since of one sample db can be dY itself
+        db = None if db is None else db.clone()
         return *_masked(dw, db, ctx.frozen, ctx.dim, ctx.conv), None, None, None
 
 
@@ -202,12 +206,12 @@ Gradient = Tensor | None
 def _masked(
     dw: Gradient, db: Gradient, frozen: Tensor, dim: int, conv: Conv | None
 ) -> tuple[Gradient, Gradient]:
+    # in place, since the vendor's backward has just made them for this use of the parameters
     if dw is not None:
-        # in place, since the vendor's backward has just made dW for this use of the weight
         dw = dw.clone() if torch.is_grad_enabled() else dw
-        zero_frozen_(dw, frozen, dim, conv)
-    if db is not None:  # not in place: of one sample it can be dY itself
-        db = db.index_fill(0, frozen, 0)
+        zero_frozen_(dw, frozen, dim, conv, db)
+    elif db is not None:
+        db.index_fill_(0, frozen, 0)
     return dw, db
 
 

@@ -23,8 +23,9 @@ from neq_kernels.device.ranks import in_process_group
 class NeuronLayer(CompactForm):
     """A layer that trains its active neurons only: the base of all drop-in layers.
 
-    A neuron is one output row of a Linear's weight, one output channel of a convolution, or one
-    affine element of a norm. Its weight row and its bias are active or frozen together.
+    A neuron is one output row of a Linear's weight, one output channel of a convolution, one affine
+    element of a norm, or one entry of an Embedding. Its weight row and its bias are active or
+    frozen together.
 
     Among the bases of a drop-in layer it comes before the torch module.
 
@@ -32,6 +33,12 @@ class NeuronLayer(CompactForm):
         plain: The torch class that the layer replaces.
         by_rows: Can rows of the weight gradient be skipped? Not in a norm, where one pass computes
             dW and dX.
+        has_statistics: Can it have running statistics? Then they stand still when no neuron is
+            active, and the layer normalises by them.
+        looks_up: Are the outputs rows of the weight, as in an Embedding? Then a neuron's outputs
+            don't depend on a probe, and cost no arithmetic.
+        divides_like: The torch class whose weights are divided into the same neurons; None for
+            ``plain``. Such layers may share a weight.
         in_published_count: Does the NEq paper count the FLOPs of such layers?
         layer_name: The layer's name in the model that ``neq.convert`` converted; errors show it.
         weight: The torch module's weight.
@@ -49,6 +56,9 @@ class NeuronLayer(CompactForm):
 
     plain: ClassVar[type[nn.Module]]
     by_rows: ClassVar[bool] = True
+    has_statistics: ClassVar[bool] = False
+    looks_up: ClassVar[bool] = False
+    divides_like: ClassVar[type[nn.Module] | None] = None
     in_published_count: ClassVar[bool] = False
 
     __signature__: ClassVar[inspect.Signature]  # what ``help`` and notebooks show
@@ -67,6 +77,8 @@ class NeuronLayer(CompactForm):
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
+            if (refusal := self.refusal(self)) is not None:
+                raise ValueError(f"{type(self).__name__}: {refusal}")
             if self.weight is None or self.weight.numel() == 0:
                 raise ValueError(f"{type(self).__name__}: without a weight it has no neurons")
             self.active = ActiveSet(self.n_neurons, self.weight.device)
@@ -75,6 +87,11 @@ class NeuronLayer(CompactForm):
         return self.plain.__name__  # so that repr(model) stays as it was
 
     # -- what a kind of layer knows of itself ---------------------------------------------------
+
+    @staticmethod
+    def refusal(module: nn.Module) -> str | None:
+        """Why this module, of the class ``plain``, can't be such a layer; None if it can."""
+        return None
 
     @property
     def n_neurons(self) -> int:
@@ -94,13 +111,17 @@ class NeuronLayer(CompactForm):
         """The output with samples in dimension 0, and its dimension that counts the neurons."""
         return samples_first(output, -1)
 
+    @property
+    def trains(self) -> bool:
+        """Does a parameter of the layer require a gradient? If not, no neuron of it trains."""
+        return any(p.requires_grad for p in self.parameters())
+
     def parameter_rows(self) -> Tensor:
         """[n_neurons, parameters]: a row of weights for each neuron, then its bias."""
-        return with_bias(self._weight_rows(), self.bias)
+        return sharding.whole(with_bias(self.weight_rows(self.weight.detach()), self.bias))
 
-    def _weight_rows(self) -> Tensor:
-        """[n_neurons, weights]"""
-        weight: Tensor = self.weight.detach()
+    def weight_rows(self, weight: Tensor) -> Tensor:
+        """[n_neurons, weights]: a tensor of the weight's shape, by neuron."""
         if self.neuron_dim:
             weight = weight.movedim(self.neuron_dim, 0)
         return weight.reshape(self.n_neurons, weight.numel() // self.n_neurons)
@@ -188,12 +209,14 @@ class NeuronLayer(CompactForm):
         active, compact = self.active, self.leaves is not None
         if torch.compiler.is_compiling():
             # a graph that depends on this layer's own mask would be recompiled at each change
-            everything, nothing = not (compact or active.ever_masked), False
+            everything = not (compact or active.ever_masked)
+            nothing = self.has_statistics and active.nothing
         else:
-            everything, nothing = active.k == active.neurons and not compact, active.k == 0
+            everything, nothing = active.k == active.neurons and not compact, active.nothing
             if compact and not self.make_current():
                 return self._through_others(*args, **kwargs)
-        if everything or not (torch.is_grad_enabled() or _beyond_backward()):
+        records = torch.is_grad_enabled() or _beyond_backward()
+        if everything or not (records or nothing):
             out: Tensor = super().forward(*args, **kwargs)
             return out
         weight, bias = self.weight, self.bias
@@ -203,9 +226,9 @@ class NeuronLayer(CompactForm):
             # off the graph: where nothing below trains either, backward does not visit the layer
             out = self._none_active(weight.detach(), detach(bias), *args, **kwargs)
             trains = any(p is not None and p.requires_grad for p in trained)
-            if not trains or not in_process_group() or _beyond_backward():
+            if not (records and trains and in_process_group()) or _beyond_backward():
                 return out
-            return row_grad(out, None, *trained, active)  # DDP waits for every parameter
+            return self._report_zeros(out, *trained)  # DDP waits for every parameter
         if sharding.is_dtensor(trained[0]):
             raise TypeError(
                 f"{self._described()}: its weight is a DTensor (of tensor parallelism or "
@@ -216,6 +239,10 @@ class NeuronLayer(CompactForm):
         if trained[0].requires_grad and not weight.is_complex() and not _beyond_backward():
             y = self._train_active(weight, bias, *args, **kwargs)
         return self._element_wise(*args, **kwargs) if y is None else y
+
+    def _report_zeros(self, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """``y``, with a backward that gives zeros as the gradients of weight and bias."""
+        return row_grad(y, None, weight, bias, self.active)
 
     def _element_wise(self, *args: Any, **kwargs: Any) -> Tensor:
         """The same layer in plain torch operations: frozen elements enter them detached.

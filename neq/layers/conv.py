@@ -104,8 +104,7 @@ class NEqConvTranspose(NEqConv, nn.modules.conv._ConvTransposeNd):
     def neuron_dim(self) -> int | None:
         return 1 if self.groups == 1 else None
 
-    def _weight_rows(self) -> Tensor:
-        weight = self.weight.detach()
+    def weight_rows(self, weight: Tensor) -> Tensor:
         inputs = weight.shape[0] // self.groups
         by_group = weight.unflatten(0, (self.groups, inputs)).transpose(1, 2)
         rows: Tensor = by_group.flatten(0, 1).flatten(1)

@@ -161,7 +161,9 @@ def same_neurons(layer: NeuronLayer, module: nn.Module) -> bool:
     """Do two modules that share a weight divide it into the same neurons?"""
     # in a transposed convolution, a column of the weight holds one neuron of each group
     groups = getattr(layer, "groups", 1), getattr(module, "groups", 1)
-    return layer.plain is type(module) and groups[0] == groups[1]
+    kinds = type(layer), convertible()[type(module)]
+    first, second = (kind.divides_like or kind.plain for kind in kinds)
+    return first is second and groups[0] == groups[1]
 
 
 def check_module(function: str, model: object) -> None:
@@ -198,4 +200,4 @@ def obstacle(module: nn.Module) -> str | None:
         return f"its weight is a {type(weight).__name__}"
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
-    return None
+    return convertible()[kind].refusal(module)

@@ -1,10 +1,12 @@
 """Groups: layers of a model that share one weight, and so one choice of active neurons."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from neq.layers.active import ActiveSet
 from neq.layers.base import NeuronLayer
 from neq.layers.conversion import convert
 
@@ -44,15 +46,20 @@ class Group(list[NeuronLayer]):
         return self.first.n_neurons
 
     @property
+    def trains(self) -> bool:
+        """Does a parameter of a layer require a gradient? If not, no neuron of it trains."""
+        return any(layer.trains for layer in self)
+
+    @property
     def device(self) -> torch.device:
         """Where the weight is."""
         device: torch.device = self.first.weight.device
         return device
 
     @property
-    def capacity(self) -> int | None:
-        """How many neurons can be active in the compact form; None if there is no limit."""
-        return None if self.first.leaves is None else self.first.leaves.capacity
+    def is_compact(self) -> bool:
+        """Are the layers in the compact form?"""
+        return self.first.leaves is not None
 
     @property
     def mask(self) -> Tensor:
@@ -67,12 +74,62 @@ class Group(list[NeuronLayer]):
         """
         self.first.set_active(mask)
 
+    def let_go(self) -> None:
+        """Train all neurons; in the compact form, which has no room for them, those that did."""
+        if not self.is_compact:
+            self.set_active(None)
 
-def groups_of(model: nn.Module) -> dict[str, Group]:
-    """The groups of a model by name, in the model's order.
+
+def chosen_for(model: nn.Module, leave_alone: LeaveAlone) -> dict[str, Group]:
+    """The groups that a Controller chooses for: those that train and are not left alone.
 
     Converts the model if none of its layers is converted yet.
+
+    Args:
+        model: Any module.
+        leave_alone: As for ``neq.Controller``.
+
+    Raises:
+        ValueError: If there is no such group.
     """
+    groups = groups_of(model)
+    alone = left_alone(model, groups, leave_alone)
+    left = {name: group for name, group in groups.items() if name not in alone}
+    chosen = {name: group for name, group in left.items() if group.trains}
+    if not chosen:
+        untrained = f": {', '.join(map(repr, left))} do not train (requires_grad=False)"
+        raise ValueError("leave_alone: no layer is left to decide on" + untrained * bool(left))
+    return chosen
+
+
+def check_masks(groups: dict[str, Group], masks: Mapping[str, Tensor]) -> None:
+    """Are these masks of these groups?
+
+    Args:
+        groups: The groups, by name.
+        masks: Masks that were saved, by the name of a group.
+
+    Raises:
+        ValueError: If they are of other groups, or of other numbers of neurons.
+    """
+    if list(masks) != list(groups):
+        missing = sorted(groups.keys() - masks.keys())
+        unknown = sorted(masks.keys() - groups.keys())
+        raise ValueError(
+            f"the state is of other layers: it lacks {missing}, and this model lacks {unknown}"
+            if missing or unknown
+            else "the state is of the same layers in another order"
+        )
+    for name, mask in masks.items():
+        if len(mask) != groups[name].n_neurons:
+            raise ValueError(
+                f"layer {name!r} has {groups[name].n_neurons} neurons, the state was saved with "
+                f"{len(mask)}"
+            )
+
+
+def groups_of(model: nn.Module) -> dict[str, Group]:
+    """The groups of a model by name, in the model's order."""
     if not any(isinstance(m, NeuronLayer) for m in model.modules()):
         convert(model)
     layers: dict[int, list[NeuronLayer]] = {}
@@ -117,3 +174,32 @@ def left_alone(model: nn.Module, groups: dict[str, Group], leave_alone: LeaveAlo
             )
         alone |= inside
     return alone
+
+
+@contextmanager
+def all_active(model: nn.Module) -> Iterator[bool]:
+    """Inside, all neurons are active. Yields whether some were frozen before."""
+    with _all(model, True) as kept:
+        yield not all(active.everything for active in kept)
+
+
+@contextmanager
+def all_frozen(model: nn.Module) -> Iterator[None]:
+    """Inside, all neurons are frozen."""
+    with _all(model, False):
+        yield
+
+
+@contextmanager
+def _all(model: nn.Module, active: bool) -> Iterator[list[ActiveSet]]:
+    """Inside, all neurons are active, or none is. Yields what they were before."""
+    layers = [m for m in model.modules() if isinstance(m, NeuronLayer)]
+    kept = [layer.active for layer in layers]
+    with ExitStack() as stack:
+        for layer, before in zip(layers, kept, strict=True):
+            stack.enter_context(layer.without_leaves())
+            stack.callback(setattr, layer, "active", before)
+            layer.active = ActiveSet(layer.n_neurons, layer.weight.device)
+            if not active:
+                layer.active.set(torch.zeros(layer.n_neurons, dtype=torch.bool, device="cpu"))
+        yield kept

@@ -104,6 +104,7 @@ class Leaves:
     on_thaw: Literal["keep", "reset"]
     dims: dict[str, int]  # for "weight" and "bias", if they have leaves: what counts the neurons
     rows: list[int]  # the active neurons
+    too_small: bool = False  # has it been said that more are chosen than the capacity has room for?
     # when a leaf and its tensor were last alike: the leaf's id, the versions of both
     seen: dict[str, tuple[int, int, int]] = field(default_factory=dict)
 

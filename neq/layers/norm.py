@@ -3,6 +3,7 @@
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neq.layers.autograd import is_one_node, mask_node
@@ -32,9 +33,8 @@ class NEqNorm(NeuronLayer):
     def by_neuron(self, output: Tensor) -> tuple[Tensor, int]:
         return samples_first(output, 1)
 
-    def _weight_rows(self) -> Tensor:
-        rows: Tensor = self.weight.detach().reshape(-1, 1)
-        return rows
+    def weight_rows(self, weight: Tensor) -> Tensor:
+        return weight.reshape(-1, 1)
 
     @staticmethod
     def macs(layer: nn.Module, x: int, y: int) -> int:
@@ -49,8 +49,31 @@ class LastDimsNorm(NEqNorm):
         return samples_first(output.flatten(output.dim() - len(shape)), -1)
 
 
-class NEqInstanceNorm(NEqNorm, nn.modules.instancenorm._InstanceNorm):
+class StatisticsNorm(NEqNorm):
+    """Norms that may have running statistics.
+
+    While a neuron is active, all of them normalise by the batch and the statistics follow it. With
+    none, the output is to be frozen too: the layer normalises by its statistics and leaves them
+    alone, in training mode as well.
+    """
+
+    has_statistics = True
+
+    def _none_active(self, weight: Tensor, bias: Tensor | None, input: Tensor) -> Tensor:
+        mean, variance = cast(Tensor | None, self.running_mean), cast(Tensor, self.running_var)
+        if mean is None:
+            return super()._none_active(weight, bias, input)
+        self._check_input_dim(input)  # type: ignore[operator]
+        return F.batch_norm(input, mean, variance, weight, bias, eps=cast(float, self.eps))
+
+
+class NEqInstanceNorm(StatisticsNorm, nn.modules.instancenorm._InstanceNorm):
     """Instance norms, which also take a single sample without a batch dimension."""
+
+    def _none_active(self, weight: Tensor, bias: Tensor | None, input: Tensor) -> Tensor:
+        single = input.dim() == self._get_no_batch_dim()  # type: ignore[no-untyped-call]
+        y = super()._none_active(weight, bias, input[None] if single else input)
+        return y[0] if single else y
 
     def by_neuron(self, output: Tensor) -> tuple[Tensor, int]:
         no_batch = self._get_no_batch_dim()  # type: ignore[no-untyped-call]
@@ -70,7 +93,7 @@ class OneNodeNorm(NEqNorm):
         return mask_node(y, self.active)
 
 
-class NEqBatchNorm1d(OneNodeNorm, nn.BatchNorm1d):
+class NEqBatchNorm1d(OneNodeNorm, StatisticsNorm, nn.BatchNorm1d):
     """``nn.BatchNorm1d`` that trains only its active neurons, its channels.
 
     Takes the arguments of ``nn.BatchNorm1d``. All neurons are active until ``set_active``.
@@ -87,7 +110,7 @@ class NEqBatchNorm1d(OneNodeNorm, nn.BatchNorm1d):
     in_published_count = True
 
 
-class NEqBatchNorm2d(OneNodeNorm, nn.BatchNorm2d):
+class NEqBatchNorm2d(OneNodeNorm, StatisticsNorm, nn.BatchNorm2d):
     """``nn.BatchNorm2d`` that trains only its active neurons, its channels.
 
     Takes the arguments of ``nn.BatchNorm2d``. All neurons are active until ``set_active``.
@@ -104,7 +127,7 @@ class NEqBatchNorm2d(OneNodeNorm, nn.BatchNorm2d):
     in_published_count = True
 
 
-class NEqBatchNorm3d(OneNodeNorm, nn.BatchNorm3d):
+class NEqBatchNorm3d(OneNodeNorm, StatisticsNorm, nn.BatchNorm3d):
     """``nn.BatchNorm3d`` that trains only its active neurons, its channels.
 
     Takes the arguments of ``nn.BatchNorm3d``. All neurons are active until ``set_active``.
@@ -121,7 +144,7 @@ class NEqBatchNorm3d(OneNodeNorm, nn.BatchNorm3d):
     in_published_count = True
 
 
-class NEqSyncBatchNorm(NEqNorm, nn.SyncBatchNorm):
+class NEqSyncBatchNorm(StatisticsNorm, nn.SyncBatchNorm):
     """``nn.SyncBatchNorm`` that trains only its active neurons, its channels.
 
     Takes the arguments of ``nn.SyncBatchNorm``. All neurons are active until ``set_active``.

@@ -86,7 +86,8 @@ class Measure(ABC):
 
         Args:
             group: The number of the group.
-            y: [samples, ...]: what a layer of the group computed for some samples.
+            y: [samples, ...]: what a layer of the group computed for some samples. It is zero at
+                positions that the probe's ``attention_mask`` calls padding.
             channel_dim: The dimension of ``y`` that counts the neurons.
         """
 

@@ -15,6 +15,7 @@ The code published with the paper computes another φ and another v. Both are he
 At μ = 0.5 they agree on the first two epochs and part from the third. The default is the paper's.
 """
 
+import math
 from typing import Any, Literal, get_args
 
 import torch
@@ -64,6 +65,16 @@ def cosine(sums: Tensor) -> Tensor:
     phi: Tensor = (dot / (square * square_).sqrt()).clamp(-1, 1)
     phi = phi.masked_fill((square == 0) ^ (square_ == 0), 0.0)
     return phi.masked_fill((square == 0) & (square_ == 0), 1.0)
+
+
+def mean_speed(velocity: Tensor) -> float | None:
+    """The mean |v| of the neurons that were measured; None if there are none.
+
+    Args:
+        velocity: Their velocities [n], NaN where a neuron was not measured.
+    """
+    mean = float(velocity.abs().nanmean())
+    return None if math.isnan(mean) else mean
 
 
 class Velocity:

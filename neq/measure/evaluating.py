@@ -25,13 +25,41 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     autocast its cache, and torch, numpy and Python their random states. Inside, these start from
     the same seed each time.
     """
+    with _undisturbed(model), torch.no_grad():
+        for m in model.modules():
+            m.training = False
+        yield
+
+
+@contextmanager
+def rehearsing(model: nn.Module) -> Iterator[None]:
+    """Inside, ``model`` is in training mode, with gradients. Outside nothing changes: as above."""
+    with _undisturbed(model), torch.enable_grad():
+        if not model.training:
+            for m in model.modules():
+                m.training = True
+        kept = [
+            (m, name, b, b.detach().clone())
+            for m in model.modules()
+            for name, b in m.named_buffers(recurse=False)
+        ]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for m, name, buffer, values in kept:
+                    m._buffers[name] = buffer.copy_(values)
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Outside nothing changes: see ``evaluating``."""
     modules = list(model.modules())
     # the flags themselves, since train() and eval() may be overridden and need not undo each other
     training = [m.training for m in modules]
     devices = {p.device for p in model.parameters()} | {torch.device("cpu")}
     with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(_same_random_numbers(devices))
+        stack.enter_context(same_random_numbers(devices))
         for kind in {device.type for device in devices}:
             # a cast cached here has no gradient, and training would use it
             cast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
@@ -42,8 +70,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         if _torch.compiler_loaded():
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
-            for m in modules:
-                m.training = False
             yield
         finally:
             for m, flag in zip(modules, training, strict=True):
@@ -66,17 +92,18 @@ def hooked(hooks: Mapping[Module, Callable[..., None]]) -> Iterator[None]:
 
 
 @contextmanager
-def _same_random_numbers(devices: Iterable[torch.device]) -> Iterator[None]:
+def same_random_numbers(devices: Iterable[torch.device] = (), seed: int = 0) -> Iterator[None]:
+    """Inside, random numbers of torch, numpy and Python start from a seed. Outside none is used."""
     accelerators = [(torch.get_device_module(d), d) for d in devices if d.type != "cpu"]
     states = [module.get_rng_state(device) for module, device in accelerators]
     cpu, python, numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
-        torch.default_generator.manual_seed(0)  # torch.manual_seed seeds unused devices too
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed seeds unused devices too
         for module, device in accelerators:
             with module.device(device):
-                module.manual_seed(0)
-        random.seed(0)
-        np.random.seed(0)  # noqa: NPY002
+                module.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
         yield
     finally:
         torch.set_rng_state(cpu)
@@ -94,12 +121,16 @@ def as_inputs(model: nn.Module, batch: Any) -> Inputs:
     return tuple(batch[: _required(model)]) if isinstance(batch, (tuple, list)) else (batch,)
 
 
-def call(model: nn.Module, inputs: Inputs) -> None:
-    """Call the model with arguments that ``as_inputs`` made."""
+def call(model: nn.Module, inputs: Inputs) -> Any:
+    """Call the model with arguments that ``as_inputs`` made. Returns its output."""
+    return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+
+
+def named(model: nn.Module, inputs: Inputs) -> Mapping[str, Any]:
+    """The arguments of the model by name. Those of ``*args`` have none."""
     if isinstance(inputs, Mapping):
-        model(**inputs)
-    else:
-        model(*inputs)
+        return inputs
+    return inspect.signature(model.forward).bind_partial(*inputs).arguments
 
 
 def device_of(model: nn.Module) -> torch.device:

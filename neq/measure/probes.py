@@ -12,7 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from neq.layers.base import NeuronLayer
-from neq.measure.evaluating import Inputs, as_inputs, call, device_of, evaluating, hooked, to_device
+from neq.measure.evaluating import (
+    Inputs,
+    as_inputs,
+    call,
+    device_of,
+    evaluating,
+    hooked,
+    named,
+    to_device,
+)
 
 Observe = Callable[[int, Tensor, int], None]
 """Takes the number of a group, an output [samples, ...], and its dimension that counts the neurons.
@@ -26,11 +35,15 @@ class Probe:
     BatchNorm's statistics, autocast's cache, and the random states of torch, numpy and Python.
     While the probe runs, these three start from the same seed each time.
 
+    Where the model gets an ``attention_mask`` [samples, positions], positions that it calls padding
+    (0 or False) do not count: in outputs [samples, positions, neurons] they are zero.
+
     Args:
         data: One batch, or an iterable of batches such as a DataLoader. A batch is a tensor, a dict
             of keyword arguments, or a tuple or list. Of a tuple or list the model gets as many
             items as its forward requires, so ``(images, labels)`` works. An iterable has to give
-            the same samples in the same order each time, without shuffling or augmentation.
+            the same samples in the same order each time. A loader that shuffles or augments by the
+            random states that the probe seeds does so; one with a generator of its own does not.
         forward: ``forward(model, batch)`` calls the model in another way. The batch comes on the
             model's device.
 
@@ -81,6 +94,8 @@ class Probe:
     ) -> list[Tensor]:
         """Run the model, and show each output of each layer in the order of computation.
 
+        Of a layer that looks its outputs up, it shows all of them: its parameters. They come last.
+
         Args:
             model: The model.
             groups: The groups of layers in the model.
@@ -91,20 +106,35 @@ class Probe:
             Marks that tell these samples from others: float64 vectors, on any device.
 
         Raises:
+            TypeError: If there is no tensor in a batch.
             ValueError: If there is no batch.
         """
+        real: Tensor | None = None  # bool [samples, positions] of the batch: no padding
+
+        def show(number: int, layer: NeuronLayer, args: Any, kwargs: Any, output: Tensor) -> None:
+            y, channel_dim = layer.by_neuron(output)
+            if real is not None and channel_dim == 2 and y.dim() == 3 and y.shape[:2] == real.shape:
+                y = y.masked_fill(~real.unsqueeze(2), 0)
+            observe(number, y, channel_dim)
+
         hooks = {
-            layer: partial(_show, observe, number)
+            layer: partial(show, number)
             for number, layers in enumerate(groups)
             for layer in layers
+            if not layer.looks_up
         }
         marks = []
         with evaluating(model), hooked(hooks):
             for batch in self.batches(model):
                 marks.append(_mark(batch))
+                real = self._not_padding(model, batch)
                 self.feed(model, batch)
         if not marks:
             raise ValueError("the probe gave no batch: a loader must have at least one")
+        for number, layers in enumerate(groups):
+            for layer in layers:
+                if layer.looks_up:
+                    _show_parameters(observe, number, layer)
         return marks
 
     def feed(self, model: nn.Module, batch: Any) -> None:
@@ -115,7 +145,7 @@ class Probe:
             batch: One of ``batches``.
         """
         if self.forward is None:
-            call(model, as_inputs(model, batch))
+            call(model, _inputs(model, batch))
         else:
             self.forward(model, to_device(batch, device_of(model)))
 
@@ -128,7 +158,19 @@ class Probe:
         if self.forward is not None:
             return None
         with evaluating(model):  # a loader draws random numbers, as seeds for its workers
-            return as_inputs(model, next(iter(self.batches(model))))
+            return _inputs(model, next(iter(self.batches(model))))
+
+    def _not_padding(self, model: nn.Module, batch: Any) -> Tensor | None:
+        """bool [samples, positions], on the model's device; None if no attention mask says so."""
+        inputs: Mapping[str, Any] = {}
+        if isinstance(batch, Mapping):
+            inputs = batch
+        elif self.forward is None and isinstance(batch, (tuple, list)):
+            inputs = named(model, _inputs(model, batch))
+        mask = inputs.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            return None
+        return mask.to(device_of(model)) > 0
 
 
 class NoiseProbe(Probe):
@@ -183,9 +225,7 @@ class WeightProbe(Probe):
         self, model: nn.Module, groups: Sequence[Sequence[NeuronLayer]], observe: Observe
     ) -> list[Tensor]:
         for number, (layer, *_) in enumerate(groups):
-            parameters = layer.parameter_rows()
-            if parameters.shape[1] > 1:
-                observe(number, parameters.unsqueeze(0), 1)
+            _show_parameters(observe, number, layer)
         return []
 
     def example(self, model: nn.Module) -> None:
@@ -206,7 +246,25 @@ def _mark(batch: Any) -> Tensor:
     return torch.zeros(0)
 
 
-def _show(
-    observe: Observe, number: int, layer: NeuronLayer, args: Any, kwargs: Any, output: Tensor
-) -> None:
-    observe(number, *layer.by_neuron(output))
+def _inputs(model: nn.Module, batch: Any) -> Inputs:
+    if not _has_tensor(batch):
+        raise TypeError(
+            f"probe: there is no tensor in its batch, a {type(batch).__name__}: the model needs "
+            "tensors, such as those that a tokenizer returns; or give neq.Probe a forward(model, "
+            "batch) that makes them"
+        )
+    return as_inputs(model, batch)
+
+
+def _has_tensor(batch: Any) -> bool:
+    if isinstance(batch, Mapping):
+        batch = list(batch.values())
+    if isinstance(batch, (tuple, list)):
+        return any(map(_has_tensor, batch))
+    return isinstance(batch, Tensor)
+
+
+def _show_parameters(observe: Observe, number: int, layer: NeuronLayer) -> None:
+    parameters = layer.parameter_rows()
+    if parameters.shape[1] > 1:
+        observe(number, parameters.unsqueeze(0), 1)

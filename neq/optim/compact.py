@@ -6,10 +6,11 @@ from math import ceil
 from typing import TypeVar, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from neq.distributed.ranks import Ranks
 from neq.distributed.sharding import is_dtensor
+from neq.layers.active import at_most
 from neq.layers.conversion import check_module
 from neq.layers.groups import Group, LeaveAlone, groups_of, left_alone
 from neq.layers.leaves import Leaves, owner_of
@@ -37,8 +38,8 @@ def compact(
     training; the Parameter objects stay the same.
 
     Some layers stay in the masked form: those whose weight does not train or is shared with a
-    module that is not converted (an embedding), norms of several dimensions, and transposed
-    convolutions with groups.
+    module that is not converted, embeddings with sparse gradients, norms of several dimensions, and
+    transposed convolutions with groups.
 
     Args:
         model: Any module. It is converted if none of its layers is converted yet.
@@ -141,6 +142,8 @@ def _obstacle(group: Group, owners: dict[int, set[nn.Module]]) -> str | None:
         return "its neurons lie along several dimensions of the weight"
     if weight.is_complex():
         return "its weight is complex"
+    if any(getattr(twin, "sparse", False) for twin in group):
+        return "its gradients are sparse"
     for p in (weight, bias):
         others = owners[id(p)] - set(group) if p is not None else set()
         if others:
@@ -176,15 +179,6 @@ def _limit(groups: list[Group], capacity: float | int | None) -> None:
         f"choice stays active, and {surplus} of {sum(sizes)} neurons are frozen",
         stacklevel=3,
     )
-
-
-def at_most(mask: Tensor, size: int | None) -> Tensor:
-    """The bool ``mask`` with at most ``size`` neurons, chosen at random by torch's generator."""
-    active = mask.nonzero().flatten()
-    if size is None or len(active) <= size:
-        return mask
-    kept = active[torch.randperm(len(active))[:size]]
-    return torch.zeros_like(mask).index_fill_(0, kept, True)
 
 
 def _make_compact(

@@ -55,10 +55,43 @@ class Frozen:
 
 def frozen_in(modules: Iterable[nn.Module]) -> dict[Tensor, Frozen]:
     """The parameters that have frozen neurons now."""
+    modules = list(modules)
     layers = [m for m in modules if isinstance(m, NeuronLayer)]
+    found = _by_neuron(layers) if not all(layer.active.everything for layer in layers) else {}
+    for module in modules:
+        for name in vars(module).get(_WHOLE, ()):
+            p = module._parameters.get(name)
+            if p is not None:
+                found[p] = _whole(p)
+    return found
+
+
+_WHOLE = "neq_frozen"  # the attribute of a module that names its parameters that are frozen whole
+
+
+def freeze_whole(module: nn.Module, name: str) -> None:
+    """Freeze a parameter that has no neurons, until ``thaw_whole``.
+
+    Args:
+        module: The module that has it.
+        name: Its name there.
+    """
+    vars(module)[_WHOLE] = {*vars(module).get(_WHOLE, ()), name}
+
+
+def thaw_whole(module: nn.Module) -> None:
+    """Undo what ``freeze_whole`` did to a module."""
+    vars(module).pop(_WHOLE, None)
+
+
+def _whole(p: Tensor) -> Frozen:
+    nothing = torch.zeros((), dtype=torch.bool, device=p.device)
+    order = torch.zeros(1, dtype=torch.int64, device=p.device)
+    return Frozen(order, torch.tensor(0), 0, nothing.reshape(1), None, nothing)
+
+
+def _by_neuron(layers: Iterable[NeuronLayer]) -> dict[Tensor, Frozen]:
     found: dict[Tensor, Frozen] = {}
-    if all(layer.active.everything for layer in layers):
-        return found
     owners: dict[Tensor, NeuronLayer] = {}
     for layer in layers:
         if layer.leaves is not None:

@@ -2,11 +2,13 @@
 
 from neq.policies.base import Motion, Policy
 from neq.policies.baselines import Everything, Fixed, LowestVelocity, Random
+from neq.policies.bottom_up import BottomUp
 from neq.policies.budget import Budget
 from neq.policies.threshold import AdaptiveEps, Equilibrium
 
 __all__ = [
     "AdaptiveEps",
+    "BottomUp",
     "Budget",
     "Equilibrium",
     "Everything",

@@ -5,15 +5,18 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from neq.cost.step_times import StepTimes
 from neq.cost.units import Unit
 from neq.layers.base import NeuronLayer
 from neq.layers.groups import Group
 from neq.measure.base import Measure
 from neq.measure.equilibrium import Recurrence
+from neq.measure.probes import Probe
 from neq.measure.velocity import OutputVelocity
+from neq.prefix.blocks import Block
 
 Choice = Tensor | Sequence[int] | Sequence[bool] | None
 """The neurons of a layer that train: indices, a bool mask [n], or None for all."""
@@ -31,7 +34,11 @@ class Motion:
         phi: The similarity of each neuron's outputs to those of the epoch before: float64 [n].
         velocity: The velocity of each neuron: float64 [n].
         active: Which neurons trained: bool [n].
+        block: The number of the block that it lies in, counted from the input; None above the last
+            one, or if the policy freezes no prefix.
         scores: All that was measured: by name, float64 [n] each.
+        granule: How many neighbours of the layer each of the n stands for: see
+            ``neq.Controller``.
     """
 
     name: str
@@ -39,31 +46,57 @@ class Motion:
     phi: Tensor
     velocity: Tensor
     active: Tensor
+    block: int | None = None
     scores: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
+    granule: int = 1
 
     @classmethod
-    def of(cls, group: Group, scores: Mapping[str, Tensor], active: Tensor) -> "Motion":
+    def of(
+        cls,
+        group: Group,
+        scores: Mapping[str, Tensor],
+        active: Tensor,
+        block: int | None = None,
+    ) -> "Motion":
         """Make one for a group.
 
         Args:
             group: The layers, with n neurons.
             scores: What was measured: by name, float64 [n] each.
             active: Which neurons trained: bool [n].
+            block: The number of the block that it lies in, or None.
         """
         unmeasured = torch.full((group.n_neurons,), torch.nan, dtype=torch.float64)
         phi, velocity = scores.get("phi", unmeasured), scores.get("velocity", unmeasured)
-        return cls(group.name, group.first, phi, velocity, active, scores)
+        return cls(group.name, group.first, phi, velocity, active, block, scores)
 
     def __len__(self) -> int:
         return len(self.velocity)
+
+    def sizes(self) -> Tensor:
+        """How many of the layer's neurons each of the n stands for: int64 [n]."""
+        behind = self.layer.n_neurons - self.granule * torch.arange(len(self))
+        return behind.clamp(max=self.granule)
 
 
 class Training(Protocol):
     """What a policy may ask about the training. A Controller is one."""
 
     @property
+    def model(self) -> nn.Module:
+        """The model without wrappers."""
+
+    @property
     def layers(self) -> Mapping[str, Group]:
         """The groups of layers to choose for, by name."""
+
+    @property
+    def blocks(self) -> Sequence[Block]:
+        """The blocks that can be frozen, from the input up; none unless ``freezes_prefix``."""
+
+    @property
+    def loss(self) -> float | None:
+        """The validation loss of the epoch just over, if it is known."""
 
     @property
     def optimizers(self) -> Sequence[Optimizer]:
@@ -76,6 +109,9 @@ class Training(Protocol):
             unit: ``"parameters"``, ``"flops"`` or ``"ms"``: see ``neq.Controller.costs``.
         """
 
+    def step_times(self) -> StepTimes:
+        """What a step takes on the example inputs, part by part: see ``neq.Controller``."""
+
 
 class Policy:
     """Chooses the neurons that train. A policy of your own has to define ``choose`` only.
@@ -84,6 +120,10 @@ class Policy:
 
     Attributes:
         measures: Does the policy look at scores, and so need a probe?
+        freezes_prefix: Does it freeze blocks from the input up, and so need ``depth``?
+        needs_blocks: If it does, is a model that can't be cut an error? Otherwise it has no blocks.
+        by_granule: May the Controller let it choose granules as if they were neurons? If not, it
+            always chooses single neurons.
         per_sample: Average φ over samples, as the released code does?
         mu: The momentum of the velocity.
         recurrence: The formula of the ``"paper"`` or of the ``"released"`` code.
@@ -96,6 +136,9 @@ class Policy:
     """
 
     measures: bool = True
+    freezes_prefix: bool = False
+    needs_blocks: bool = True
+    by_granule: bool = True
     per_sample: bool = False
     mu: float = 0.5
     recurrence: Recurrence = "paper"
@@ -113,6 +156,17 @@ class Policy:
             For each group indices, a bool mask [n], or None for all neurons.
         """
         raise NotImplementedError(f"{type(self).__name__} must define choose(layers, epoch)")
+
+    def depth(self, layers: Sequence[Motion], epoch: int) -> int:
+        """How many blocks are frozen whole, from the input up. Asked before ``choose``.
+
+        What ``choose`` then gives for layers inside of them does not count.
+
+        Args:
+            layers: How the neurons of each group of layers moved; each knows its block.
+            epoch: How many epochs are over.
+        """
+        return 0
 
     def measure(self) -> Measure:
         """The measure that gives the scores; by default ``OutputVelocity``. Called once."""
@@ -138,6 +192,23 @@ class Policy:
         Args:
             state: What ``state_dict`` returned.
         """
+
+
+def probe_for(policy: Policy, probe: Any) -> Probe | None:
+    """What was given to a Controller as a probe; a ValueError if the policy needs one.
+
+    Args:
+        policy: The policy.
+        probe: Samples, a loader, a ``Probe`` or None.
+    """
+    if probe is None:
+        if policy.measures:
+            raise ValueError(
+                f"{type(policy).__name__} decides by how neurons move, so it needs a probe: some "
+                "samples, a loader, neq.NoiseProbe(shape) or neq.WeightProbe()"
+            )
+        return None
+    return probe if isinstance(probe, Probe) else Probe(probe)
 
 
 def check_share(name: str, share: float) -> float:

@@ -106,6 +106,7 @@ class Fixed(Policy):
     """
 
     measures = False
+    by_granule = False
 
     def __init__(self, rows: Mapping[str, Choice]) -> None:
         self.rows = dict(rows)

@@ -2,10 +2,11 @@
 
 With so few weights per neuron, the vendor's kernel leaves the tensor cores idle and reads X and dY
 many times. This kernel does not use tensor cores either, but it reads each active channel once, in
-either layout. In contiguous images it skips the planes of frozen neurons. The kernel is in
+either layout. In contiguous images it skips the planes of frozen neurons. The kernels are in
 ``grouped_kernels``.
 """
 
+from collections.abc import Sequence
 from math import prod
 
 import torch
@@ -13,10 +14,10 @@ from torch import Tensor
 
 from neq_kernels.device.gpu import gpu, parts, triton_is_there
 from neq_kernels.shapes import INT32, ceil_div
-from neq_kernels.wgrad.fused import DTYPES, add_up, counts, dense_image, image_of
 from neq_kernels.wgrad.geometry import Conv, in_two_dimensions
 from neq_kernels.wgrad.problem import Problem
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_WEIGHTS = 64  # of a neuron: a thread has registers for so many sums
 LANES = 128  # of a program, with one thread for each
 OVERHEAD = 16  # steps: a program needs as long to add up its lanes
@@ -48,6 +49,30 @@ def supports(problem: Problem) -> bool:
 def cost(problem: Problem) -> float:
     """1.0, the same as dense: it was never measured on a GPU, so it promises nothing."""
     return 1.0
+
+
+def dense_image(x: tuple[int, ...], channels_last: bool) -> list[tuple[int, int]]:
+    """(size, stride) of each dimension of an image of x [N, C, *pixels] that lies in one piece."""
+    order = [*range(2, len(x)), 1] if channels_last else [*range(1, len(x))]
+    strides, stride = {}, 1
+    for dim in reversed(order):
+        strides[dim], stride = stride, stride * x[dim]
+    return [(x[dim], strides[dim]) for dim in range(1, len(x))]
+
+
+def image_of(x: Tensor) -> list[tuple[int, int]]:
+    """The same of one that is there."""
+    return [*zip(x.shape, x.stride(), strict=True)][1:]
+
+
+def counts(image: Sequence[tuple[int, int]], conv: Conv | None = None) -> bool:
+    """Do 32 bits count to the last element of an image, given as (size, stride) of its dimensions?
+
+    With ``conv`` the channels come first, and what is counted begins and ends in the padding.
+    """
+    around = [0] * len(image) if conv is None else [0, *(2 * p for p in conv.padding)]
+    pairs = zip(image, around, strict=True)
+    return sum((size - 1 + more) * stride for (size, stride), more in pairs) < INT32
 
 
 def programs(weights: int) -> int:
@@ -91,3 +116,33 @@ def conv_wgrad(
         )  # fmt: skip
         add_up(partial_dw, partial_db, order, k, kernel, db)
     return dw, db
+
+
+def weight_strides(dw: Tensor) -> tuple[int, ...]:
+    """The strides of a weight [n, C, kernel height, kernel width] in the kernels' order: C last.
+
+    The stride of a dimension of size 1 is given as 0, which tells the compiler that it is not used.
+    """
+    by_tap = dw.permute(0, 2, 3, 1)
+    sizes = zip(by_tap.shape, by_tap.stride(), strict=True)
+    return tuple(stride if size > 1 else 0 for size, stride in sizes)
+
+
+def add_up(
+    partial_dw: Tensor,  # [parts, padded, columns]
+    partial_db: Tensor,  # [parts, padded], or [parts, 0]
+    order: Tensor,
+    k: int,
+    dw: Tensor,  # [n, C, kernel height, kernel width], to be written
+    db: Tensor,  # [n] or [0], to be written
+) -> None:
+    """Add up the parts, and scatter the sums into dw and db."""
+    from neq_kernels.wgrad import grouped_kernels
+
+    cut, padded, columns = partial_dw.shape
+    n, C, _, width = dw.shape
+    grouped_kernels.finish[ceil_div(n, 4), ceil_div(columns, 128)](
+        partial_dw, partial_db, order, dw, db,
+        n, k, cut, padded, C, columns, weight_strides(dw), width,
+        BIAS=len(db) > 0, PARTS=4, ROWS=4, COLUMNS=128, enable_fp_fusion=True,
+    )  # fmt: skip

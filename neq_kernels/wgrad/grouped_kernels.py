@@ -1,4 +1,4 @@
-"""The Triton kernel of ``grouped.py``: each value of dY meets its few inputs.
+"""The Triton kernels of ``grouped.py``: each value of dY meets its few inputs.
 
 A neuron of a grouped convolution has so few weights that a thread holds a sum for each of them. A
 lane is one neuron at one pixel of a tile. It reads its value of dY once. Then it reads, tap by tap,
@@ -6,7 +6,8 @@ the values of X that this pixel saw. Neighbouring pixels saw nearly the same val
 come from the first-level cache. Neighbouring lanes read neighbouring memory, along the neurons or
 along the pixels.
 
-The sum over pixels is cut into parts. ``fused_kernels.finish`` adds them up and scatters them.
+The sum over pixels is cut into parts. ``finish`` adds them up, always in the same order,
+and scatters them; behind the last active neuron it writes the zeros of the frozen ones.
 """
 
 import triton
@@ -105,3 +106,56 @@ def _of_each_neuron(
     if CHANNELS_LAST:
         return tl.sum(tl.reshape(total, (PIXELS, NEURONS)), 0)
     return tl.sum(tl.reshape(total, (NEURONS, PIXELS)), 1)
+
+
+@triton.jit(do_not_specialize=["k", "parts", "padded"])  # masks change these
+def finish(
+    partial_dw,  # float32 [parts, padded, columns]
+    partial_db,  # float32 [parts, padded]
+    order,  # int64 [n]
+    dw,  # [n, kernel height, kernel width, C]
+    db,  # [n]
+    n,
+    k,
+    parts,
+    padded,
+    C,
+    columns,
+    dw_strides,
+    kernel_width,
+    BIAS: tl.constexpr,
+    PARTS: tl.constexpr,  # how many parts to read at a time, so that not each is waited for
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    j = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    row = tl.load(order + j, mask=j < n)
+    inside = (column < columns)[None, :]
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in range(0, parts, PARTS):
+        part = first + tl.arange(0, PARTS)
+        there = (part < parts)[:, None] & (j < k)[None, :]
+        at = (part[:, None] * padded + j[None, :]).to(tl.int64)[:, :, None] * columns
+        at += column[None, None, :]
+        read = tl.load(partial_dw + at, mask=there[:, :, None] & inside[None, :, :], other=0.0)
+        total += tl.sum(read, 0)
+    dw_at = _weight_at(row, column, C, kernel_width, dw_strides)
+    tl.store(dw + dw_at, total.to(dw.dtype.element_ty), mask=(j < n)[:, None] & inside)
+    if BIAS:
+        if tl.program_id(1) == 0:
+            bias = tl.zeros((ROWS,), tl.float32)
+            for first in range(0, parts, PARTS):
+                part = first + tl.arange(0, PARTS)
+                there = (part < parts)[:, None] & (j < k)[None, :]
+                at = part[:, None] * padded + j[None, :]
+                bias += tl.sum(tl.load(partial_db + at, mask=there, other=0.0), 0)
+            tl.store(db + row, bias.to(db.dtype.element_ty), mask=j < n)
+
+
+@triton.jit
+def _weight_at(row, column, C, kernel_width, strides):
+    """Where weights lie: [rows, columns]. A column is (kernel row, kernel column, channel)."""
+    tap = column // C
+    along = tap // kernel_width * strides[1] + tap % kernel_width * strides[2]
+    return (row.to(tl.int64) * strides[0])[:, None] + (along + column % C * strides[3])[None, :]

@@ -15,16 +15,16 @@ from torch import Tensor
 from neq_kernels.device import names
 from neq_kernels.device.extension import fresh_like
 from neq_kernels.shapes import as_matrix, ceil_div
+from neq_kernels.wgrad import bounds
 from neq_kernels.wgrad.columns import pack_columns
 from neq_kernels.wgrad.dense import channel_sum, compact, unit, vendor_conv_wgrad
 from neq_kernels.wgrad.geometry import Conv, is_compact
 from neq_kernels.wgrad.problem import Problem
 
 
-class Device(NamedTuple):
-    """Rough speeds of a kind of device, from which to tell whether packing pays."""
+class Processor(NamedTuple):
+    """Rough speeds of a kind of CPU, from which to tell whether packing pays."""
 
-    granule: int  # rows that the vendor's kernels compute in one piece
     relative_time: float  # of a packed row; 1.0 is that of a row in the dense gradient
     # FLOPs done in the time for one byte:
     dy_flops: float  # to pack it in dY
@@ -33,13 +33,11 @@ class Device(NamedTuple):
     call_flops: float  # FLOPs done in the time of the additional calls
 
 
-# "cpu" is fitted (docs/notes/cpu-wgrad.md#the-cost-models); "cuda" is an estimate
-DEVICES = {
-    "cpu": Device(16, 1.1, 4, 8, 15, 40e6),
-    "cuda": Device(64, 1, 175, 0, 175, 1e10),
-}
+# rows that the vendor's kernels compute in one piece
+GRANULE = {"cpu": 16, "cuda": bounds.GRANULE}
+PROCESSOR = Processor(1.1, 4, 8, 15, 40e6)  # docs/notes/cpu-wgrad.md#the-cost-models
 # The FLOPs are the vendor's, which take twice the time there (native.COSTS): fewer fit in.
-PROCESSORS = {("AMD", "AVX512"): Device(16, 1.1, 2, 4, 15, 20e6)}
+PROCESSORS = {("AMD", "AVX512"): Processor(1.1, 2, 4, 15, 20e6)}
 
 # In 16 bits, matrix instructions of newer CPUs do so many times more FLOPs in the same time.
 HALF_PRECISION_FLOPS = 6
@@ -47,7 +45,7 @@ HALF_PRECISION_FLOPS = 6
 
 def supports(problem: Problem) -> bool:
     """Linear layers and ungrouped convolutions; on a CPU depthwise convolutions too."""
-    if problem.device not in DEVICES or problem.flops == 0:
+    if problem.device not in GRANULE or problem.flops == 0:
         return False  # an empty batch
     if problem.conv is None or problem.groups == 1:
         return True
@@ -58,27 +56,27 @@ def supports(problem: Problem) -> bool:
 
 def cost(problem: Problem) -> float:
     """The time to compute the packed rows, to pack dY and to scatter dW."""
-    device = DEVICES[problem.device]
-    if problem.device == "cpu":
-        device = PROCESSORS.get(names.processor(), device)
+    if problem.device == "cuda":
+        return bounds.relative(problem, bounds.pack)
+    cpu = PROCESSORS.get(names.processor(), PROCESSOR)
     share = _granules(problem.k, problem.neurons, problem.device) / problem.neurons
-    scattering = 0.0 if problem.compact else device.dw_flops * prod(problem.weight)
+    scattering = 0.0 if problem.compact else cpu.dw_flops * prod(problem.weight)
     if problem.groups > 1:
         # X is packed too; the vendor's time is that to read both
         return 1.2 * share + 0.8 if problem.channels_last else 1.4 * share + 0.3
-    moving = device.x_flops * prod(problem.x) + (1 + share) * (
-        device.dy_flops * prod(problem.dy) + scattering
+    moving = cpu.x_flops * prod(problem.x) + (1 + share) * (
+        cpu.dy_flops * prod(problem.dy) + scattering
     )
     moving *= problem.dtype.itemsize
-    if problem.device == "cpu" and problem.dtype.itemsize < 4:
+    if problem.dtype.itemsize < 4:
         moving *= HALF_PRECISION_FLOPS
-    computing = device.relative_time * share * problem.flops
-    return (computing + moving + device.call_flops) / unit(problem)
+    computing = cpu.relative_time * share * problem.flops
+    return (computing + moving + cpu.call_flops) / unit(problem)
 
 
 def _granules(k: int, most: int, device: str) -> int:
     """How many rows to pack for ``k`` active ones: ``most`` are all that the weight has."""
-    granule = DEVICES[device].granule
+    granule = GRANULE[device]
     return min(ceil_div(k, granule) * granule, most)
 
 

@@ -1,13 +1,15 @@
 """Picks the backend for a weight gradient: the fastest, or ``dense`` if none is faster.
 
-For each problem (device, dtype, layout, shape, active share) the planner takes the first of these:
+For each problem (device, dtype, layout, shape, bias, active share) the planner takes the first of
+these:
 
 1. the choice that was measured for it inside ``tuning()``, or is in a table given to ``load``, or
    in the table that this package brings for devices of that name;
 2. the choice that was measured for the nearest number of samples, at most ``NEAR`` times more or
    fewer;
 3. the backend with the lowest ``cost(problem)``, its predicted time in units of the dense
-   gradient's. It has to promise a gain of ``MARGIN``, otherwise ``dense`` runs.
+   gradient's. It has to promise a gain of ``MARGIN``, or on a GPU of ``GPU_MARGIN``, otherwise
+   ``dense`` runs.
 
 Nothing is timed unless asked for: ranks that time by themselves would come to differ.
 """
@@ -26,7 +28,7 @@ from torch import Tensor
 
 from neq_kernels.device import names, ranks
 from neq_kernels.shapes import ceil_div, is_column_major
-from neq_kernels.wgrad import dense, fused, grouped, narrow, native, pack, tables
+from neq_kernels.wgrad import dense, grouped, narrow, native, pack, tables
 from neq_kernels.wgrad.backend import Backend, LinearBackend
 from neq_kernels.wgrad.geometry import Conv, full_shape, is_compact
 from neq_kernels.wgrad.problem import BUCKETS, Problem
@@ -36,11 +38,11 @@ LINEAR: dict[str, LinearBackend] = {
     "dense": dense,
     "pack": pack,
     "native": native,
-    "fused": fused,
 }
 BACKENDS: dict[str, Backend] = {**LINEAR, "narrow": narrow, "grouped": grouped}
 
 MARGIN = 0.05
+GPU_MARGIN = 0.15  # of what was never measured on a GPU
 NEAR = 4
 MOST_CHOICES = 100_000  # that are remembered, since batches of text come in ever new lengths
 
@@ -76,7 +78,7 @@ def linear_wgrad(
     args = (dy, x, weight, order, k, bias)
     chosen = LINEAR.get(backend or "")  # one of ``only`` may be gone
     if chosen is None:
-        chosen = LINEAR[choose(x, weight, len(order), k) or _measure(*args)]
+        chosen = LINEAR[choose(x, weight, len(order), k, bias) or _measure(*args)]
     return chosen.linear_wgrad(*args)
 
 
@@ -110,11 +112,13 @@ def conv_wgrad(
     args = (dy, x, weight, order, k, bias, conv)
     chosen = BACKENDS.get(backend or "")
     if chosen is None:
-        chosen = BACKENDS[choose(x, weight, len(order), k, conv) or _measure(*args)]
+        chosen = BACKENDS[choose(x, weight, len(order), k, bias, conv) or _measure(*args)]
     return chosen.conv_wgrad(*args)
 
 
-def choose(x: Tensor, weight: Tensor, neurons: int, k: int, conv: Conv | None = None) -> str | None:
+def choose(
+    x: Tensor, weight: Tensor, neurons: int, k: int, bias: bool, conv: Conv | None = None
+) -> str | None:
     """The backend for a weight gradient. It needs no dY, so a forward can ask.
 
     Args:
@@ -123,6 +127,7 @@ def choose(x: Tensor, weight: Tensor, neurons: int, k: int, conv: Conv | None = 
             or a compact one.
         neurons: How many neurons there are.
         k: How many of them are active.
+        bias: Is the bias's gradient wanted?
         conv: The geometry of a convolution; None for a linear layer.
 
     Returns:
@@ -131,17 +136,17 @@ def choose(x: Tensor, weight: Tensor, neurons: int, k: int, conv: Conv | None = 
 
     Examples:
         >>> x, weight = torch.randn(64, 32), torch.randn(16, 32)
-        >>> neq_kernels.planner.choose(x, weight, neurons=16, k=16)
+        >>> neq_kernels.planner.choose(x, weight, neurons=16, k=16, bias=True)
         'dense'
     """
     if k == neurons and _only is None:
         return "dense"
     layout = is_column_major(weight) if conv is None else x.stride(1) == 1
     where = x.device, torch.get_num_threads()
-    key = (k, neurons, x.shape, weight.shape, conv, layout, x.dtype, where)
+    key = (k, neurons, x.shape, weight.shape, bias, conv, layout, x.dtype, where)
     choice = _choices.get(key)
     if choice is None:
-        problem = problem_of(x, weight, neurons, k, conv)
+        problem = problem_of(x, weight, neurons, k, bias, conv)
         choice = _look_up(problem, names.name(x.device))
         if choice is not None:
             if len(_choices) >= MOST_CHOICES:
@@ -150,7 +155,9 @@ def choose(x: Tensor, weight: Tensor, neurons: int, k: int, conv: Conv | None = 
     return choice
 
 
-def problem_of(x: Tensor, weight: Tensor, neurons: int, k: int, conv: Conv | None) -> Problem:
+def problem_of(
+    x: Tensor, weight: Tensor, neurons: int, k: int, bias: bool, conv: Conv | None
+) -> Problem:
     """The problem for x [..., inputs] or [N, inputs, *pixels], and a weight as for ``choose``."""
     bucket = ceil_div(k * BUCKETS, neurons)
     device, dtype, shape = x.device.type, x.dtype, full_shape(weight, neurons, conv)
@@ -160,19 +167,22 @@ def problem_of(x: Tensor, weight: Tensor, neurons: int, k: int, conv: Conv | Non
         sizes = (samples, neurons), (samples, *x.shape[-1:]), shape
         column_major = is_column_major(weight)
         return Problem(
-            "linear_wgrad", device, dtype, *sizes, False, None, bucket, column_major, compact
+            "linear_wgrad", device, dtype, *sizes, False, None, bucket, column_major, bias, compact
         )
     samples, _, *pixels = conv.output(x.shape, weight)
     images = (samples, neurons, *pixels), tuple(x.shape), shape
     last = x.stride(1) == 1
-    return Problem("conv_wgrad", device, dtype, *images, last, conv, bucket, compact=compact)
+    return Problem(
+        "conv_wgrad", device, dtype, *images, last, conv, bucket, bias=bias, compact=compact
+    )
 
 
 def predict(problem: Problem) -> str:
     """The backend for a problem that was never measured."""
     costs = {name: backend.cost(problem) for name, backend in supporting(problem).items()}
     best = min(costs, key=costs.__getitem__)
-    return best if costs[best] <= costs["dense"] - MARGIN else "dense"
+    margin = GPU_MARGIN if problem.device == "cuda" else MARGIN
+    return best if costs[best] <= costs["dense"] - margin else "dense"
 
 
 def supporting(problem: Problem) -> dict[str, Backend]:
@@ -308,7 +318,7 @@ def _measure(
 ) -> str:
     """Time the backends on these tensors, and remember the fastest."""
     _refuse_ranks()
-    problem = problem_of(x, weight, len(order), k, conv)
+    problem = problem_of(x, weight, len(order), k, bias, conv)
     fastest = _fastest(problem, dy, x, weight, order, k, bias)
     table = _measured.setdefault(names.name(x.device), {})
     table.setdefault(problem.key, {})[problem.samples] = fastest

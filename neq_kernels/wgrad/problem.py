@@ -26,6 +26,7 @@ class Problem:
     conv: Conv | None  # None for a linear layer
     bucket: int  # the active share in sixteenths, rounded up
     column_major: bool = False  # a linear layer with a weight stored as [inputs, n]
+    bias: bool = False  # is its gradient wanted too?
     compact: bool = False  # are there active rows only in dW?
 
     @property
@@ -63,5 +64,6 @@ class Problem:
         layout = "column_major" if self.column_major else layout
         geometry = "" if self.conv is None else " ".join(map(str, self.conv))
         dtype = str(self.dtype).removeprefix("torch.")
-        kind = f"compact_{self.op}" if self.compact else self.op, self.device, dtype, layout
+        op = f"compact_{self.op}" if self.compact else self.op
+        kind = op, self.device, dtype, layout, *["bias"] * self.bias
         return " ".join([*kind, *sizes, f"{self.bucket}/{BUCKETS}", geometry])

@@ -253,7 +253,7 @@ def test_piped_output_is_whole_and_plain():
 def test_convolutions_that_the_naive_gather_supports(groups, transposed, supported):
     x, weight = torch.empty(2, 8, 5, 5), torch.empty(8, 8 // groups, 3, 3)
     conv = Conv((1, 1), (1, 1), (1, 1), transposed, (0, 0), groups)
-    problem = planner.problem_of(x, weight, 8, 4, conv)
+    problem = planner.problem_of(x, weight, 8, 4, False, conv)
     assert naive_gather.supports(problem) == supported
     if supported:
         assert naive_gather.cost(problem) == 0.5

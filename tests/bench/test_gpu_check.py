@@ -24,7 +24,7 @@ ROW = {
     "layout": "contiguous",
     "dense_layout": "contiguous",
     "active": 0.5,
-    "backend": "fused",
+    "backend": "pack",
     "ratio": 0.6,
     "realised": 0.8,
     "wrong": {},
@@ -46,7 +46,7 @@ STEP = {
     "mode": "eager",
     "optimizer": "neq AdamW",
     "wrong": {},
-    "backends": "fused 73",
+    "backends": "pack 73",
     "peak_mib": 100.0,
     "ratio": 0.9,
     "realised": 0.8,
@@ -166,7 +166,7 @@ def test_what_one_part_loses_the_others_keep(check, tmp_path, capsys):
     assert (tmp_path / "end_to_end.png").stat().st_size > 0
     printed = capsys.readouterr().out
     assert "vit-s" in printed
-    assert "fused 1" in printed
+    assert "pack 1" in printed
     assert "vit-s x 256" in printed
 
 

@@ -119,6 +119,20 @@ def test_dgrad_is_pruned_below_the_first_layer_that_trains():
     assert pruned == [flops] * 4
 
 
+def test_a_layer_that_does_not_train_is_outside_of_shares():
+    model = neq.convert(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)))
+    model[0].requires_grad_(False).set_active([0])
+    model[1].set_active([0])
+    result = account(model, torch.randn(2, 3, 5, 5))
+    first = result.layers["0"]
+    assert (first.converted, first.neurons, first.active) == (True, 0, 0)
+    assert first.now.wgrad == first.now.optimizer == Work()
+    assert first.now.published_backprop_flops == first.dense.published_backprop_flops == 0
+    assert result.skipped == 0.5
+    line = next(x for x in str(result).splitlines() if x.startswith("0 "))
+    assert line.split()[:4] == ["0", "NEqConv2d", "1", "-"]
+
+
 def test_a_parameter_that_needs_no_gradient():
     model = neq.convert(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))).requires_grad_(False)
     costs = account(model, torch.randn(2, 4)).dense
@@ -150,6 +164,7 @@ def test_calls(call):
     result = account(model, inputs if call is dict else call(inputs.values()))
     layers = result.layers
     assert {name: layer.calls for name, layer in layers.items()} == {
+        "embedding": 1,
         "twice": 2,
         "never": 0,
         "head": 1,
@@ -158,9 +173,27 @@ def test_calls(call):
     assert layers["twice"].dense.forward.flops == 2 * (2 * 3 * 16)
     assert layers["twice"].dense.optimizer.flops == 6 * (16 + 4)
     assert layers["never"].dense.total == Work()
-    assert layers["head"].dense.optimizer.flops == 6 * 36
-    assert layers["copy"].dense.optimizer == Work()  # its weight is stepped once
-    assert result.uncounted == ("embedding",)
+    assert layers["embedding"].dense.optimizer.flops == 6 * 36
+    # a weight is stepped once
+    assert layers["head"].dense.optimizer == layers["copy"].dense.optimizer == Work()
+    assert result.uncounted == ()
+
+
+def test_a_lookup():
+    """No multiply-adds; the gradient adds what was looked up, and is as large as the weight."""
+    model = neq.convert(nn.Sequential(nn.Embedding(100, 8), nn.Linear(8, 3)))
+    model[0].set_active(range(25))
+    tokens = torch.arange(40).view(4, 10)
+    layer = account(model, tokens).layers["0"]
+    indices, outputs, weight = 40 * 8, 320 * 4, 800 * 4  # bytes
+    assert layer.dense.forward == Work(0, indices + outputs + outputs)
+    assert layer.dense.dgrad == Work()
+    assert layer.dense.wgrad == Work(320, indices + outputs + weight)
+    assert layer.now.wgrad == Work(80, indices + outputs // 4 + weight)
+    assert layer.dense.optimizer == Work(6 * 800, 5 * weight)
+    assert layer.now.optimizer == Work(6 * 200, 5 * weight // 4)
+    model[0].set_active([])
+    assert account(model, tokens).layers["0"].now.wgrad == Work()
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def test_as_a_user_runs_it(tmp_path):
     )
     text = done.stdout
     assert "made-up patterns: 2000 to train on, 1000 to test" in text
-    assert all(f"equilibrium, seed 0: epoch {epoch}, " in text for epoch in (1, 2))
+    assert all(f"equilibrium, seed 0: epoch {epoch}: " in text for epoch in (1, 2))
     (line,) = [line for line in text.splitlines() if line.lstrip().startswith("equilibrium  ")]
     assert line.split()[1:3] == ["1", "2"]  # runs, epochs
 

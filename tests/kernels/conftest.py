@@ -16,3 +16,11 @@ def addresses_are_checked():
 
     with addresses.checked():
         yield
+
+
+@pytest.fixture(scope="session")
+def recording(tmp_path_factory):
+    """The driver that records launches, in place of CUDA's."""
+    from tests.support.recording_cuda import build
+
+    return build(tmp_path_factory.mktemp("recording"))

@@ -11,7 +11,6 @@ import pytest
 @pytest.mark.parametrize(
     "names",
     [
-        ["wgrad/test_fused"],
         ["wgrad/test_grouped"],
         ["test_addresses", "similarity/test_fused", "step/test_fused"],
     ],

@@ -45,5 +45,5 @@ def test_editors_find_torchs_init():
     assert "__init__" not in {node.name for node in base.body if isinstance(node, ast.FunctionDef)}
 
 
-def test_there_are_seventeen():
-    assert len(LAYERS) == 17
+def test_there_are_eighteen():
+    assert len(LAYERS) == 18

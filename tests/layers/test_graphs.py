@@ -194,8 +194,8 @@ def no_waiting(device):
 ABLE = {  # to compute a gradient of this model in each precision
     ("cpu", torch.float32): {"dense", "pack", "native"},
     ("cpu", torch.bfloat16): {"dense", "pack", "native"},
-    ("cuda", torch.float32): {"dense", "pack", "fused", "grouped"},
-    ("cuda", torch.bfloat16): {"dense", "pack", "fused", "grouped", "narrow"},
+    ("cuda", torch.float32): {"dense", "pack", "grouped"},
+    ("cuda", torch.bfloat16): {"dense", "pack", "grouped", "narrow"},
 }
 
 

@@ -47,9 +47,45 @@ class Language(nn.Module):
         return self.head(self.embed(tokens))
 
 
-def test_a_head_tied_to_an_embedding():
+@pytest.mark.parametrize("rows", [[1, 3], [], None], ids=str)
+def test_a_head_tied_to_an_embedding(rows):
+    """An entry is frozen with the head's neuron of the same row."""
     plain = Language()
     model = neq.convert(copy.deepcopy(plain))
+    assert model.head.active is model.embed.active
+    model.embed.set_active(rows)
+    tokens = torch.tensor([0, 1, 1, 2])
+    scale = torch.ones((), requires_grad=True)  # what trains where no row does
+    for m in plain, model:
+        (scale * m(tokens)).square().sum().backward()
+    if rows == []:
+        assert model.embed.weight.grad is None
+    else:
+        expected = plain.embed.weight.grad * model.head.active_mask[:, None]
+        torch.testing.assert_close(model.embed.weight.grad, expected)
+    assert [name for name, reason in reasons_of(model).items() if reason] == []
+    neq.revert(model)
+    assert (type(model.embed), type(model.head)) == (nn.Embedding, nn.Linear)
+
+
+@pytest.mark.parametrize("later", ["embed", "head"])
+def test_a_tied_head_or_embedding_that_comes_later_joins_the_decision(later):
+    model = neq.convert(Language(), filter_fn=lambda module, name: name != later)
+    next(iter(layers_of(model))).set_active([2])
+    neq.convert(model)
+    assert model.embed.active_rows.tolist() == model.head.active_rows.tolist() == [2]
+
+
+def test_an_embedding_tied_to_a_layer_that_has_other_neurons():
+    model = nn.ModuleDict({"norm": nn.RMSNorm((5, 4)), "embed": nn.Embedding(5, 4)})
+    model.embed.weight = model.norm.weight
+    assert type(neq.convert(model).embed) is nn.Embedding
+    assert reasons_of(model)["embed"] == "it shares the weight of norm, a RMSNorm"
+
+
+def test_a_head_tied_to_an_embedding_left_plain():
+    plain = Language()
+    model = neq.convert(copy.deepcopy(plain), classes=[nn.Linear])
     assert model.head.weight is model.embed.weight
     model.head.set_active([1, 3])
     tokens = torch.tensor([0, 1, 2])

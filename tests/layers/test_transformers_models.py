@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import neq
-from tests.support.layers import active_elements, layers_of, mask_randomly
+from tests.support.layers import active_elements, layers_of, mask_randomly, trained_elements
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -160,7 +160,7 @@ def test_no_row(model):
 
 def test_convert_reaches_every_layer_it_knows_and_revert_all_of_them(model):
     plain, converted, _ = model
-    known = (nn.Linear, nn.Conv2d, nn.BatchNorm2d, nn.LayerNorm, Conv1D)
+    known = (nn.Linear, nn.Embedding, nn.Conv2d, nn.BatchNorm2d, nn.LayerNorm, Conv1D)
     for before, after in zip(plain.modules(), converted.modules(), strict=True):
         assert isinstance(after, neq.NeuronLayer) == (type(before) in known)
     assert repr(converted) == repr(plain)
@@ -197,10 +197,33 @@ def test_gradient_checkpointing_of_transformers(make):
             assert not layer.bias.grad[~layer.active_mask].any()
 
 
-def test_the_head_that_shares_its_weight_with_the_embedding():
+@pytest.mark.parametrize("make", [gpt2, llama, bert, albert], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_embeddings_of_tokens_and_positions(make, share):
+    """An entry that is tied to a neuron of the head is frozen with it."""
+    plain, inputs = make()
+    converted = neq.convert(copy.deepcopy(plain))
+    embeddings = [m for m in layers_of(converted) if isinstance(m, nn.Embedding)]
+    for layer in embeddings:
+        layer.set_active(torch.rand(layer.n_neurons) < share)
+    for m in plain, converted:
+        m.train()
+        m(**inputs).logits.square().sum().backward()
+    assert len(embeddings) == {gpt2: 2, llama: 1}.get(make, 3)
+    trained = trained_elements(converted)
+    for name, p in converted.named_parameters():
+        expected = plain.get_parameter(name).grad
+        active = trained.get(p, torch.ones_like(p, dtype=torch.bool))
+        if active.any():
+            torch.testing.assert_close(p.grad, expected * active, msg=name)
+        else:
+            assert p.grad is None, name
+
+
+def test_the_head_that_shares_its_weight_with_an_embedding_left_plain():
     """With tokens as input the embedding has a gradient of its own, which stays whole."""
     plain, inputs = gpt2()
-    converted = neq.convert(copy.deepcopy(plain))
+    converted = neq.convert(copy.deepcopy(plain), classes=[nn.Linear, Conv1D])
     assert converted.lm_head.weight is converted.transformer.wte.weight
     converted.lm_head.set_active([])
     for m in plain, converted:

@@ -302,6 +302,44 @@ def test_weights_as_a_probe():
         assert torch.equal(rows[2][out, :-1], expected)
 
 
+class Tagger(nn.Module):
+    """Looks up some entries of one vocabulary, twice; never those of the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.unused = nn.Embedding(7, 3), nn.Embedding(4, 3)
+        self.single = nn.Embedding(5, 1)
+        self.head = nn.Linear(3, 7, bias=False)
+
+    def forward(self, tokens):
+        return self.head(self.words(tokens) + self.words(tokens.flip(1)) + self.single(tokens))
+
+
+def test_an_embedding_is_measured_on_its_rows():
+    """Whatever the probe looks up. A row of one parameter has no direction."""
+    model = Tagger()
+    words, unused, *_ = groups = groups_of(model)
+    for tokens in torch.tensor([[1, 2]]), torch.tensor([[0, 0, 3]]):
+        seen = observe(model, tokens, groups)
+        assert [group for group, *_ in seen] == [3, 0, 1]
+        for group, rows, dim in seen[1:]:
+            assert torch.equal(rows, (words, unused)[group][0].weight.detach()[None])
+            assert dim == 1
+    seen = observe(model, neq.WeightProbe(), groups)
+    assert [group for group, *_ in seen] == [0, 1, 3]
+
+
+def test_of_a_tied_weight_the_heads_outputs_and_the_rows_are_measured():
+    model = Tagger()
+    model.head.weight = model.words.weight
+    neq.convert(model)
+    tokens = torch.tensor([[1, 2]])
+    seen = observe(model, tokens, [[model.words, model.head]])
+    assert [(group, y.shape) for group, y, _ in seen] == [(0, (1, 2, 7)), (0, (1, 7, 3))]
+    assert torch.equal(seen[0][1], model(tokens))
+    assert [dim for *_, dim in seen] == [2, 1]
+
+
 def test_weights_of_transformers_conv1d():
     layer = neq.convert(nn.Sequential(Conv1D(4, 4)))[0]  # square: [inputs, n]
     assert torch.equal(

@@ -27,10 +27,11 @@ class Model(nn.Module):
         self.layer_norm = nn.LayerNorm([4, 2])
         self.whole = nn.Linear(4, 3)
         self.linear = nn.Linear(5, 7)
-        self.plain = nn.Embedding(3, 2)
+        self.embedding = nn.Embedding(9, 2)
+        self.plain = nn.Bilinear(3, 2, 2)
 
 
-MASKED = ("conv", "norm", "up", "grouped_up", "layer_norm", "linear")
+MASKED = ("conv", "norm", "up", "grouped_up", "layer_norm", "linear", "embedding")
 
 
 def make_model(dtype=torch.float64):

@@ -130,7 +130,7 @@ def test_grad_scaler_that_skips_steps(fused):
 def test_a_parameter_with_a_sparse_gradient(momentum):
     embedding, head = nn.Embedding(4, 2, sparse=True), nn.Linear(2, 4, bias=False)
     head.weight = embedding.weight
-    model = neq.convert(nn.Sequential(embedding, head))
+    model = neq.convert(nn.Sequential(embedding, head), classes=[nn.Linear])
     optimizer = neq.optim.SGD(model.parameters(), lr=0.1, momentum=momentum, layers=model)
     head.set_active([1, 2])
     for _ in range(2):

@@ -71,10 +71,10 @@ def test_a_closure_that_makes_the_first_gradients(kind):
 
 
 @pytest.mark.parametrize("flags", [{}, {"foreach": True}, {"fused": True}], ids=str)
-def test_an_embedding_that_shares_the_heads_weight(flags):
+def test_an_embedding_left_plain_that_shares_the_heads_weight(flags):
     embedding, head = nn.Embedding(10, 4), nn.Linear(4, 10, bias=False)
     head.weight = embedding.weight
-    model = neq.convert(nn.Sequential(embedding, head))
+    model = neq.convert(nn.Sequential(embedding, head), classes=[nn.Linear])
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1, **flags)
     Guard(optimizer, model)
     head.set_active([1, 2, 3])

@@ -47,8 +47,12 @@ def test_policies_refuse():
             neq.Budget(**options)
     with pytest.raises(ValueError, match="amount must be at least 0, got -1"):
         neq.Budget(amount=-1)
-    with pytest.raises(ValueError, match="'parameters', 'flops' or 'ms', got 'bytes'"):
+    with pytest.raises(ValueError, match="'parameters', 'flops', 'ms' or 'step_ms', got 'bytes'"):
         neq.Budget(share=1, unit="bytes")
+    with pytest.raises(ValueError, match="'velocity' or 'gradient', got 'fisher'"):
+        neq.Budget(share=1, importance="fisher")
+    with pytest.raises(ValueError, match="watches the optimizer's steps"):
+        controller(neq.Budget(share=1, importance="gradient"))
     for name in ("eps", "hysteresis"):
         with pytest.raises(ValueError, match=f"{name} must be at least 0, got -1"):
             neq.Equilibrium(**{name: -1})

@@ -1,5 +1,6 @@
 """Policies that freeze below a speed."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -13,6 +14,51 @@ def test_equilibrium_is_a_speed_below_eps():
     assert chosen_rows(neq.Equilibrium(0.1), velocities) == [[0, 1, 4, 5]]
     assert chosen_rows(neq.Equilibrium.released(0.1), velocities) == [[0, 1, 5]]
     assert chosen_rows(neq.Equilibrium(0), motion([0.0, 1e-300])) == [[0, 1]]
+
+
+@pytest.mark.parametrize("recurrence", ["paper", "released"])
+def test_equilibrium_finds_the_eps_of_a_share(recurrence):
+    slow, fast = motion([0.1, -0.4, 0.2]), motion([0.3, NAN, -0.5, 0.6, 0.7])
+    for share, rows, eps in (
+        (0, [[0, 1, 2], [0, 1, 2, 3, 4]], 0),
+        (0.25, [[1], [0, 1, 2, 3, 4]], 0.2),
+        (0.5, [[], [1, 2, 3, 4]], 0.4),
+        (1, [[], [1]], 0.7),  # what was not measured trains
+    ):
+        policy = neq.Equilibrium(share=share, recurrence=recurrence)
+        assert policy.eps == 0
+        assert chosen_rows(policy, slow, fast) == rows
+        assert policy.eps == pytest.approx(eps)
+        # as a fixed threshold it does the same
+        assert chosen_rows(neq.Equilibrium(policy.eps, recurrence=recurrence), slow, fast) == rows
+    # the equally fast are frozen together, as all of a network that does not move
+    assert chosen_rows(neq.Equilibrium(share=0.25), motion([0.0, 0.0, 0.0, 1.0])) == [[3]]
+    assert chosen_rows(neq.Equilibrium(share=0.5), motion([NAN, NAN])) == [[0, 1]]
+
+
+def test_a_share_does_not_depend_on_the_length_of_an_epoch():
+    speeds = torch.rand(50)
+    rows = chosen_rows(neq.Equilibrium(share=0.3), motion(speeds.tolist()))
+    assert rows == chosen_rows(neq.Equilibrium(share=0.3), motion((speeds / 1000).tolist()))
+    assert len(rows[0]) == 35
+
+
+def test_the_eps_that_was_found_is_resumed():
+    policy = neq.Equilibrium(share=0.5)
+    chosen_rows(policy, motion([0.1, 0.2]))
+    other = neq.Equilibrium(share=0.5)
+    other.load_state_dict(policy.state_dict())
+    assert other.eps == policy.eps > 0.1
+    fixed = neq.Equilibrium(0.3)
+    fixed.load_state_dict(neq.Equilibrium(0.2).state_dict())
+    assert fixed.eps == 0.3  # one that was given is not taken from a state
+
+
+def test_equilibrium_takes_either_eps_or_share():
+    with pytest.raises(ValueError, match=r"either eps or share, got eps=0.1, share=0.5"):
+        neq.Equilibrium(0.1, share=0.5)
+    with pytest.raises(ValueError, match=r"share must lie in \[0, 1\], got 50"):
+        neq.Equilibrium(share=50)
 
 
 def test_equilibrium_as_released():
@@ -60,8 +106,9 @@ def test_adaptive_eps_descends_by_hand():
         optimizer.step()
     assert chosen_rows(policy, motion([0.0])) == [[0]]
     assert policy.eps == 0  # it is a speed
+    hooks = len(optimizer._optimizer_step_pre_hooks)
     policy.detach()
-    assert len(optimizer._optimizer_step_pre_hooks) == 1  # the guard's
+    assert len(optimizer._optimizer_step_pre_hooks) == hooks - 1
 
 
 def test_adaptive_eps_under_a_gradient_scaler():

@@ -67,7 +67,7 @@ def convolutional():
 
 
 def epochs_told(capsys):
-    return capsys.readouterr().out.count("% of wgrad saved")
+    return capsys.readouterr().out.count("of neurons frozen in the next")
 
 
 def test_readme(capsys):
@@ -83,12 +83,21 @@ def test_readme(capsys):
     assert type(setting["model"].layer1[0].conv1) is nn.Conv2d
 
 
-def test_choosing_which_neurons_train(capsys):
+def test_choosing_which_neurons_train(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     setting = Setting(perceptron())
-    for code in blocks("docs/training.md", "Choosing which neurons train"):
-        setting.run(code)
+    loop, by_itself = blocks("docs/training.md", "Choosing which neurons train")
+    setting.run(loop)
     assert epochs_told(capsys) == 3
+    setting.run(by_itself)
+    assert epochs_told(capsys) == 3
+    assert setting["control"].epoch == 3 * 4 // 2
+    setting.run(loop)
 
+    (schedule,) = blocks("docs/training.md", "Learning rate and stopping")
+    setting["epochs"] = 2
+    setting.run(schedule)
+    assert setting["control"].epoch == 3 + 2
     (resume,) = blocks("docs/training.md", "Stop and resume")
     setting.run(resume)
 
@@ -122,6 +131,12 @@ def test_a_loop_of_your_own(capsys):
     (code,) = blocks("docs/integrations.md", "A loop of your own")
     Setting(perceptron()).run(code)
     assert epochs_told(capsys) == 3
+
+
+def test_a_cache_for_a_frozen_prefix(capsys):
+    (code,) = blocks("docs/prefix-cache.md", "A cache for a frozen prefix")
+    Setting(perceptron()).run(code)
+    assert "batches read, 4 computed" in capsys.readouterr().out
 
 
 @pytest.fixture

@@ -11,8 +11,10 @@ from torch._ops import OpOverload
 import neq
 import neq.history
 import neq_kernels
+from neq.cost.step_times import Segment, StepTimes
 from neq.layers.groups import Group
 from neq.measure.base import Measure
+from neq.measure.update_gain import UpdateGain
 from neq.policies.base import Training
 from neq_kernels import planner, reference
 from tests.support.docstrings import entries, failures, sections
@@ -29,7 +31,7 @@ def public() -> Iterator[tuple[str, object]]:
     for name, thing in vars(neq.history).items():
         if getattr(thing, "__module__", None) == "neq.history" and not name.startswith("_"):
             yield from with_members(f"neq.history.{name}", thing)
-    for thing in (Group, Measure, Training, *PLANNER):
+    for thing in (Group, Measure, StepTimes, Segment, Training, UpdateGain, *PLANNER):
         yield from with_members(f"{thing.__module__}.{thing.__name__}", thing)
 
 

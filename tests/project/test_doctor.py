@@ -38,7 +38,7 @@ def test_gives_the_reason(monkeypatch):
 
 def test_says_why_triton_is_out(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    assert doctor.backends()["fused"].startswith("no: triton does not import: ")
+    assert doctor.backends()["grouped"].startswith("no: triton does not import: ")
 
 
 def test_says_what_the_cuda_kernels_lack(monkeypatch):

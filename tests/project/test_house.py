@@ -13,8 +13,17 @@ from tests.support import ROOT
 LINES_OF_A_FILE = 400
 LINES_OF_A_FUNCTION = 60
 TEXT = {".py", ".pyi", ".md", ".h", ".cpp", ".cu", ".inc", ".toml", ".yml"}
-# neurons are active or frozen, and kernels are called by their names
-RETIRED = ["rests", "resting", "rested", "at rest", "who", "whoever", "whose turn", "in no file"]
+# words that are not used, and what to write
+RETIRED = {
+    "rests": "is frozen, or is at equilibrium",
+    "resting": "frozen, or at equilibrium",
+    "rested": "frozen, or was at equilibrium",
+    "at rest": "frozen, or at equilibrium",
+    "who": "it: a kernel is a thing",
+    "whoever": "the backend that",
+    "whose turn": "the name of what comes next",
+    "in no file": "the file or the command of the figure; strike a figure that has none",
+}
 
 
 def tracked(*suffixes: str) -> list[Path]:
@@ -57,10 +66,11 @@ def long_functions(file: Path) -> list[str]:
 def retired_words(file: Path) -> list[str]:
     words = "|".join(word.replace(" ", r"\s+") for word in RETIRED)
     text = file.read_text()
-    return [
-        f"{place(file, text.count(chr(10), 0, found.start()) + 1)}: {' '.join(found[0].split())}"
-        for found in re.finditer(rf"\b(?:{words})\b", text, re.IGNORECASE)
+    found = [
+        (text.count("\n", 0, match.start()) + 1, " ".join(match[0].split()))
+        for match in re.finditer(rf"\b(?:{words})\b", text, re.IGNORECASE)
     ]
+    return [f"{place(file, line)}: {word} (write: {RETIRED[word.lower()]})" for line, word in found]
 
 
 def test_no_file_is_long():
@@ -109,7 +119,11 @@ def test_retired_words_are_found(tmp_path, monkeypatch):
     monkeypatch.setattr("tests.project.test_house.ROOT", tmp_path)
     file = tmp_path / "file.md"
     file.write_text("It\nwas At\nrest, whole; who_steps restless. WHO rested?")
-    assert retired_words(file) == ["file.md:2: At rest", "file.md:3: WHO", "file.md:3: rested"]
+    assert retired_words(file) == [
+        "file.md:2: At rest (write: frozen, or at equilibrium)",
+        "file.md:3: WHO (write: it: a kernel is a thing)",
+        "file.md:3: rested (write: frozen, or was at equilibrium)",
+    ]
 
 
 def test_torchs_private_api_has_one_door():

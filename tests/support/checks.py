@@ -26,7 +26,7 @@ def problem_of(op, dy, x, weight, order, count, bias, *geometry) -> Problem:
     shapes = tuple(dy.shape), tuple(x.shape), full_shape(weight, neurons, conv)
     column_major = conv is None and is_column_major(weight)
     last = conv is not None and x.stride(1) == 1
-    layout = last, conv, bucket, column_major, is_compact(weight, neurons, conv)
+    layout = last, conv, bucket, column_major, bias, is_compact(weight, neurons, conv)
     return Problem(op, dy.device.type, dy.dtype, *shapes, *layout)
 
 

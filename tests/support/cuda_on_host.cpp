@@ -361,36 +361,15 @@ void multiply_add(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
 #include "../../csrc/bindings_cuda.cpp"
 #include "../../csrc/cuda/wgrad/conv_wgrad.cu"
 #include "../../csrc/cuda/wgrad/pack.cu"
-
-// In torch's place: tensors on the CPU are described as on a device.
-namespace emulated {
-
-int (*describe_by_torch)(void* object, neq::dlpack::Tensor* out);
-int tensors_on = 0;
-std::map<uintptr_t, int> elsewhere;  // by address; -1: on the CPU
-
-int describe(void* object, neq::dlpack::Tensor* out) {
-  if (const int failed = describe_by_torch(object, out)) return failed;
-  const auto found = elsewhere.find(reinterpret_cast<uintptr_t>(out->data) + out->byte_offset);
-  const int device = found == elsewhere.end() ? tensors_on : found->second;
-  if (out->device_type == neq::dlpack::kCpu && device >= 0)
-    out->device_type = neq::dlpack::kCuda, out->device = device;
-  return 0;
-}
-
-}  // namespace emulated
+#include "../../csrc/cuda/wgrad/zero.cu"
+#include "placed_tensors.h"
 
 PYBIND11_MODULE(cuda_on_host, m) {
-  neq::Tensor::find_torch();
-  emulated::describe_by_torch = std::exchange(neq::Tensor::describe, emulated::describe);
+  placed::bind(m);
   neq::bind_cuda(m);
   m.def("current_device", [] { return emulated::device; });
   m.def("set_device", [](int device) {
     if (const auto error = cudaSetDevice(device)) throw std::invalid_argument(error);
-  });
-  m.def("place_tensors", [](int device, std::map<uintptr_t, int> elsewhere) {
-    emulated::tensors_on = device;
-    emulated::elsewhere = std::move(elsewhere);
   });
   m.def("used", [] {  // (device, stream) of all launches since the last call
     std::vector<std::pair<int, uintptr_t>> all;

@@ -41,14 +41,17 @@ def build(folder: Path):
 
 
 @contextmanager
-def lent(module):
-    """Inside, tensors on the CPU reach the module's kernels, and those on a GPU the real ones."""
+def lent(module, on=0, stream=0):
+    """Inside, tensors on the CPU reach the module's kernels, and those on a GPU the real ones.
+
+    The module takes them to be on the device ``on``.
+    """
     on_gpu = getattr(extension._C, "cuda_conv_wgrad", None), _torch.current_stream
 
     def cuda_conv_wgrad(*args):
         *problem, device, _ = args
         if device < 0:
-            module.cuda_conv_wgrad(*problem, 0, 0)
+            module.cuda_conv_wgrad(*problem, on, stream)
         else:
             on_gpu[0](*args)
 

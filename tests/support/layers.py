@@ -40,6 +40,8 @@ class LayerCase:
         return plain, neq.convert(copy.deepcopy(plain))
 
     def input(self, exact: bool = False) -> Tensor:
+        if self.kind is nn.Embedding:
+            return torch.randint(self.args[0], self.shape)
         return integers(self.shape) if exact else torch.randn(self.shape)
 
 
@@ -149,8 +151,24 @@ NORM = [
     _norm(nn.RMSNorm, (2, 3, 4, 5), (4, 5)),
 ]
 
+EMBEDDING = [
+    LayerCase(nn.Embedding, (7, 5), options, shape)
+    for options, shape in [
+        ({}, (4, 6)),
+        ({}, ()),
+        ({}, (0,)),
+        ({}, (2, 0)),
+        ({"padding_idx": 2}, (4, 6)),
+        ({"padding_idx": -1}, (30,)),
+        ({"scale_grad_by_freq": True}, (30,)),
+        ({"scale_grad_by_freq": True, "padding_idx": 0}, (5, 6)),
+        ({"sparse": True}, (4, 6)),
+        ({"sparse": True, "padding_idx": 1}, (30,)),
+    ]
+]
+
 MATRIX = [*LINEAR, *CONV, *TRANSPOSED]
-ALL = [*MATRIX, *NORM]
+ALL = [*MATRIX, *EMBEDDING, *NORM]
 
 
 def first_of_each(cases: list[LayerCase]) -> list[LayerCase]:
@@ -237,11 +255,11 @@ def gradients(model: nn.Module) -> dict[str, Tensor | None]:
 def run(
     layer: nn.Module, x: Tensor, dy: Tensor | None = None, **forward: Any
 ) -> tuple[Tensor, ...]:
-    """The output and the gradient of the input."""
-    x = x.clone().requires_grad_()
+    """The output and the gradient of the input: an empty one of indices."""
+    x = x.clone().requires_grad_(x.is_floating_point() or x.is_complex())
     y = layer(x, **forward)
     y.backward(integers(y.shape) if dy is None else dy)
-    return y, x.grad
+    return y, x.grad if x.requires_grad else x.new_empty(0)
 
 
 def assert_gradients_of_active_rows(

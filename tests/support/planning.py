@@ -29,7 +29,7 @@ def choose(case, dtypes=FLOAT32, device="cpu"):
     """The planner's choice."""
     args = meta(case.args(dtypes)) if device == "meta" else case.args(dtypes)
     dy, x, weight, order, count, bias, *_ = args
-    sizes = x, weight, len(order), int(count), case.conv
+    sizes = x, weight, len(order), int(count), bias, case.conv
     return planner.choose(*sizes) or planner._measure(
         dy, x, weight, order, int(count), bias, case.conv
     )

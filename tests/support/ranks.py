@@ -6,6 +6,7 @@ since each spends seconds on importing torch.
 
 import copy
 import os
+import tempfile
 import traceback
 from contextlib import nullcontext
 from datetime import timedelta
@@ -16,11 +17,14 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DistributedSampler
 
 import neq
+from neq.prefix.paying import Costs
 from neq_kernels.wgrad import planner
+from tests.support import cached
 from tests.support.layers import Tiny, active_elements, layers_of
 
 WORLD = 2
@@ -85,6 +89,57 @@ def train_by_rows(rank: int) -> None:
         assert "pack" in planner._choices.values()
 
 
+class Words(nn.Module):
+    def __init__(self, sparse: bool = False) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(9, 6, sparse=sparse), nn.Embedding(4, 6)
+        self.head = nn.Linear(6, 9, bias=False)
+        if not sparse:
+            self.head.weight = self.words.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.words(tokens) + self.places(torch.arange(tokens.shape[1])))
+
+
+def look_up(rank: int, sparse: bool = False, **options: object) -> None:
+    """Embeddings, of which some, all or no entries train; one is tied, or its gradient sparse."""
+    torch.manual_seed(0)
+    plain = Words(sparse)
+    model = neq.convert(copy.deepcopy(plain))
+    parallel = DistributedDataParallel(model, **options)
+    tokens = torch.randint(9, (WORLD * BATCH, 4))
+    for rows in [0, 2, 5], [], None, [1]:
+        for m in model, plain:
+            m.zero_grad()
+        model.words.set_active(rows)
+        model.places.set_active(rows and rows[:1])
+        parallel(tokens[rank * BATCH : (rank + 1) * BATCH]).square().sum((1, 2)).mean().backward()
+        plain(tokens).square().sum((1, 2)).mean().backward()
+        for name in "words", "places":
+            layer, theirs = model.get_submodule(name), plain.get_submodule(name).weight.grad
+            mine = layer.weight.grad.to_dense()
+            torch.testing.assert_close(mine, theirs.to_dense() * layer.active_mask[:, None])
+
+
+def measure_shards(rank: int) -> None:
+    """A row is measured whole, though FSDP divides the weight between the processes."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    model = neq.convert(Words(sparse=True))
+    for module in model.words, model:
+        fully_shard(module, mesh=init_device_mesh("cpu", (WORLD,)))
+    policy = neq.Equilibrium()
+    control = neq.Controller(model, optimizer=(), probe=torch.arange(4).view(1, 4), policy=policy)
+    with torch.no_grad():
+        own = model.words.weight.to_local()  # [5, 6] or [4, 6]
+        if rank == 0:
+            own[3] *= -1
+    control.step()
+    assert model.words.active_rows.tolist() == [3]
+
+
 def accumulate(rank: int) -> None:
     """no_sync: two backward passes, of which the second is reduced."""
     model, plain = model_and_twin()
@@ -115,6 +170,37 @@ def tune(rank: int) -> None:
         loss = model(torch.randn(BATCH, 3, 5, 5)).square().mean()
         with pytest.raises(RuntimeError, match=in_ranks):
             loss.backward()
+
+
+def pays(costs: Costs) -> None:
+    """Not true of a network as small as this."""
+
+
+@mock.patch.object(Costs, "refusal", new=pays)
+def share_a_cache(rank: int) -> None:
+    """Each rank reads what the others have computed, though samples are dealt out anew."""
+    data, folder = cached.images(24), [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folder)
+    losses = []
+    for with_cache in False, True:
+        model, prefix = cached.frozen()
+        sampler = DistributedSampler(data, WORLD, rank)
+        loader = cached.loader_of(data, sampler=sampler)
+        if with_cache:
+            cache = neq.PrefixCache(prefix, folder[0])
+            loader = cache.wrap(loader)
+        parallel = DistributedDataParallel(model)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for epoch in range(4):
+            sampler.set_epoch(epoch)
+            dist.barrier()  # for the other rank to have written what this one reads
+            losses += [cached.step(parallel, optimizer, x, y) for x, y in loader]
+    torch.testing.assert_close(losses[:8], losses[8:])
+    assert (cache.hits, cache.misses) == (6, 2)
+    dist.barrier()
+    prefix.freeze(0)
+    dist.barrier()
+    assert not os.listdir(folder[0])
 
 
 def shard(rank: int) -> None:
@@ -203,12 +289,17 @@ SCENARIOS = {
     "gradient_as_bucket_view": partial(train, gradient_as_bucket_view=True),
     "many buckets": partial(train, bucket_cap_mb=0.0001),
     "compiled": partial(train, compiled=True),
+    "embeddings": look_up,
+    "embeddings, static_graph": partial(look_up, static_graph=True),
+    "sparse embeddings": partial(look_up, sparse=True),
     "gradient accumulation": accumulate,
     "tuning": tune,
+    "cache of a prefix": share_a_cache,
     "fully_shard": shard,
     "compact": train_compact,
     "compact, static_graph": partial(train_compact, static_graph=True),
     "compact, fully_shard": shard_compact,
+    "fully_shard, measured": measure_shards,
 }
 
 

@@ -56,7 +56,22 @@ def conv_wgrad():
     }
 
 
-CALLS = [("cuda_pack_columns", pack_columns), ("cuda_conv_wgrad", conv_wgrad)]
+def zero_rows():
+    return {
+        "dw": torch.ones(9, 40),
+        "dim": 0,
+        "db": torch.ones(9),
+        "rows": torch.tensor([0, 3, 8]),
+        "device": 0,
+        "stream": 7,
+    }
+
+
+CALLS = [
+    ("cuda_pack_columns", pack_columns),
+    ("cuda_conv_wgrad", conv_wgrad),
+    ("cuda_zero_rows", zero_rows),
+]
 on_calls = pytest.mark.parametrize(("name", "arguments"), CALLS, ids=[name for name, _ in CALLS])
 
 
@@ -87,7 +102,7 @@ def test_a_device_that_is_not_there(cuda, name, arguments):
 def test_every_tensor_must_be_on_the_device(cuda, name, arguments, device):
     given = arguments()
     tensors = [t for t in given.values() if isinstance(t, torch.Tensor)]
-    assert len(tensors) > 4
+    assert len(tensors) > 2
     for tensor in tensors:
         cuda.place_tensors(0, {tensor.data_ptr(): device})
         with pytest.raises(ValueError, match="every tensor must be on cuda:0"):
@@ -175,3 +190,21 @@ def test_partial_sums_of_a_bias_only_if_there_is_one(cuda):
     cuda.cuda_conv_wgrad(**given)
     assert not given["dw"].any()
     assert cuda.used() == [(0, 7)] * 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dim": 2}, "dim must be a dimension of dw, got 2"),
+        ({"dim": -1}, "dim must be a dimension of dw, got -1"),
+        ({"dim": 1}, "size of db must be that of dw, got 9"),
+        ({"db": torch.ones(9, 1)}, "dimensions of db must be 1, got 2"),
+        ({"rows": torch.tensor([0], dtype=torch.int32)}, "rows must be contiguous int64"),
+    ],
+)
+def test_rows_to_zero(cuda, change, message):
+    given = zero_rows() | change
+    with pytest.raises(ValueError, match=message):
+        cuda.cuda_zero_rows(**given)
+    assert given["dw"].all()
+    assert cuda.used() == []

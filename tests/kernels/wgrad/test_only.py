@@ -39,8 +39,8 @@ class Counting:
 
 
 def chosen(case):
-    _, x, weight, order, count, *_ = case.args()
-    return planner.choose(x, weight, len(order), int(count), case.conv)
+    _, x, weight, order, count, bias, *_ = case.args()
+    return planner.choose(x, weight, len(order), int(count), bias, case.conv)
 
 
 def test_a_backend_by_name():

@@ -150,6 +150,7 @@ OTHERS = {
     "many more samples": (LINEAR, linear_case((257,), 8, 32, range(8)), {}),
     "inputs": (LINEAR, linear_case((64,), 9, 32, range(8)), {}),
     "neurons": (LINEAR, linear_case((64,), 8, 31, range(7)), {}),
+    "bias": (LINEAR, replace(LINEAR, bias=False), {}),
     "bucket": (LINEAR, LINEAR.with_rows(range(9)), {}),
     "layout": (CONV, CONV.laid_out("channels_last"), {}),
     # as stride 2 rounds, dy's shape is the same
@@ -189,4 +190,4 @@ def test_a_convolutions_output_has_the_shape_that_torch_gives_it(transposed, dat
 
 
 def test_wrong_inputs_are_left_for_torch_to_refuse():
-    assert planner.choose(torch.tensor(1.0), torch.empty(4, 3), 4, 1) == "dense"
+    assert planner.choose(torch.tensor(1.0), torch.empty(4, 3), 4, 1, False) == "dense"

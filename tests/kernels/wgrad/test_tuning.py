@@ -60,8 +60,8 @@ def test_tuning_drops_a_backend_that_fails(backends):
     fault = RuntimeError("out of resource: shared memory")
     calls = backends(dense=(1.0, 5), broken=(1.0, fault), other=(1.0, 4))
     message = (
-        r"broken is out of the question for linear_wgrad cpu float32 contiguous 32 8 32x8 4/16  "
-        r"with 64 samples: RuntimeError: out of resource: shared memory"
+        r"broken is out of the question for linear_wgrad cpu float32 contiguous bias 32 8 32x8 "
+        r"4/16  with 64 samples: RuntimeError: out of resource: shared memory"
     )
     with planner.tuning(), pytest.warns(UserWarning, match=message) as warned:
         assert choose(LINEAR) == "other"

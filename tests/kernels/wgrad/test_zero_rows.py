@@ -5,6 +5,7 @@ from unittest import mock
 import pytest
 import torch
 
+from neq_kernels import _torch
 from neq_kernels.device.extension import _C
 from neq_kernels.wgrad import dense
 from tests.support.tensors import FLOATS, LAYOUTS, equal_with_nan
@@ -130,3 +131,93 @@ def test_only_where_nothing_observes():
     torch.func.vmap(lambda one: (dense.zero_frozen_(one, ROWS, 0), one)[1])(t)
     assert not t[:, ROWS].any()
     assert by_compiled_code(values((9, 40)))
+
+
+@pytest.fixture
+def on_a_gpu(cuda_on_host):
+    """Inside, tensors on the CPU pass for a GPU's, and the CUDA kernel runs on them."""
+    with (
+        mock.patch.object(dense, "_gpu_of", return_value=0),
+        mock.patch.object(_torch, "current_stream", return_value=7),
+        mock.patch.object(_C, "cuda_zero_rows", cuda_on_host.cuda_zero_rows, create=True),
+    ):
+        cuda_on_host.used()
+        yield cuda_on_host
+
+
+OF_A_GPU = {
+    "rows": (values((9, 40)), 0),
+    "short rows": (values((9, 3)), 0),
+    "one column": (values((9, 1)), 0),
+    "columns": (values((7, 9)).t(), 0),
+    "channels_last": (LAYOUTS["channels_last"](values((9, 5, 3, 3))), 0),
+    "a middle dimension": (values((4, 9, 3, 2)), 1),
+    "the last dimension": (values((5, 9)), 1),
+    "a vector": (values((9,)), 0),
+    "larger than a grid": (values((3, 9, 40_000)), 1),
+    "many lines": (values((70_000, 9)), 1),
+}
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("t", "dim"), OF_A_GPU.values(), ids=OF_A_GPU)
+@pytest.mark.parametrize("shift", [0, 1])
+def test_in_one_launch_on_a_gpu(on_a_gpu, dtype, t, dim, shift):
+    """With the bias, also where memory is aligned to single elements only."""
+    memory = torch.empty(t.numel() + shift, dtype=dtype)[shift:]
+    dw, db = memory.as_strided(t.shape, t.stride(), shift).copy_(t), values((9,), dtype)
+    expected = zeroed(dw, dim=dim), zeroed(db)
+    versions = dw._version, db._version
+    dense.zero_frozen_(dw, ROWS, dim, None, db)
+    assert equal_with_nan(dw, expected[0])
+    assert equal_with_nan(db, expected[1])
+    assert on_a_gpu.used() == [(0, 7)]
+    assert dw._version > versions[0]
+    assert db._version > versions[1]
+
+
+@pytest.mark.parametrize(
+    "t",
+    [values((9, 80))[:, ::2], values((1, 40)).expand(9, 40).clone()[:, :20], values((9, 0, 4))],
+    ids=["gaps", "part of a matrix", "empty"],
+)
+def test_what_a_gpu_leaves_to_torch(on_a_gpu, t):
+    expected, db = zeroed(t), values((9,))
+    of_bias = zeroed(db)
+    dense.zero_frozen_(t, ROWS, 0, None, db)
+    assert equal_with_nan(t, expected)
+    assert equal_with_nan(db, of_bias)
+    assert on_a_gpu.used() == []
+
+
+def test_without_a_bias_and_without_rows_on_a_gpu(on_a_gpu):
+    t = values((9, 40))
+    expected = zeroed(t)
+    dense.zero_frozen_(t, ROWS, 0)
+    assert equal_with_nan(t, expected)
+    assert on_a_gpu.used() == [(0, 7)]
+    dense.zero_frozen_(t, ROWS[:0], 0)
+    assert equal_with_nan(t, expected)
+    assert on_a_gpu.used() == []
+
+
+def test_only_where_nothing_observes_on_a_gpu(on_a_gpu):
+    for t in (torch.ones(9, 40, requires_grad=True) * 2, torch._neg_view(values((9, 40)))):
+        expected = zeroed(t.detach())
+        dense.zero_frozen_(t, ROWS, 0)
+        assert equal_with_nan(t.detach(), expected)
+    with Mode():
+        dense.zero_frozen_(values((9, 40)), ROWS, 0)
+    assert on_a_gpu.used() == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("t", "dim"), OF_A_GPU.values(), ids=OF_A_GPU)
+def test_on_a_gpu(t, dim):
+    t, db, rows = t.cuda(), values((9,)).cuda(), ROWS.cuda()
+    expected = zeroed(t, rows, dim), zeroed(db, rows)
+    with mock.patch.object(_C, "cuda_zero_rows", wraps=_C.cuda_zero_rows) as kernel:
+        dense.zero_frozen_(t, rows, dim, None, db)
+    assert kernel.called
+    assert equal_with_nan(t, expected[0])
+    assert equal_with_nan(db, expected[1])

@@ -82,7 +82,11 @@ LEFT_ALONE = {
     ),
     "subclass": (lambda: OwnLinear(4, 4), "a subclass of Linear that neq does not know"),
     "other module": (Scale, "not a kind of layer that neq knows"),
-    "embedding": (lambda: nn.Embedding(4, 4), "not a kind of layer that neq knows"),
+    "rescaled embedding": (
+        lambda: nn.Embedding(4, 4, max_norm=1.0),
+        "max_norm must be None, got 1.0: it rescales rows in each forward, frozen ones too",
+    ),
+    "embedding bag": (lambda: nn.EmbeddingBag(4, 4), "not a kind of layer that neq knows"),
     "recurrent": (lambda: nn.LSTM(4, 4), "not a kind of layer that neq knows"),
     "meta": (lambda: nn.Linear(4, 4, device="meta"), "on the meta device"),
     "not affine": (lambda: nn.LayerNorm(4, elementwise_affine=False), "it has no weight"),
@@ -134,16 +138,62 @@ def test_a_pruned_layer_can_be_converted_once_the_pruning_is_made_permanent():
 
 
 def test_summary_as_a_table():
-    model = nn.Sequential(nn.Linear(3, 40), nn.ReLU(), nn.Embedding(5, 3), nn.BatchNorm1d(8))
+    model = nn.Sequential(nn.Linear(3, 40), nn.ReLU(), nn.Bilinear(5, 3, 2), nn.BatchNorm1d(8))
     neq.convert(model)
     model[0].set_active(range(10))
     assert str(neq.summary(model)) == (
-        "layer  kind            neurons  active\n"
-        "0      NEqLinear            40   25.0%\n"
-        "2      Embedding             -       -  not a kind of layer that neq knows\n"
-        "3      NEqBatchNorm1d        8  100.0%\n"
-        "total                       48   37.5%"
+        "layer  kind            neurons  active  parameters   share\n"
+        "0      NEqLinear            40   25.0%         160   76.9%\n"
+        "2      Bilinear              -       -          32   15.4%"
+        "  not a kind of layer that neq knows\n"
+        "3      NEqBatchNorm1d        8  100.0%          16    7.7%\n"
+        "total                       48   37.5%         208  100.0%\n"
+        "neq can freeze 84.6% of the parameters"
     )
+
+
+def test_before_convert_it_says_what_would_be_converted():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5), nn.PReLU(), nn.Linear(5, 6))
+    model[1].requires_grad_(False)
+    model[3].bias.requires_grad_(False)
+    before = neq.summary(model)
+    reasons = [layer.reason for layer in before.layers]
+    untrained = "does not train (requires_grad=False)"
+    unknown = "not a kind of layer that neq knows"
+    assert reasons == ["would be converted", untrained, unknown, "would be converted"]
+    assert type(model[0]) is nn.Linear
+    after = neq.summary(neq.convert(model))
+    assert [layer.reason for layer in after.layers] == ["", untrained, unknown, ""]
+    for summary in before, after:
+        assert [layer.parameters for layer in summary.layers] == [16, 25, 1, 36]
+        assert [layer.in_reach for layer in summary.layers] == [16, 0, 0, 30]
+        assert (summary.parameters, summary.in_reach) == (78, 46)
+
+
+def test_a_shared_parameter_is_counted_once():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    for summary in neq.summary(model), neq.summary(neq.convert(model)):
+        assert [layer.parameters for layer in summary.layers] == [20, 4]
+        assert summary.parameters == summary.in_reach == 24
+
+
+def test_flops_are_those_of_the_account():
+    model = nn.Sequential(nn.Linear(3, 4), nn.PReLU(), nn.Linear(4, 2))
+    x = torch.randn(5, 3)
+    costs = neq.account(model, x).layers
+    for given in (x, (x, torch.arange(5)), {"input": x}):
+        first, unknown, last = neq.summary(model, given).layers
+        for layer, name in ((first, "0"), (last, "2")):
+            assert layer.step_flops == costs[name].dense.total.flops > 0
+            assert layer.wgrad_flops == costs[name].dense.wgrad.flops > 0
+        assert unknown.step_flops is unknown.wgrad_flops is None
+    lines = str(neq.summary(model, x)).splitlines()
+    assert lines[0].split()[-3:] == ["step", "FLOPs", "wgrad"]
+    assert lines[1].split()[-5:] == [str(first.step_flops), "120", "would", "be", "converted"]
+    assert lines[2].split()[6:8] == ["-", "-"]
+    assert lines[-2].split()[-1] == str(first.wgrad_flops + last.wgrad_flops)
+    assert "FLOPs" not in str(neq.summary(model))
 
 
 def test_summary_as_values():
@@ -157,8 +207,21 @@ def test_summary_as_values():
     assert (conv.kind, conv.neurons, conv.active, conv.reason) == ("Conv2d", 0, 0, "not asked for")
 
 
+def test_a_layer_that_does_not_train_says_so():
+    model = neq.convert(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)))
+    model[0].requires_grad_(False)
+    summary = neq.summary(model)
+    assert summary.neurons == 2
+    assert summary.layers[0].reason == "does not train (requires_grad=False)"
+    model[0].bias.requires_grad_(True)
+    assert neq.summary(model).neurons == 6
+
+
 def test_summary_of_a_model_with_nothing_to_say():
-    assert str(neq.summary(nn.ReLU())).splitlines()[1].split() == ["total", "0", "-"]
+    assert str(neq.summary(nn.ReLU())).splitlines()[1:] == [
+        "total              0       -           0      -",
+        "neq can freeze - of the parameters",
+    ]
 
 
 def test_summary_of_one_layer():

@@ -1,0 +1,128 @@
+"""bench/roofline.py, whose figures are arithmetic, says what it promises."""
+
+import json
+
+import pytest
+
+from bench import roofline
+from bench.lib.cards import CARDS, card_of
+from bench.lib.designs import GRANULE, layer_of, plans
+from bench.lib.problems import Problem, problems
+from tests.support.benches import assert_refused
+
+SUITE = {p.name: p for p in problems("full", "cuda")}
+WIDE = SUITE["llama-8b/q_proj, o_proj"]
+BIASED = SUITE["vit-l/mlp.up"]
+
+
+def test_a_dense_product_as_by_hand():
+    """4096 x 4096 weights, 16384 samples: 550 GFLOP at 0.8 of 989 TFLOP/s."""
+    r = roofline.line("H200", WIDE, 1, 0.5)
+    assert r["us"]["dense"] == pytest.approx(2 * 16384 * 4096**2 / (0.8 * 989.4e6) + 2, rel=1e-2)
+    assert r["bound"]["dense"] == "tensor cores"
+    assert r["active"] == 0.5
+
+
+def test_a_layer_bound_by_memory_as_by_hand():
+    """1x1, 64 -> 256 channels, 56² pixels, 256 images: X, dY and dW once, at 0.9 of 4.8 TB/s."""
+    r = roofline.line("H200", SUITE["resnet50/layer1.conv3"], 1, 0.5)
+    moved = 2 * (256 * 56**2 * (64 + 256) + 64 * 256)
+    assert r["us"]["dense"] == pytest.approx(moved / (0.9 * 4.8e6) + 2, rel=1e-2)
+    assert r["bound"]["dense"] == "memory"
+
+
+def test_sectors():
+    """Scattered, nearly all of dY's sectors are needed; in granules only those of active ones."""
+    scattered, granular = (layer_of(WIDE, 0.25, granule) for granule in (1, GRANULE))
+    assert scattered.sectors(scattered.k) == pytest.approx(1 - 0.75**16)
+    assert granular.sectors(granular.k) == pytest.approx(0.25)
+    assert layer_of(SUITE["resnet32/fc"], 0.25, GRANULE).granule == 1  # of 10 neurons
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_times_follow_what_they_should(card):
+    gpu = CARDS[card]
+    for problem in SUITE.values():
+        times = {
+            (active, granule): {n: p.time(gpu)[0] for n, p in found.items()}
+            for active in (0.1, 0.5, 0.9)
+            for granule in (1, GRANULE)
+            if (found := plans(problem, active, granule, gpu))
+        }
+        for one in times.values():
+            assert one["masked"] > one["dense"] > 0
+        for name in {"pack", "grouped"} & times[0.1, 1].keys():
+            assert times[0.1, 1][name] <= times[0.9, 1][name], (problem.name, name)
+            few = layer_of(problem, 0.1, GRANULE).k <= layer_of(problem, 0.1, 1).k
+            assert not few or times[0.1, GRANULE][name] <= times[0.1, 1][name]
+
+
+def test_a_bias_favours_packing():
+    """Its sums come with the copy, while dense reads dY once more."""
+    without = roofline.line("H200", Problem(**vars(BIASED) | {"bias": False}), 1, 0.5)
+    with_bias = roofline.line("H200", BIASED, 1, 0.5)
+    assert with_bias["us"]["dense"] > without["us"]["dense"] * 1.1
+    assert with_bias["realised"] > without["realised"]
+
+
+def test_whole(tmp_path, capsys):
+    file, picture = tmp_path / "roofline.json", tmp_path / "roofline.png"
+    arguments = ["--cards", "A100,H200", "--only", "^(vit-s|resnet32|convnext-t)/", "--layers"]
+    roofline.main([*arguments, "--json", str(file), "--plot", str(picture)])
+    written = json.loads(file.read_text())
+    assert written["environment"]["what"] == "modelled, not measured"
+    assert written["environment"]["cards"]["H200"]["processors"] == 132
+    rows = written["results"]
+    names = {
+        p.name for p in SUITE.values() if p.name.startswith(("vit-s", "resnet32", "convnext-t"))
+    }
+    assert {r["name"] for r in rows} == names
+    assert len(rows) == len(names) * 2 * 2 * 4
+    for r in rows:
+        assert r["us"][r["best"]] <= r["us"]["masked"]
+        assert r["floor_us"] <= min(r["us"].values())
+        assert (r["realised"] is None) == (r["grouped"] or r["active"] == 1)
+    assert picture.stat().st_size > 10_000
+    assert "gathering" in capsys.readouterr().out
+
+
+MEASURED = {
+    "name": "llama-8b/q_proj, o_proj",
+    "dtype": "bfloat16",
+    "layout": "contiguous",
+    "active": 0.5,
+    "backend": "pack",
+    "dense_ms": 1.0,
+    "neq_ms": 0.5,
+}
+
+
+def test_compare(tmp_path, capsys):
+    """Each line of a run that the model knows: measured, modelled, and how they compare."""
+    file = tmp_path / "gpu_check.json"
+    others = [
+        MEASURED | change
+        for change in ({"active": 1.0}, {"dtype": "float32"}, {"name": "none/such"})
+    ]
+    wrong = MEASURED | {"neq_ms": None, "backend": "dense", "active": 0.25}
+    images = MEASURED | {"name": "resnet50/layer1.conv3", "layout": "contiguous"}
+    run = {"environment": {"gpu": "NVIDIA H200", "threads": 1}}
+    file.write_text(json.dumps(run | {"results": [MEASURED, *others, wrong, images]}))
+    roofline.main(["--compare", str(file)])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "llama" in line]
+    assert len(lines) == 2
+    modelled = roofline.line("H200", WIDE, 1, 0.5)["us"]
+    for us, ms in ((modelled["dense"], 1.0), (modelled["pack"], 0.5)):
+        assert f"{us / 1e3:.3f}"[:5] in lines[0]
+        assert f"{1e3 * ms / us:.2f}" in lines[0]
+    assert "tensor cores" in lines[0]
+    file.write_text(json.dumps({"environment": {"gpu": "Tesla T4", "threads": 1}, "results": []}))
+    with pytest.raises(SystemExit, match="no card of A100, H100, H200, B200, RTX 4090 is Tesla T4"):
+        roofline.main(["--compare", str(file)])
+
+
+def test_cards(capsys):
+    assert card_of("NVIDIA H200") == "H200"
+    assert card_of("NVIDIA GeForce RTX 4090") == "RTX 4090"
+    assert card_of("NVIDIA A100-SXM4-80GB") == "A100"
+    assert_refused(roofline.parse, ["--cards", "T4"], "known are A100, H100", capsys)
