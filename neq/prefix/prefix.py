@@ -131,10 +131,17 @@ class Prefix:
                 newly frozen are computed anew, for the weights that they keep.
 
         Raises:
-            ValueError: If there are not so many blocks.
+            ValueError: If there are not so many blocks, or the model has got another form.
         """
         if not 0 <= depth <= len(self.blocks):
             raise ValueError(f"depth must be in [0, {len(self.blocks)}], got {depth}")
+        here = {name for name, _ in self.model.named_parameters()}
+        if gone := [n for block in self.blocks for n in block.parameters if n not in here]:
+            raise ValueError(
+                f"the model has no parameter {gone[0]!r} any more: neq.compact and neq.expand give "
+                "parameters other names, so make a Prefix, or a Controller that freezes one, after "
+                "them"
+            )
         if statistics is not None and depth > self.depth:
             new = self._outermost(_modules(self.blocks[self.depth : depth]))
             recompute_statistics(self.model, new.values(), statistics)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from neq.layers.groups import all_active
+from neq.layers.leaves import whole
 from neq.measure.evaluating import Inputs, call, evaluating, forgetting
 from neq_kernels import _torch
 
@@ -125,12 +126,15 @@ def crossings(model: nn.Module, inputs: Inputs) -> list[Crossing]:
                 other = ends.get(place)
                 if other is None or calls[other].end < one.end:
                     ends[place] = name
+    # of a compact layer the weight is in the graph, and the leaf among the model's parameters
+    leaves = {whole(p): p for p in model.parameters()}
+    parameters = {leaves.get(t, t): first for t, first in graph.parameters.items()}
     return [
         Crossing(
             name,
             frozenset(n for n, one in calls.items() if one.end <= calls[name].end),
             frozenset(n for n, one in calls.items() if one.unseen and one.end <= calls[name].end),
-            frozenset(p for p, first in graph.parameters.items() if first <= place.node),
+            frozenset(p for p, first in parameters.items() if first <= place.node),
         )
         for place, name in sorted(ends.items())
     ]

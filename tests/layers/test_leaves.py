@@ -5,12 +5,13 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import neq
 from neq.layers import base
 from tests.support.compact import ROWS, Net, assert_same_weights, batch, loss_of, set_rows, twins
-from tests.support.layers import CONV, LINEAR, NORM, TRANSPOSED
+from tests.support.layers import CONV, EMBEDDING, LINEAR, NORM, TRANSPOSED
 from tests.support.tensors import integers
 
 
@@ -22,10 +23,10 @@ def in_both_forms(case, rows):
 
 def has_leaves(case):
     masked = case.twins()[1]
-    return masked.neuron_dim is not None
+    return masked.neuron_dim is not None and not case.options.get("sparse")
 
 
-CASES = [case for case in (*LINEAR, *CONV, *TRANSPOSED, *NORM) if has_leaves(case)]
+CASES = [case for case in (*LINEAR, *CONV, *TRANSPOSED, *EMBEDDING, *NORM) if has_leaves(case)]
 in_cases = pytest.mark.parametrize("case", CASES, ids=repr)
 
 
@@ -37,10 +38,10 @@ def test_gradients_are_the_active_rows_of_the_masked_ones(case, share):
     masked, compact = in_both_forms(case, rows)
     outputs, given = [], case.input(exact=True)
     for layer in masked, compact:
-        x = given.clone().requires_grad_()
+        x = given.clone().requires_grad_(given.is_floating_point())
         y = layer(x, **case.forward)
         y.backward(integers(y.shape, generator=torch.Generator().manual_seed(0)))
-        outputs.append((y, x.grad))
+        outputs.append((y, x.grad) if x.requires_grad else (y,))
     for a, b in zip(*outputs, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
     for name, dim in compact.leaves.dims.items():
@@ -222,3 +223,45 @@ def test_data_parallel_replicas_train_the_leaves():
     through, compact.mlp.active_weight.grad = compact.mlp.active_weight.grad, None
     compact.mlp(x).square().sum().backward()
     torch.testing.assert_close(through, compact.mlp.active_weight.grad)
+
+
+class Language(nn.Module):
+    """A language model whose output shares the weight of its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(24, 16, padding_idx=3)
+        self.mix = nn.Linear(16, 16)
+        self.out = nn.Linear(16, 24, bias=False)
+        self.out.weight = self.embed.weight
+
+    def forward(self, x):
+        return self.out(F.gelu(self.mix(self.embed(x))))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("capacity", [None, 10, 1.0])
+def test_an_embedding_that_is_tied_to_the_output(capacity, compiled):
+    torch.manual_seed(0)
+    masked = neq.convert(Language())
+    masked.embed.set_active([1, 3, 5, 23])
+    compact = neq.compact(copy.deepcopy(masked), capacity=capacity, leave_alone=["mix"])
+    assert compact.embed.active_weight is compact.out.active_weight
+    run = masked, torch.compile(compact, backend="aot_eager") if compiled else compact
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.01) for m in (masked, compact)]
+    for rows in [1, 3, 5, 23], [0, 3, 4], [], range(10):
+        ids = torch.randint(24, (4, 6))
+        for model, call, optimizer in zip((masked, compact), run, optimizers, strict=True):
+            model.embed.set_active(rows)
+            optimizer.zero_grad()
+            call(ids).square().sum().backward()
+            optimizer.step()
+    state = masked.state_dict()
+    for name, values in compact.state_dict().items():
+        torch.testing.assert_close(values, state[name], msg=name)
+
+
+def test_a_sparse_embedding_stays_in_the_masked_form():
+    model = nn.Sequential(nn.Embedding(8, 4, sparse=True))
+    with pytest.raises(ValueError, match=r"\(0: its gradients are sparse\)"):
+        neq.compact(model, leave_alone=())

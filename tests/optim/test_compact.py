@@ -149,7 +149,7 @@ def test_layers_that_share_a_weight_share_their_leaves():
     assert compact[0].weight is compact[1].weight
 
 
-def test_a_weight_shared_with_an_embedding_stays_ordinary():
+def test_layers_that_share_a_weight_and_not_a_bias_stay_ordinary():
     model = nn.ModuleDict(
         {"embed": nn.Embedding(8, 4), "a": nn.Linear(4, 6), "out": nn.Linear(4, 8)}
     )
