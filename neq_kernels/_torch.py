@@ -63,6 +63,22 @@ def will_execute(node: Any) -> bool:
         return True
 
 
+def exchange_data(p: Tensor, data: Tensor) -> None:
+    """Give a leaf of autograd's graph other data, whose shape the graphs after this one see.
+
+    The node that adds up its gradients remembers its shape, and lives as long as any graph does: a
+    loss that someone keeps. torch makes another node where the dtype changes, and not for a shape.
+    """
+    p.data = data.new_empty(0, dtype=torch.float64 if data.dtype != torch.float64 else torch.float)
+    p.data = data
+
+
+def storage_key(t: Tensor) -> int:
+    """A number that tensors of the same storage share, on every device, as long as it lives."""
+    key: int = t.untyped_storage()._cdata
+    return key
+
+
 def current_stream(device: int) -> int:
     """The handle of CUDA's current stream. torch's public function takes microseconds."""
     stream: int = torch._C._cuda_getCurrentRawStream(device)

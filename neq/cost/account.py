@@ -88,26 +88,28 @@ class LayerAccount:
 
 @dataclass(frozen=True)
 class Memory:
-    """The bytes that a training step keeps, beside activations and buffers.
+    """The bytes that a training step keeps.
 
     Attributes:
         weights: The parameters; of a compact model, all weights and the leaves.
         gradients: Of what trains.
         optimizer: The optimizer's state.
+        activations: What a forward saves for the backward; None without example inputs.
     """
 
     weights: int = 0
     gradients: int = 0
     optimizer: int = 0
+    activations: int | None = None
 
     @property
     def total(self) -> int:
-        """All three together."""
-        return self.weights + self.gradients + self.optimizer
+        """All together."""
+        return self.weights + self.gradients + self.optimizer + (self.activations or 0)
 
     def __str__(self) -> str:
-        parts = self.weights, self.gradients, self.optimizer, self.total
-        return "weights {}B, gradients {}B, optimizer {}B, together {}B".format(*map(si, parts))
+        parts = {k: v for k, v in vars(self).items() if v is not None} | {"together": self.total}
+        return ", ".join(f"{name} {si(size)}B" for name, size in parts.items())
 
 
 @dataclass(frozen=True)

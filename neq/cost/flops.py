@@ -8,10 +8,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import Optimizer
 
 from neq.cost.account import Account, Costs, LayerAccount, Work
-from neq.cost.memory import default, held
+from neq.cost.memory import check_optimizer, default, held, saving
 from neq.layers.base import NeuronLayer
 from neq.layers.conversion import convertible
 from neq.layers.groups import all_active
@@ -61,9 +61,11 @@ def account(
             kinds[name] = kind
         elif any(p is not None for p in module._parameters.values()):
             uncounted.append(name or "(the model)")
-    now = _calls(model, kinds, example_inputs)
+    now, saved = _calls(model, kinds, example_inputs)
+    dense, dense_saved = now, saved
     with all_active(model) as masked:
-        dense = _calls(model, kinds, example_inputs) if masked else now
+        if masked:
+            dense, dense_saved = _calls(model, kinds, example_inputs)
 
     updates = _updates(model, optimizer)
     layers = {}
@@ -85,7 +87,7 @@ def account(
             _costs(module, kind, dense[name], Fraction(1), samples, update),
             _costs(module, kind, now[name], share, samples, update),
         )
-    return Account(layers, tuple(uncounted), *held(model, optimizer))
+    return Account(layers, tuple(uncounted), *held(model, optimizer, dense_saved, saved))
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,10 @@ class _Call:
     dgrad: bool
 
 
-def _calls(model: nn.Module, names: Iterable[str], example_inputs: Any) -> dict[str, list[_Call]]:
-    """The calls of each named module in a forward pass."""
+def _calls(
+    model: nn.Module, names: Iterable[str], example_inputs: Any
+) -> tuple[dict[str, list[_Call]], int]:
+    """The calls of each named module in a forward pass, and the bytes that it saves."""
     calls: dict[str, list[_Call]] = {name: [] for name in names}
 
     def record(name: str, layer: nn.Module, args: Any, kwargs: Any, y: Tensor) -> None:
@@ -112,9 +116,9 @@ def _calls(model: nn.Module, names: Iterable[str], example_inputs: Any) -> dict[
         example_inputs = tuple(example_inputs)
     elif not isinstance(example_inputs, tuple | Mapping):
         example_inputs = (example_inputs,)
-    with evaluating(model), hooked(hooks), torch.enable_grad():
+    with evaluating(model), hooked(hooks), torch.enable_grad(), saving() as count:
         call(model, example_inputs)
-    return calls
+    return calls, count(model)
 
 
 def _first_tensor(inputs: Any) -> Tensor:
@@ -169,11 +173,7 @@ def _updates(model: nn.Module, optimizer: Optimizer | None) -> dict[Tensor, tupl
     """For each parameter that is stepped, of one element: FLOPs, and numbers moved."""
     if optimizer is None:
         return {p: _update(default()) for p in model.parameters() if p.requires_grad}
-    if not isinstance(optimizer, SGD | Adam):
-        raise ValueError(
-            "optimizer must be SGD, Adam or AdamW, of torch.optim or of neq.optim, "
-            f"got {type(optimizer).__name__}"
-        )
+    check_optimizer(optimizer)
     groups = ((p, g) for g in optimizer.param_groups for p in g["params"])
     return {p: _update(group) for p, group in groups if p.requires_grad}
 

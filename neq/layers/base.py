@@ -207,7 +207,8 @@ class NeuronLayer(CompactForm):
             TypeError: If some neurons are frozen and the weight is a DTensor.
         """
         active, compact = self.active, self.leaves is not None
-        if torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if compiling:
             # a graph that depends on this layer's own mask would be recompiled at each change
             everything = not (compact or active.ever_masked)
             nothing = self.has_statistics and active.nothing
@@ -238,7 +239,11 @@ class NeuronLayer(CompactForm):
         y = None
         if trained[0].requires_grad and not weight.is_complex() and not _beyond_backward():
             y = self._train_active(weight, bias, *args, **kwargs)
-        return self._element_wise(*args, **kwargs) if y is None else y
+        if y is None:
+            y = self._element_wise(*args, **kwargs)
+        if compact and y.requires_grad and not (compiling or _beyond_backward()):
+            self.refuse_other_rows(y)
+        return y
 
     def _report_zeros(self, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """``y``, with a backward that gives zeros as the gradients of weight and bias."""

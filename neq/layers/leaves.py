@@ -72,7 +72,7 @@ class Owner:
         if in_place and rows.shape == leaf.shape:
             leaf.copy_(rows)
         else:
-            leaf.data = rows
+            _torch.exchange_data(leaf, rows)
         if not used:
             leaf.grad = torch.full_like(leaf, torch.nan)
             self._lost = weakref.ref(leaf.grad)
@@ -194,6 +194,20 @@ class CompactForm(nn.Module):
                 key = id(leaf)
                 weakref.finalize(leaf, _owners.pop, key, None)
                 _owners[key] = Owner(weakref.ref(leaf), weakref.ref(self), name)
+
+    def refuse_other_rows(self, y: Tensor) -> None:
+        """Let the backward of an output refuse gradients for rows that the leaves don't hold."""
+        leaves = cast(Leaves, self.leaves)
+        rows = leaves.rows
+
+        def check(dy: Tensor) -> None:
+            if leaves.rows is not rows and leaves.rows != rows:
+                raise RuntimeError(
+                    f"{self._described()}: other neurons train since the forward of this backward: "
+                    "call set_active (or the Controller's step) after optimizer.step()"
+                )
+
+        y.register_hook(check)
 
     def _pair(self, name: str) -> tuple[nn.Parameter, Tensor, int]:
         """A leaf, the tensor, and their dimension that counts neurons."""

@@ -169,9 +169,9 @@ class _State:
             self.entries[ROWS] = self.rows
 
     def _tensors(self, size: int) -> dict[str, Tensor]:
-        """The entries that have an element, or more, for each of so many rows."""
+        """The entries that have an element, or more, for each of so many rows: their values."""
         return {
-            key: t
+            key: t if type(t) is Tensor else t.dequantize()
             for key, t in self.entries.items()
             if isinstance(t, Tensor) and t.dim() == self.p.dim() and t.shape[self.dim] == size
         }
@@ -209,10 +209,9 @@ class _State:
         for key, t in tensors.items():
             moved = move(t, self.dim, start_value(self.optimizer, self.group, key))
             self._bring(move, key, moved, parked)
-            if moved.shape == t.shape:
-                t.copy_(moved)  # the same tensor, which a captured graph may read
-            else:
-                self.entries[key] = moved
+            if moved.shape != t.shape:
+                self.entries[key] = self._empty(key, moved)
+            self.entries[key].copy_(moved)  # the same tensor, which a captured graph may read
         ages |= dict(zip(parked[ROWS], parked["ages"], strict=True))
         self._set_ages(ages, move.new)
         waiting = [i for i, row in enumerate(parked[ROWS]) if row not in move.new.places]
@@ -220,6 +219,12 @@ class _State:
             kept = {key: self._some(t, waiting) for key, t in parked.items() if key in tensors}
             lists = {key: [parked[key][i] for i in waiting] for key in (ROWS, "ages")}
             self.entries[PARKED] = {**lists, **kept}
+
+    def _empty(self, key: str, like: Tensor) -> Tensor:
+        """A new entry: of torchao's optimizers one that keeps values in few bits."""
+        make = getattr(self.optimizer, "_new_buffer", None)
+        empty: Tensor = torch.empty_like(like) if make is None else make(self.p, key == "exp_avg")
+        return empty
 
     def _some(self, t: Tensor, places: list[int]) -> Tensor:
         return t.index_select(self.dim, torch.tensor(places, dtype=torch.int64, device=t.device))

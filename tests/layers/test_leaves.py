@@ -265,3 +265,26 @@ def test_a_sparse_embedding_stays_in_the_masked_form():
     model = nn.Sequential(nn.Embedding(8, 4, sparse=True))
     with pytest.raises(ValueError, match=r"\(0: its gradients are sparse\)"):
         neq.compact(model, leave_alone=())
+
+
+@pytest.mark.parametrize("capacity", [None, 20])
+def test_a_graph_that_is_kept_hinders_no_other_rows(capacity):
+    """As ``loss`` is, which lives on after its step in most training loops."""
+    _, model = twins(capacity=capacity)
+    kept = []
+    for rows in ROWS, {"mlp": [3], "norm": [1], "conv": [2]}, {"mlp": []}, ROWS:
+        set_rows(model, rows)
+        model.zero_grad()
+        kept.append(loss_of(model))
+        kept[-1].backward()
+        assert all(p.grad is None or p.grad.shape == p.shape for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", list(ROWS))
+@pytest.mark.parametrize("capacity", [None, 20])
+def test_other_rows_between_a_forward_and_its_backward_are_refused(capacity, name):
+    _, model = twins(capacity=capacity)
+    loss = loss_of(model)
+    getattr(model, name).set_active(range(1, 17))
+    with pytest.raises(RuntimeError, match=f"'{name}': other neurons train since the forward"):
+        loss.backward()

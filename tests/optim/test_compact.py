@@ -104,8 +104,10 @@ def test_the_bytes_that_torch_allocates():
     optimizer.step()
     assert live_bytes() - weights == pytest.approx(16 * s * N, rel=0.05)
     account = neq.account(model, torch.ones(1, 512), optimizer=optimizer)
-    assert account.dense_memory == Memory(4 * N, 4 * N, 8 * N)
-    assert account.memory.total == pytest.approx(live_bytes() - weights + 4 * N, rel=0.01)
+    assert account.dense_memory == Memory(4 * N, 4 * N, 8 * N, activations=2 * 4 * 512)
+    assert account.memory.activations == 2 * 4 * 512  # of one sample, the inputs of both layers
+    kept = account.memory.total - account.memory.activations
+    assert kept == pytest.approx(live_bytes() - weights + 4 * N, rel=0.01)
     assert f"memory now: {account.memory}" in str(account)
 
 

@@ -90,6 +90,7 @@ def test_it_trains_like_a_masked_one():
         torch.testing.assert_close(t, state[name], msg=name)
 
 
+@pytest.mark.usefixtures("always_pays")
 def test_a_cache_serves_it():
     _, model = compact()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)

@@ -282,6 +282,19 @@ def shard_compact(rank: int) -> None:
         other(torch.randn(BATCH, 3, 5, 5))
 
 
+def flatten_compact(rank: int, use_orig_params: bool) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model, _ = model_and_twin()
+    for layer in layers_of(neq.convert(model)):
+        layer.set_active([0, 1])
+    parallel = FullyShardedDataParallel(
+        neq.compact(model), device_id=torch.device("cpu"), use_orig_params=use_orig_params
+    )
+    with pytest.raises(TypeError, match="no wrapper may exchange or flatten parameters"):
+        parallel(torch.randn(BATCH, 3, 5, 5))
+
+
 SCENARIOS = {
     "plain": train,
     "by rows": train_by_rows,
@@ -299,6 +312,8 @@ SCENARIOS = {
     "compact": train_compact,
     "compact, static_graph": partial(train_compact, static_graph=True),
     "compact, fully_shard": shard_compact,
+    "compact, FSDP1": partial(flatten_compact, use_orig_params=False),
+    "compact, FSDP1, use_orig_params": partial(flatten_compact, use_orig_params=True),
     "fully_shard, measured": measure_shards,
 }
 
