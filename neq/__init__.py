@@ -16,7 +16,7 @@ from neq.layers.conv import (
     NEqConvTranspose2d,
     NEqConvTranspose3d,
 )
-from neq.layers.conversion import convert, revert
+from neq.layers.conversion import convert, expand, revert
 from neq.layers.embedding import NEqEmbedding
 from neq.layers.linear import NEqLinear
 from neq.layers.norm import (
@@ -36,6 +36,7 @@ from neq.measure.entropy import PSPEntropy, entropi, psp_entropy
 from neq.measure.equilibrium import Velocity, similarity
 from neq.measure.probes import NoiseProbe, Probe, WeightProbe
 from neq.measure.sensitivity import Sensitivity, sensitivity
+from neq.optim.compact import compact
 from neq.policies import (
     AdaptiveEps,
     BottomUp,
@@ -104,8 +105,10 @@ __all__ = [
     "__version__",
     "account",
     "blocks",
+    "compact",
     "convert",
     "entropi",
+    "expand",
     "optim",
     "prune",
     "psp_entropy",

@@ -56,7 +56,8 @@ class Controller:
             does not measure. Under ``torch.distributed`` each rank may hold its own part.
         policy: Chooses the neurons that train; by default ``Equilibrium()``.
         on_thaw: What a neuron's optimizer state is when it trains again: see ``neq.optim.Guard``.
-        warmup: How many epochs train all neurons. With 0 the policy chooses before the first epoch.
+        warmup: How many epochs train all neurons. With 0 the policy chooses before the first epoch;
+            so it does for a compact model, in which all neurons can't train.
         every: After how many steps of its first optimizer the Controller measures and chooses by
             itself. An epoch is then this many steps. By default it does so when ``step`` is called.
             Steps that a GradScaler skips do not count, and while gradients are accumulated there
@@ -143,14 +144,14 @@ class Controller:
         self.optimizers = [optimizer_in(one) for one in several]
         self.probe = probe_for(self.policy, probe)
         check_counts(warmup, every, epochs, len(self.optimizers))
-        self.warmup, self.every, self.epochs = warmup, every, epochs
         self.history = history if isinstance(history, History) else History(history)
-        self.epoch = 0
+        self.epoch, self.every, self.epochs = 0, every, epochs
         self.loss: float | None = None
         self.record: EpochRecord | None = None
         self.scores: dict[str, Tensor] = {}
 
         self.layers = chosen_for(self.model, leave_alone)
+        self.warmup = 0 if any(g.is_compact for g in self.layers.values()) else warmup
         self._granule = check_granule(granule) if self.policy.by_granule else 1
         self._sizes = [group.n_neurons for group in self.layers.values()]
         self._device = next(iter(self.layers.values())).device
@@ -168,14 +169,14 @@ class Controller:
         mine = [layer for group in self.layers.values() for layer in group]
         self._guards = Guards(self.optimizers, self.model, mine, on_thaw, told)
         by_rows = self._guards.by_rows  # then freezing saves updates too
-        self._recorder = Recorder(self.policy, self._costs, by_rows, warmup, epochs)
+        self._recorder = Recorder(self.policy, self._costs, by_rows, self.warmup, epochs)
         self.prefix = prefix_for(self.policy, self.model, self.layers, inputs, leave_alone)
         self._statistics = statistics
         if self.optimizers:
             self._count = StepCount(self.optimizers[0], every, self._measure_and_choose)
         self.policy.attach(self)
         self._samples = on_host(self._observe())
-        if warmup == 0:
+        if self.warmup == 0:
             self._decide(self._active())
         self._since = time.perf_counter()
 
@@ -276,7 +277,7 @@ class Controller:
         return self._costs.step_times(self.prefix)
 
     def remove(self) -> None:
-        """Let go of model and optimizers: all neurons train again, and nothing is guarded."""
+        """Let go of model and optimizers: all neurons train (of compact layers, those that do)."""
         if not self._ended:
             self._end("remove() was called")
 
@@ -348,7 +349,7 @@ class Controller:
                 other._end("another Controller chooses for its layers")
                 told += other._guards.told
         for group in self.layers.values():
-            group.set_active(None)
+            group.let_go()
         _IN_CHARGE.add(self)
         return told
 
@@ -362,7 +363,7 @@ class Controller:
         if self.prefix is not None:
             self.prefix.freeze(0)
         for group in self.layers.values():
-            group.set_active(None)
+            group.let_go()
 
     def _check_in_charge(self) -> None:
         if self._ended:

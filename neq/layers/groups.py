@@ -1,7 +1,7 @@
 """Groups: layers of a model that share one weight, and so one choice of active neurons."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,11 @@ class Group(list[NeuronLayer]):
         return device
 
     @property
+    def is_compact(self) -> bool:
+        """Are the layers in the compact form?"""
+        return self.first.leaves is not None
+
+    @property
     def mask(self) -> Tensor:
         """Which neurons are active: bool [n_neurons], on the CPU."""
         return self.first.active_mask.cpu()
@@ -73,6 +78,11 @@ class Group(list[NeuronLayer]):
             mask: bool [n_neurons], or None for all.
         """
         self.first.set_active(mask)
+
+    def let_go(self) -> None:
+        """Train all neurons; in the compact form, which has no room for them, those that did."""
+        if not self.is_compact:
+            self.set_active(None)
 
 
 def chosen_for(model: nn.Module, leave_alone: LeaveAlone) -> dict[str, Group]:
@@ -193,12 +203,11 @@ def _all(model: nn.Module, active: bool) -> Iterator[list[ActiveSet]]:
     """Inside, all neurons are active, or none is. Yields what they were before."""
     layers = [m for m in model.modules() if isinstance(m, NeuronLayer)]
     kept = [layer.active for layer in layers]
-    try:
-        for layer in layers:
+    with ExitStack() as stack:
+        for layer, before in zip(layers, kept, strict=True):
+            stack.enter_context(layer.without_leaves())
+            stack.callback(setattr, layer, "active", before)
             layer.active = ActiveSet(layer.n_neurons, layer.weight.device)
             if not active:
                 layer.active.set(torch.zeros(layer.n_neurons, dtype=torch.bool, device="cpu"))
         yield kept
-    finally:
-        for layer, before in zip(layers, kept, strict=True):
-            layer.active = before

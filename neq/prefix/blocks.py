@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from neq.layers.leaves import whole
 from neq.measure.evaluating import as_inputs
 from neq.prefix.trace import Crossing, crossings
 
@@ -102,7 +103,7 @@ def _multiplied(model: nn.Module) -> frozenset[Tensor]:
         if not isinstance(module, nn.Embedding | nn.EmbeddingBag)
         for p in module.parameters(recurse=False)
         # [1, positions, features] is a table
-        if p.dim() > 1 and (len(p) > 1 or p.dim() != 3)
+        if p.dim() > 1 and (len(whole(p)) > 1 or p.dim() != 3)
     )
 
 

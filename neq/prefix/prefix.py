@@ -122,7 +122,8 @@ class Prefix:
             for name in block.parameters
         }
         self._handles: list[RemovableHandle] = []
-        self._layers: list[NeuronLayer] = []  # the frozen ones
+        # the frozen ones, each with the neurons that trained before: bool [n]
+        self._layers: dict[NeuronLayer, Tensor] = {}
         self._open: list[nn.Module] = []  # in eval mode as long as a forward is in the prefix
         self._training: dict[nn.Module, bool] = {}  # the flags of the frozen modules before
         self._modes: dict[nn.Module, bool] = {}  # calls of their ``train`` since, the latest last
@@ -131,16 +132,25 @@ class Prefix:
     def freeze(self, depth: int, *, statistics: Iterable[Any] | None = None) -> None:
         """Freeze the first ``depth`` blocks whole. Those that were frozen beyond train again.
 
+        In the compact form, those neurons train again that trained before.
+
         Args:
             depth: How many blocks.
             statistics: Batches of training. By these, the running statistics of norms that are
                 newly frozen are computed anew, for the weights that they keep.
 
         Raises:
-            ValueError: If there are not so many blocks.
+            ValueError: If there are not so many blocks, or the model has got another form.
         """
         if not 0 <= depth <= len(self.blocks):
             raise ValueError(f"depth must be in [0, {len(self.blocks)}], got {depth}")
+        here = {name for name, _ in self.model.named_parameters()}
+        if gone := [n for block in self.blocks for n in block.parameters if n not in here]:
+            raise ValueError(
+                f"the model has no parameter {gone[0]!r} any more: neq.compact and neq.expand give "
+                "parameters other names, so make a Prefix, or a Controller that freezes one, after "
+                "them"
+            )
         if statistics is not None and depth > self.depth:
             new = self._outermost(self._frozen_names(depth) - self._frozen_names(self.depth))
             recompute_statistics(self.model, new.values(), statistics)
@@ -232,8 +242,8 @@ class Prefix:
             vars(module)["train"] = partial(self._stay_in_eval, module)
         for name, owner in self._owners():
             if isinstance(owner, NeuronLayer):
+                self._layers.setdefault(owner, owner.active_mask)
                 owner.set_active([])
-                self._layers.append(owner)
             else:
                 freeze_whole(owner, name)
         self._marked = self._marks()
@@ -248,10 +258,11 @@ class Prefix:
             module.train(mode)
         for _, owner in self._owners():
             if isinstance(owner, NeuronLayer):
-                owner.set_active(None)
+                # the compact form has room for what trained before
+                owner.set_active(None if owner.leaves is None else self._layers[owner])
             else:
                 thaw_whole(owner)
-        self._handles, self._layers, self._open = [], [], []
+        self._handles, self._layers, self._open = [], {}, []
         self._training, self._modes, self._marked = {}, {}, {}
 
     def _stay_in_eval(self, module: nn.Module, mode: bool = True) -> nn.Module:

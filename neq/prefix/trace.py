@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from neq.layers.groups import all_active
+from neq.layers.leaves import whole
 from neq.measure.evaluating import Inputs, call, evaluating, forgetting
 from neq_kernels import _torch
 
@@ -132,17 +133,23 @@ def crossings(model: nn.Module, inputs: Inputs) -> list[Crossing]:
             in_time = place in places and one.next_node <= places[place]
             if name and one.count == 1 and in_time:
                 ends.append((place, name))
+    # of a compact layer the weight is in the graph, and the leaf among the model's parameters
+    leaves = {whole(p): p for p in model.parameters()}
+    first_uses = {leaves.get(t, t): first for t, first in graph.parameters.items()}
     return [
-        _crossing(name, place, calls, graph) for place, name in sorted(ends, key=lambda one: one[0])
+        _crossing(name, place, calls, first_uses)
+        for place, name in sorted(ends, key=lambda one: one[0])
     ]
 
 
-def _crossing(name: str, place: Place, calls: Mapping[str, _Calls], graph: _Graph) -> Crossing:
+def _crossing(
+    name: str, place: Place, calls: Mapping[str, _Calls], first_uses: Mapping[Tensor, int]
+) -> Crossing:
     end = calls[name].end
     begun = {n: one for n, one in calls.items() if one.begin < end}
     complete = frozenset(n for n, one in begun.items() if one.end <= end)
     unseen = frozenset(n for n in complete if begun[n].unseen)
-    parameters = frozenset(p for p, first in graph.parameters.items() if first <= place.node)
+    parameters = frozenset(p for p, first in first_uses.items() if first <= place.node)
     return Crossing(name, place, complete, unseen, frozenset(begun) - complete, parameters)
 
 
