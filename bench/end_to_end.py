@@ -16,14 +16,23 @@ and for comparison, at the f nearest to a half:
     gather     as neq, but by a naive gather around the vendor's calls
     layers     requires_grad=False on random layers
 
-bench/lib/step_contenders.py defines them. Each contender runs in its fastest layout. A step is
-forward, backward and the optimizer's update; the update is also timed apart. Peak memory is that of
-the tensors which a step takes beyond parameters, batch and the optimizer's state. Two ceilings say
-how many times faster a step could be: one by the FLOPs of the network's layers, the other,
-3 / (2 + f), as if weight gradients were a third of the step.
+and with a share of the blocks frozen as a prefix (--prefix):
 
-The loss and the gradients of each step are first compared with the dense step's. If they differ,
-the step is named instead of timed, and the run fails in the end.
+    by hand    requires_grad=False on its parameters, its modules in eval mode
+    prefix     a neq.Prefix; f is the share of the weight gradients' FLOPs above it
+    cached     with a neq.PrefixCache that has the batch's outputs
+    rest       the rest of the network alone
+
+bench/lib/step_contenders.py and prefix_contenders.py define them. Each contender runs in its
+fastest layout. A step is forward, backward and the optimizer's update; the update is also timed
+apart. Peak memory is that of the tensors which a step takes beyond parameters, batch and the
+optimizer's state. Two ceilings say how many times faster a step could be without a prefix: one by
+the FLOPs of the network's layers, the other, 3 / (2 + f), as if weight gradients were a third of
+the step.
+
+The loss and the gradients of each step are first compared with the dense step's, those of a prefix
+with the step by hand, where norms are in eval mode too. If they differ, the step is named instead
+of timed, and the run fails in the end.
 """
 
 import argparse
@@ -40,12 +49,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.lib import cli, results, step_report
+from bench.lib import cli, prefix_contenders, results, step_report
 from bench.lib.environment import environment
 from bench.lib.networks import Network, networks
 from bench.lib.peak_memory import peak_bytes
 from bench.lib.results import Result
-from bench.lib.step_contenders import Backends, Bench, Gate, Step
+from bench.lib.step_contenders import Backends, Bench, Gate, SettledStep, Step
 from bench.lib.timing import FEWEST, Times, each_round
 from bench.lib.wgrad_contenders import WrongResultError
 
@@ -112,7 +121,7 @@ def measure(
     with device:
         model = network.build().train()
     benches = [
-        Bench(network, model, layout, samples, device, dtype, graphs=given.graphs)
+        Bench(name, network, model, layout, samples, device, dtype, graphs=given.graphs)
         for layout in network.layouts
     ]
     shares = Shares.of(benches[0])
@@ -120,7 +129,7 @@ def measure(
     steps: Steps = {}
     facts: dict[Entry, Result] = {}
     for bench in benches:
-        for entry, step, known in checked(name, bench, shares, given, stage):
+        for entry, step, known in checked(bench, shares, given, stage):
             facts[entry] = {"network": name, "samples": samples} | known
             if not known["wrong"]:
                 steps[entry] = step
@@ -141,7 +150,6 @@ def measure(
 
 
 def checked(
-    name: str,
     bench: Bench,
     shares: "Shares",
     given: argparse.Namespace,
@@ -150,11 +158,18 @@ def checked(
     """Each contender's step on one network, and what is known of it before it is timed."""
     if given.compile:
         bench.compile()
-    gate = Gate(name, bench, Step(bench, "dense", 1, shares.wgrads))
-    for contender in contenders(given):
-        entry = Entry(*contender, bench.layout)
+    batch, running = (
+        Gate(bench, kind(bench, "dense", 1, shares.wgrads)) for kind in (Step, SettledStep)
+    )
+    steps = {
+        Step(bench, *one, shares.wgrads): running if one == ("neq", 0) else batch
+        for one in contenders(given)
+    }
+    if not given.compile and not given.graphs:
+        steps |= prefix_contenders.steps(bench, given.prefix, shares.wgrads)
+    for step, gate in steps.items():
+        entry = Entry(step.name, step.active, bench.layout)
         stage(f"checking {entry.name}")
-        step = Step(bench, *contender, shares.wgrads)
         with nullcontext("") if given.compile else Backends(step) as asked:
             wrong = fault(gate, step)
         known = {
@@ -300,6 +315,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--dtype", choices=DTYPES, help="of autocast (default: bfloat16 on a GPU, else float32)")
     cli.add_active(parser, ".75,.5,.25,.1,0")
     cli.add_only(parser, "resnet50 or swin")
+    add("--prefix", type=cli.share, default=0.5, metavar="S", help="share of the blocks frozen")
     add("--compile", action="store_true", help="compile every model with torch.compile")
     add("--graphs", action="store_true", help="replay each step as CUDA graphs")
     cli.add_table(parser)

@@ -6,6 +6,9 @@
 A ResNet-32 trains on 32x32 images with all neurons active. One Controller per memory watches a
 copy of it, and notes which neurons it would freeze.
 
+Then two policies that freeze a prefix decide for a network that trains: how long measuring,
+deciding and freezing take. The first time is apart: ``Budget(unit="step_ms")`` then measures steps.
+
 Then two operations that only move bytes are timed in turns with a copy: ``neq::row_similarity`` of
 two outputs of a larger layer, and ``pack_columns`` of gradients of the same sizes, samples by
 neurons, with their sums. The first reads two outputs, as many bytes as a copy moves. The second
@@ -28,7 +31,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import ResNetConfig, ResNetForImageClassification
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -41,6 +44,7 @@ from bench.lib.timing import cache_bytes, interleave
 from neq_kernels import row_similarity
 from neq_kernels.wgrad.columns import pack_columns
 
+SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
 BATCH, SAMPLES, CLASSES, IMAGES = 100, 50, 10, 50_000
 MEMORIES = ("device", "host", "sketch")
 OUTPUTS = {  # of one sample, neurons first
@@ -48,6 +52,10 @@ OUTPUTS = {  # of one sample, neurons first
     "resnet50/layer4": (2048, 7, 7),
     "swin-b/stage1": (128, 56, 56),
     "gpt2/mlp": (3072, 256),
+}
+DECIDING: dict[str, Callable[[], neq.Policy]] = {
+    "BottomUp": neq.BottomUp,
+    "Budget of step_ms": lambda: neq.Budget(share=0.75, unit="step_ms"),
 }
 ACTIVE = (0.5, 0.25)  # below, packing no longer has to read all of dY
 
@@ -67,29 +75,54 @@ def main(arguments: list[str] | None = None) -> None:
     measured = measure(given)
     results.save(measured, facts, given.json)  # the next part may be cut off
     results.show_table(table(measured))
+    decided = [decide(name, given) for name in DECIDING]
+    results.save(measured + decided, facts, given.json)
+    results.show_table(beside_step(decided))
     compared = compare(given.device, given.seconds)
     results.show_table(beside_copy(compared, "compare"))
     packed = pack(given.device, given.seconds)
     results.show_table(beside_copy(packed, "pack"))
     compares, packs = (median(r["of_copy"] for r in some) for some in (compared, packed))
+    slowest = max(decided, key=lambda r: r["share_of_epoch"])
     worst = max(measured, key=lambda r: r["share_of_epoch"])
     print(
         f"measuring on {SAMPLES} samples takes at most {worst['share_of_epoch']:.2%} of "
         f"an epoch of {IMAGES} images; a sketch and all outputs agree on "
-        f"{measured[-1]['agreement']:.2%} of those frozen; comparing outputs runs at "
+        f"{measured[-1]['agreement']:.2%} of those frozen; "
+        f"measuring, deciding and freezing by {slowest['policy']} takes "
+        f"{slowest['share_of_epoch']:.2%}; comparing outputs runs at "
         f"{compares:.0%} of a copy's bandwidth, packing at {packs:.0%}"
     )
-    results.save([*measured, *compared, *packed], facts, given.json)
+    results.save([*measured, *decided, *compared, *packed], facts, given.json)
 
 
-def measure(given: argparse.Namespace) -> list[Result]:
+def start(given: argparse.Namespace) -> tuple[nn.Module, Tensor, Tensor]:
+    """A ResNet-32, images and labels."""
     torch.manual_seed(0)
     images, labels = made_up() if given.data is None else from_folder(given.data)
-    images, labels = images.to(given.device), labels.to(given.device)
     sizes = {"embedding_size": 16, "hidden_sizes": [16, 32, 64], "depths": [5, 5, 5]}
     config = ResNetConfig(**sizes, layer_type="basic", num_labels=CLASSES)
     model = ResNetForImageClassification(config).to(given.device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    return model, images.to(given.device), labels.to(given.device)
+
+
+def step_seconds(
+    model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor
+) -> float:
+    """What a step on a random batch takes."""
+    began = time.perf_counter()
+    chosen = torch.randint(len(images), (BATCH,), device=images.device)
+    optimizer.zero_grad()
+    loss = F.cross_entropy(model(images[chosen]).logits, labels[chosen])
+    loss.backward()
+    optimizer.step()
+    loss.item()
+    return time.perf_counter() - began
+
+
+def measure(given: argparse.Namespace) -> list[Result]:
+    model, images, labels = start(given)
+    optimizer = torch.optim.SGD(model.parameters(), **SGD)
     probe = images[:SAMPLES]
     watching = {"probe": probe, "optimizer": ()}
     controllers = [  # each of a copy, since a model's layers have one Controller
@@ -104,14 +137,7 @@ def measure(given: argparse.Namespace) -> list[Result]:
         for group in optimizer.param_groups:
             group["lr"] = 0.1 if epoch < given.epochs // 2 else 0.01
         for _ in range(given.steps):
-            start = time.perf_counter()
-            chosen = torch.randint(len(training[0]), (BATCH,), device=given.device)
-            optimizer.zero_grad()
-            loss = F.cross_entropy(model(training[0][chosen]).logits, training[1][chosen])
-            loss.backward()
-            optimizer.step()
-            loss.item()
-            steps.append(time.perf_counter() - start)
+            steps.append(step_seconds(model, optimizer, *training))
         for memory, control in zip(MEMORIES, controllers, strict=True):
             control.model.load_state_dict(model.state_dict())
             probes[memory].append(control.step().probe_seconds)
@@ -129,6 +155,45 @@ def measure(given: argparse.Namespace) -> list[Result]:
         }
         for memory in MEMORIES
     ]
+
+
+def decide(name: str, given: argparse.Namespace) -> Result:
+    """What a policy takes for one decision, beside a step in which everything trains."""
+    model, images, labels = start(given)
+    optimizer = neq.optim.SGD(model.parameters(), **SGD)
+    control = neq.Controller(
+        model,
+        optimizer=optimizer,
+        probe=images[:SAMPLES],
+        example_inputs=images[:BATCH],
+        policy=DECIDING[name](),
+    )
+    steps: list[float] = []
+    for epoch in range(given.epochs):
+        for _ in range(given.steps):
+            seconds = step_seconds(model, optimizer, images[SAMPLES:], labels[SAMPLES:])
+            steps += [seconds] * (epoch == 0)  # before anything is frozen
+        control.step()
+    taken = [record.probe_seconds for record in control.history.records]
+    return {
+        "policy": name,
+        "first_ms": 1e3 * taken[0],
+        "decision_ms": 1e3 * median(taken[1:]),
+        "step_ms": 1e3 * median(steps),
+        "share_of_epoch": median(taken[1:]) / (median(steps) * IMAGES / BATCH),
+        "frozen_blocks": control.prefix.depth,
+        "blocks": len(control.prefix.blocks),
+    }
+
+
+def beside_step(decided: list[Result]) -> Table:
+    figures = "first ms", "then ms", "step ms", "of an epoch", "frozen blocks"
+    out = results.new_table(("policy",), figures)
+    for r in decided:
+        times = (f"{r[key]:.1f}" for key in ("first_ms", "decision_ms", "step_ms"))
+        blocks = f"{r['frozen_blocks']} of {r['blocks']}"
+        out.add_row(r["policy"], *times, f"{r['share_of_epoch']:.2%}", blocks)
+    return out
 
 
 def compare(device: torch.device, seconds: float) -> list[Result]:
@@ -240,7 +305,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = cli.new_parser(__doc__)
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="of images by class")
     cli.add_device(parser, "cpu")
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=10, help="at least 2")
     parser.add_argument("--steps", type=int, default=10, help="per epoch")
     parser.add_argument("--eps", type=float, default=1e-2)
     cli.add_seconds(parser, 1, "kind of output")

@@ -125,6 +125,7 @@ void cuda_conv_wgrad(const Tensor& dy, const Tensor& x, const Tensor& dw, const 
                      uintptr_t stream) {
   require_cuda(device, dy, x, dw, db, order, partial_dw, partial_db);
   check_conv(dy, x, dw, stride, padding, dilation, 1);
+  require(dw.size(0) == dy.size(1), "rows of dw", dw.size(0), std::to_string(dy.size(1)));
   require(stride.size() == 2, "spatial dimensions", int64_t(stride.size()), "2");
   const DType dtype = dy.dtype();
   require(dw.fills_its_memory(), "dw", "without gaps and overlaps in memory");

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <numeric>
 
 #include "cpu/buffer.h"
 #include "cpu/wgrad/conv_wgrad.h"
@@ -66,34 +67,43 @@ cpu::Strides5 strides5(const Tensor& t) {
   return strides;
 }
 
-// The active rows: the first k of `order`, which ascend.
-std::vector<int64_t> active_rows(const Tensor& order, int64_t k, int64_t neurons) {
+// The active rows of dY, and their places in dw.
+struct ActiveRows {
+  std::vector<int64_t> rows, places;
+};
+
+// The rows: the first k of `order`, which ascend. In a dw with as many rows as dY has neurons, they
+// keep their places. In a compact one, with fewer, they come first.
+ActiveRows active_rows(const Tensor& order, int64_t k, int64_t neurons, const Tensor& dw) {
   require_order(order, neurons);
   require_between("k", k, 0, neurons);
+  require_between("rows of dw", dw.size(0), k, neurons);
   const auto* first = order.data<const int64_t>();
-  std::vector<int64_t> rows(first, first + k);
+  ActiveRows active{{first, first + k}, {first, first + k}};
   for (int64_t j = 0; j < k; ++j)
-    if (rows[j] <= (j ? rows[j - 1] : -1) || rows[j] >= neurons)
-      refuse("the first k of order", rows[j],
+    if (first[j] <= (j ? first[j - 1] : -1) || first[j] >= neurons)
+      refuse("the first k of order", first[j],
              "ascending, between 0 and neurons = " + std::to_string(neurons));
-  return rows;
+  if (dw.size(0) < neurons) std::iota(active.places.begin(), active.places.end(), 0);
+  return active;
 }
 
 // What linear layers and convolutions have in common. dw and db hold sums.
 cpu::ConvWgrad problem_of(const Tensor& dy, const Tensor& x, const Tensor& dw, const Tensor& db,
-                          const std::vector<int64_t>& rows) {
+                          const ActiveRows& active) {
   require(dw.dtype() == sum_dtype(dy.dtype()), "dw", "of the dtype of sums");
   require(dw.fills_its_memory(), "dw", "without gaps and overlaps in memory");
   cpu::ConvWgrad problem{};
   problem.dtype = dy.dtype();
-  problem.neurons = dw.size(0);
+  problem.dw_rows = dw.size(0);
   problem.channels = dw.size(1);
   problem.dy = dy.data();
   problem.x = x.data();
   problem.dw = dw.data();
   problem.db = bias_gradient(db, dw.dtype(), dw.size(0));
-  problem.rows = rows.data();
-  problem.k = int64_t(rows.size());
+  problem.rows = active.rows.data();
+  problem.places = active.places.data();
+  problem.k = int64_t(active.rows.size());
   return problem;
 }
 
@@ -103,13 +113,14 @@ void cpu_conv_wgrad(const Tensor& dy, const Tensor& x, const Tensor& dw, const T
                     int split_for) {
   require_cpu(dy, x, dw, db, order);
   check_conv(dy, x, dw, stride, padding, dilation, groups);
-  const auto rows = active_rows(order, k, dw.size(0));
+  const auto active = active_rows(order, k, dy.size(1), dw);
   require(cpu::has_isa(isa), "isa", int64_t(isa), "one that this processor has");
   require(split_for >= 1, "split_for", split_for, "at least 1");
   require_threads(threads);
 
-  auto problem = problem_of(dy, x, dw, db, rows);
+  auto problem = problem_of(dy, x, dw, db, active);
   problem.samples = dy.size(0);
+  problem.neurons = dy.size(1);
   problem.groups = groups;
   problem.input = size3(x.sizes().subspan(2), 1);
   problem.output = size3(dy.sizes().subspan(2), 1);
@@ -153,7 +164,7 @@ Samples samples_of(const Tensor& dy, const Tensor& x) {
   return samples;
 }
 
-// dy [..., neurons], x [..., inputs], dw [neurons, inputs]: a 1x1 convolution whose pixels are
+// dy [..., neurons], x [..., inputs], dw [rows, inputs]: a 1x1 convolution whose pixels are
 // samples.
 void cpu_linear_wgrad(const Tensor& dy, const Tensor& x, const Tensor& dw, const Tensor& db,
                       const Tensor& order, int64_t k, int threads, int split_for) {
@@ -165,13 +176,13 @@ void cpu_linear_wgrad(const Tensor& dy, const Tensor& x, const Tensor& dw, const
   for (const Tensor* t : {&dy, &x})
     for (const int64_t size : t->sizes()) require(size >= 1, "a size", size, "at least 1");
   require(x.dtype() == dy.dtype(), "x", "of dy's dtype");
-  require(dy.size(last) == dw.size(0), "neurons of dy", dy.size(last), std::to_string(dw.size(0)));
   require(x.size(last) == dw.size(1), "inputs of x", x.size(last), std::to_string(dw.size(1)));
-  const auto rows = active_rows(order, k, dw.size(0));
+  const auto active = active_rows(order, k, dy.size(last), dw);
   require(split_for >= 1, "split_for", split_for, "at least 1");
   require_threads(threads);
 
-  auto problem = problem_of(dy, x, dw, db, rows);
+  auto problem = problem_of(dy, x, dw, db, active);
+  problem.neurons = dy.size(last);
   const auto [sizes, of_dy, of_x] = samples_of(dy, x);
   problem.samples = sizes[0];
   problem.groups = 1;

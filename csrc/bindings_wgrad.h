@@ -14,11 +14,12 @@ inline DType sum_dtype(DType dtype) {
   return dtype == DType::float64 ? DType::float64 : DType::float32;
 }
 
-// db [neurons] of the dtype of the sums, or empty if it is not wanted: then null.
-inline void* bias_gradient(const Tensor& db, DType dtype, int64_t neurons) {
+// db, with as many entries as dw has rows, of the dtype of the sums; or empty if it is not wanted:
+// then null.
+inline void* bias_gradient(const Tensor& db, DType dtype, int64_t rows) {
   if (db.numel() == 0) return nullptr;
-  require(db.dims() == 1 && db.size(0) == neurons && db.is_contiguous(), "db",
-          "empty, or one for each neuron");
+  require(db.dims() == 1 && db.size(0) == rows && db.is_contiguous(), "db",
+          "empty, or one for each row of dw");
   require(db.dtype() == dtype, "db", "of the dtype of the sums");
   return db.data();
 }
@@ -43,7 +44,7 @@ inline void check_pack(const Tensor& dy, const Tensor& rows, const Tensor& packe
 constexpr int64_t kMaxStep = 1 << 24;  // its product with any size fits into an int64
 
 // A convolution of dy [images, neurons, pixels], x [images, groups * channels, pixels] and dw
-// [neurons, channels, kernel], in one to three spatial dimensions.
+// [rows, channels, kernel], in one to three spatial dimensions.
 inline void check_conv(const Tensor& dy, const Tensor& x, const Tensor& dw, const Ints& stride,
                        const Ints& padding, const Ints& dilation, int64_t groups) {
   for (const Tensor* tensor : {&dy, &x, &dw})
@@ -63,7 +64,6 @@ inline void check_conv(const Tensor& dy, const Tensor& x, const Tensor& dw, cons
               "below " + std::to_string(kMaxStep));
   const int64_t neurons = dy.size(1);
   require(x.dtype() == dy.dtype(), "x", "of dy's dtype");
-  require(dw.size(0) == neurons, "neurons of dw", dw.size(0), std::to_string(neurons));
   require(x.size(0) == dy.size(0), "samples of x", x.size(0), std::to_string(dy.size(0)));
   require(groups >= 1 && neurons % groups == 0 && x.size(1) == groups * dw.size(1), "groups",
           groups, "a divisor of neurons that makes x's channels groups times dw's");

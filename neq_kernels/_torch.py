@@ -22,6 +22,14 @@ profiler_enabled = torch._C._autograd._profiler_enabled
 any_autocast = torch._C._is_any_autocast_enabled
 # Add to each tensor of a list, in place and at once.
 foreach_add_ = torch._foreach_add_
+# Of each tensor of a list its absolute values; the others work in place.
+foreach_abs = torch._foreach_abs
+foreach_sub_ = torch._foreach_sub_
+foreach_div_ = torch._foreach_div_
+foreach_clamp_max_ = torch._foreach_clamp_max_
+foreach_addcmul_ = torch._foreach_addcmul_
+# Can the data of one tensor be exchanged for that of another?
+is_exchangeable = torch._has_compatible_shallow_copy_type
 
 
 # A decorator: compilers leave the function alone. Unlike torch.compiler.disable it loads none.
@@ -61,6 +69,22 @@ def will_execute(node: Any) -> bool:
         return torch._C._will_engine_execute_node(node)
     except RuntimeError:  # torch's answer if autograd.grad was called for this very leaf
         return True
+
+
+def exchange_data(p: Tensor, data: Tensor) -> None:
+    """Give a leaf of autograd's graph other data, whose shape the graphs after this one see.
+
+    The node that adds up its gradients remembers its shape, and lives as long as any graph does: a
+    loss that someone keeps. torch makes another node where the dtype changes, and not for a shape.
+    """
+    p.data = data.new_empty(0, dtype=torch.float64 if data.dtype != torch.float64 else torch.float)
+    p.data = data
+
+
+def storage_key(t: Tensor) -> int:
+    """A number that tensors of the same storage share, on every device, as long as it lives."""
+    key: int = t.untyped_storage()._cdata
+    return key
 
 
 def current_stream(device: int) -> int:

@@ -8,6 +8,9 @@
     layers    plain, with requires_grad=False on random layers that hold the share 1 - f of the
               weight gradients' FLOPs
 
+A norm in which no neuron is active normalises by its running statistics. So in none, one neuron of
+each is active, and neq at f = 0 is compared with a dense step whose norms do so too.
+
 Every layer that neq knows is converted, except the last Linear and what shares its weight: a
 Controller leaves these alone too. dense, masked and layers step with torch's fused optimizer. none,
 neq and gather step with neq.optim's of the same name, which treats every parameter without a frozen
@@ -15,8 +18,8 @@ neuron in the same way.
 """
 
 from collections import Counter
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from math import sqrt
 from typing import Any, NoReturn
@@ -41,10 +44,11 @@ BY_ROWS = ("none", "neq", "gather")
 
 
 class Bench:
-    """One network in one layout: the plain and the converted model have the same parameters."""
+    """One network in one layout: the plain and the converted model have the same tensors."""
 
     def __init__(
         self,
+        name: str,
         network: Network,
         model: nn.Module,
         layout: str,
@@ -56,11 +60,14 @@ class Bench:
     ) -> None:
         contiguous = torch.contiguous_format
         of_images = torch.channels_last if layout == "channels_last" else contiguous
-        self.layout, self.device, self.dtype = layout, device, dtype
+        self.name, self.layout, self.device, self.dtype = name, layout, device, dtype
         self.plain = deepcopy(model).to(device, memory_format=of_images)
         last = [m.weight for m in self.plain.modules() if isinstance(m, nn.Linear)][-1:]
         self.converted = neq.convert(
-            deepcopy(self.plain, {id(p): p for p in self.plain.parameters()}),
+            deepcopy(
+                self.plain,
+                {id(t): t for t in (*self.plain.parameters(), *self.plain.buffers())},
+            ),
             filter_fn=lambda module, name: all(module.weight is not weight for weight in last),
         )
         self.parameters = dict(self.plain.named_parameters())
@@ -74,11 +81,23 @@ class Bench:
         options: dict[str, Any] = {**optimizers.OPTIONS[network.optimizer], "fused": True}
         if graphs and network.optimizer == "AdamW":
             options["capturable"] = True
+        self._fix_statistics()
         theirs, ours = optimizers.both(network.optimizer)
         self.optimizer = theirs(self.plain.parameters(), **options)
         self.row_optimizer = ours(self.converted.parameters(), **options, layers=self.converted)
         self.keeps_dgrad = False
+        self.undo: Callable[[], None] | None = None  # what a contender has done to the models
         self._hook = next(iter(self.layers.values())).register_forward_hook(self._keep_dgrad)
+
+    def _fix_statistics(self) -> None:
+        """Running statistics are those of the batch, and stay: steps compute the same each time."""
+        for momentum in (1.0, 0.0):
+            for model in (self.plain, self.converted):
+                for norm in norms_with_statistics(model):
+                    norm.momentum = momentum
+            if momentum and norms_with_statistics(self.plain):
+                with torch.no_grad():
+                    self.plain(**self.batch)
 
     def _keep_dgrad(self, layer: nn.Module, args: Any, y: Tensor) -> None:
         """Makes backward reach the first layer's output even if no neuron is active."""
@@ -88,6 +107,9 @@ class Bench:
     def compile(self) -> None:
         self._hook.remove()  # compiled, layers with no active neuron stay in the graph
         self.plain, self.converted = torch.compile(self.plain), torch.compile(self.converted)
+
+    def autocast(self) -> AbstractContextManager[None]:
+        return torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32)
 
     def account(self) -> Account:
         """The FLOPs of one sample: only their shares are needed."""
@@ -105,11 +127,14 @@ class Step:
         for seed, (layer, module) in enumerate(bench.layers.items()):
             n = module.n_neurons
             k = n * (layer not in frozen) if name == "layers" else active_count(active, n)
+            if name == "none" and has_statistics(module):
+                k = 1
             order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
             self.active_sets[layer] = ActiveSet(n, bench.device)
             self.active_sets[layer].set(
                 torch.zeros(n, dtype=torch.bool).index_fill_(0, order[:k], 1)
             )
+        self.model = bench.converted if name in BY_ROWS else bench.plain
         self._optimizer = bench.row_optimizer if name in BY_ROWS else bench.optimizer
         self._graphs: list[torch.cuda.CUDAGraph] = []
 
@@ -118,6 +143,9 @@ class Step:
         return f"{type(self._optimizer).__module__.split('.')[0]} {type(self._optimizer).__name__}"
 
     def prepare(self) -> None:
+        if self.bench.undo is not None:
+            self.bench.undo()
+            self.bench.undo = None
         for name, layer in self.bench.layers.items():
             layer.active = self.active_sets[name]
             trains = self.name != "layers" or self.active_sets[name].k > 0
@@ -136,15 +164,17 @@ class Step:
         if self._graphs:
             self._graphs[0].replay()
             return None
-        bench = self.bench
-        model = bench.converted if self.name in BY_ROWS else bench.plain
         with naive_gather.everywhere() if self.name == "gather" else nullcontext():
-            with torch.autocast(bench.device.type, bench.dtype, bench.dtype != torch.float32):
-                loss: Tensor = model(**bench.batch)["loss"]
+            loss = self._forward()
             loss.backward()
         if self.name == "masked":
             self._mask()
         return loss.detach()
+
+    def _forward(self) -> Tensor:
+        with self.bench.autocast():
+            loss: Tensor = self.model(**self.bench.batch)["loss"]
+        return loss
 
     def update(self, turn: int) -> None:
         """The optimizer's step; gradients are freed."""
@@ -181,6 +211,28 @@ class Step:
                     p.grad.index_fill_(dim, frozen, 0)
 
 
+class SettledStep(Step):
+    """The dense step, but norms normalise by their running statistics."""
+
+    def _forward(self) -> Tensor:
+        norms = norms_with_statistics(self.model)
+        for norm in norms:
+            norm.eval()
+        try:
+            return super()._forward()
+        finally:
+            for norm in norms:
+                norm.train()
+
+
+def norms_with_statistics(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if has_statistics(module)]
+
+
+def has_statistics(module: nn.Module) -> bool:
+    return getattr(module, "running_mean", None) is not None
+
+
 def _whole_layers(wgrads: Mapping[str, int], share: float) -> set[str]:
     """Random layers, together at most the share of all FLOPs."""
     left, drawn, names = share * sum(wgrads.values()), set(), list(wgrads)
@@ -194,8 +246,8 @@ def _whole_layers(wgrads: Mapping[str, int], share: float) -> set[str]:
 class Gate:
     """Admits a step if its loss and the gradients of its active neurons are the dense step's."""
 
-    def __init__(self, network: str, bench: Bench, dense: Step) -> None:
-        self.network, self.bench = network, bench
+    def __init__(self, bench: Bench, dense: Step) -> None:
+        self.bench = bench
         tf32 = bench.dtype == torch.float32 and bench.device.type == "cuda"
         # half of the digits: a sum over all pixels loses some, and not the same in every kernel
         self.allowed = sqrt(2**-10 if tf32 else torch.finfo(bench.dtype).eps)
@@ -238,7 +290,7 @@ class Gate:
 
     def _reject(self, step: Step, fault: str) -> NoReturn:
         raise WrongResultError(
-            f"{step.name} is wrong for {self.network} ({self.bench.layout}) "
+            f"{step.name} is wrong for {self.bench.name} ({self.bench.layout}) "
             f"with {step.active:.3g} of the neurons active: {fault}"
         )
 

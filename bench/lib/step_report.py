@@ -77,7 +77,28 @@ def verdict(results: Sequence[Result], device: str) -> str:
                 f"slower than dense in {len(slower)} ({badly} by more than {TOLERATED - 1:.0%}) "
                 f"of {len(judged)} results"
             )
+    for pair in (("prefix", "by hand"), ("cached", "rest")):
+        lines += _beside(results, *pair)
     return "\n".join(lines)
+
+
+def _beside(results: Sequence[Result], contender: str, other: str) -> list[str]:
+    """The line to quote of a contender and the one that it should be as fast as."""
+    found = []
+    for network, group in groupby(results, key=title):
+        timed = {r["contender"]: r for r in group if r["ratio"] is not None}
+        if contender in timed and other in timed:
+            one, its = timed[contender], timed[other]
+            memory = one["peak_mib"] / its["peak_mib"]
+            found.append((one["ratio"] / its["ratio"], memory, network))
+    if not found:
+        return []
+    worst, _, network = max(found)
+    middle, memory = (median(one[i] for one in found) for i in (0, 1))
+    return [
+        f"{contender}: {middle:.3f} x the time of {other} median, {worst:.3f} x worst ({network}); "
+        f"{memory:.3f} x its memory median, {max(one[1] for one in found):.3f} x worst"
+    ]
 
 
 def plot(results: Sequence[Result], facts: Facts, file: Path) -> None:

@@ -87,6 +87,32 @@ class LayerAccount:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """The bytes that a training step keeps.
+
+    Attributes:
+        weights: The parameters; of a compact model, all weights and the leaves.
+        gradients: Of what trains.
+        optimizer: The optimizer's state.
+        activations: What a forward saves for the backward; None without example inputs.
+    """
+
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int | None = None
+
+    @property
+    def total(self) -> int:
+        """All together."""
+        return self.weights + self.gradients + self.optimizer + (self.activations or 0)
+
+    def __str__(self) -> str:
+        parts = {k: v for k, v in vars(self).items() if v is not None} | {"together": self.total}
+        return ", ".join(f"{name} {si(size)}B" for name, size in parts.items())
+
+
+@dataclass(frozen=True)
 class StepTime:
     """Seconds per step: predicted from the skipped weight gradients, and measured.
 
@@ -121,10 +147,14 @@ class Account:
     Attributes:
         layers: The costs of each layer, by its name in the model.
         uncounted: The names of other modules that own parameters. Their costs are not counted.
+        dense_memory: The bytes that a step of the whole model keeps, were all its rows parameters.
+        memory: The bytes that it keeps now. In the masked form they are the same.
     """
 
     layers: Mapping[str, LayerAccount]
     uncounted: tuple[str, ...]
+    dense_memory: Memory = Memory()
+    memory: Memory = Memory()
 
     @property
     def dense(self) -> Costs:
@@ -172,6 +202,7 @@ class Account:
             )
         if self.uncounted:
             lines.append(f"not counted: {', '.join(self.uncounted)}")
+        lines.append(f"memory now: {self.memory}; dense: {self.dense_memory}")
         return "\n".join(lines)
 
 

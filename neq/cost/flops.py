@@ -8,12 +8,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import Optimizer
 
 from neq.cost.account import Account, Costs, LayerAccount, Work
+from neq.cost.memory import check_optimizer, default, held, saving
 from neq.layers.base import NeuronLayer
 from neq.layers.conversion import convertible
 from neq.layers.groups import all_active
+from neq.layers.leaves import whole
 from neq.measure.evaluating import call, evaluating, hooked
 
 
@@ -59,9 +61,11 @@ def account(
             kinds[name] = kind
         elif any(p is not None for p in module._parameters.values()):
             uncounted.append(name or "(the model)")
-    now = _calls(model, kinds, example_inputs)
+    now, saved = _calls(model, kinds, example_inputs)
+    dense, dense_saved = now, saved
     with all_active(model) as masked:
-        dense = _calls(model, kinds, example_inputs) if masked else now
+        if masked:
+            dense, dense_saved = _calls(model, kinds, example_inputs)
 
     updates = _updates(model, optimizer)
     layers = {}
@@ -69,7 +73,7 @@ def account(
         module = model.get_submodule(name)
         params = module._parameters.values() if now[name] else ()
         # a shared parameter is stepped once: by the first layer that has it
-        update = [(p, *updates.pop(p)) for p in params if p in updates]
+        update = [(whole(p), *updates.pop(p)) for p in params if p in updates]
         neurons, active, share = 0, 0, Fraction(1)
         if isinstance(module, NeuronLayer) and module.trains:
             neurons, active = module.n_neurons, module.active.k
@@ -83,7 +87,7 @@ def account(
             _costs(module, kind, dense[name], Fraction(1), samples, update),
             _costs(module, kind, now[name], share, samples, update),
         )
-    return Account(layers, tuple(uncounted))
+    return Account(layers, tuple(uncounted), *held(model, optimizer, dense_saved, saved))
 
 
 @dataclass(frozen=True)
@@ -97,8 +101,10 @@ class _Call:
     dgrad: bool
 
 
-def _calls(model: nn.Module, names: Iterable[str], example_inputs: Any) -> dict[str, list[_Call]]:
-    """The calls of each named module in a forward pass."""
+def _calls(
+    model: nn.Module, names: Iterable[str], example_inputs: Any
+) -> tuple[dict[str, list[_Call]], int]:
+    """The calls of each named module in a forward pass, and the bytes that it saves."""
     calls: dict[str, list[_Call]] = {name: [] for name in names}
 
     def record(name: str, layer: nn.Module, args: Any, kwargs: Any, y: Tensor) -> None:
@@ -110,9 +116,9 @@ def _calls(model: nn.Module, names: Iterable[str], example_inputs: Any) -> dict[
         example_inputs = tuple(example_inputs)
     elif not isinstance(example_inputs, tuple | Mapping):
         example_inputs = (example_inputs,)
-    with evaluating(model), hooked(hooks), torch.enable_grad():
+    with evaluating(model), hooked(hooks), torch.enable_grad(), saving() as count:
         call(model, example_inputs)
-    return calls
+    return calls, count(model)
 
 
 def _first_tensor(inputs: Any) -> Tensor:
@@ -136,6 +142,8 @@ def _costs(
     weight, bias = cast(Tensor, layer.weight), getattr(layer, "bias", None)
     parameter_bytes: int = weight.nbytes + (0 if bias is None else bias.nbytes)
     # where rows can't be skipped, wgrad is computed for all neurons, or for none if all are frozen
+    leaf = layer.leaf("weight") if isinstance(layer, NeuronLayer) else None
+    trains = (weight if leaf is None else leaf).requires_grad
     part = share if kind.by_rows else Fraction(share > 0)
     forward, dgrad, wgrad, macs = Work(), Work(), Work(), 0
     for one in calls:
@@ -149,14 +157,14 @@ def _costs(
         if one.dgrad:  # that of a norm reads the input too
             read = one.y_bytes + weight.nbytes + (0 if kind.by_rows else one.x_bytes)
             dgrad += Work(flops, read + one.x_bytes)
-        if weight.requires_grad and part:
+        if trains and part:
             read = one.x_bytes + int(part * one.y_bytes)
             wgrad += Work(int(part * wgrad_flops), read + parameter_bytes)
     optimizer = Work()
     for p, flops, moved in update:
         elements = int(share * p.numel())
         optimizer += Work(flops * elements, moved * elements * p.element_size())
-    counts = kind.in_published_count and weight.requires_grad
+    counts = kind.in_published_count and trains
     published = 2 * macs * share / samples if counts else 0
     return Costs(forward, dgrad, wgrad, optimizer, float(published))
 
@@ -164,13 +172,8 @@ def _costs(
 def _updates(model: nn.Module, optimizer: Optimizer | None) -> dict[Tensor, tuple[int, int]]:
     """For each parameter that is stepped, of one element: FLOPs, and numbers moved."""
     if optimizer is None:
-        step = _update(SGD([torch.empty(0)], momentum=0.9, weight_decay=5e-4).param_groups[0])
-        return {p: step for p in model.parameters() if p.requires_grad}
-    if not isinstance(optimizer, SGD | Adam):
-        raise ValueError(
-            "optimizer must be SGD, Adam or AdamW, of torch.optim or of neq.optim, "
-            f"got {type(optimizer).__name__}"
-        )
+        return {p: _update(default()) for p in model.parameters() if p.requires_grad}
+    check_optimizer(optimizer)
     groups = ((p, g) for g in optimizer.param_groups for p in g["params"])
     return {p: _update(group) for p, group in groups if p.requires_grad}
 

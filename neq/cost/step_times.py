@@ -104,6 +104,20 @@ class StepTimes:
             total += one.wgrad * share
         return total
 
+    def dense_ms(self, block: int | None) -> float:
+        """The part of one block in a step in which everything trains.
+
+        Args:
+            block: Its number; None for the layers above the last one.
+        """
+        total = 0.0 if block is not None else self.head
+        for i, one in enumerate(self.segments):
+            if one.block == block:
+                # the lowest layer has no dgrad; an unconverted layer's wgrad is in it
+                dgrad = one.dgrad * (i > 0 or one.group is None)
+                total += one.forward + dgrad + one.wgrad + one.update
+        return total
+
     def reached(self, depth: int, shares: Mapping[str, float], reach: int | None = None) -> int:
         """The number of the lowest segment that backward reaches: see ``ms``."""
         end = len(self.segments) if reach is None else reach

@@ -5,12 +5,16 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
 from neq._table import aligned, si
-from neq.cost.account import LayerAccount
+from neq.cost.account import LayerAccount, Memory
+from neq.cost.block_times import BlockSummary, block_summaries
 from neq.cost.flops import account
+from neq.cost.memory import held
 from neq.layers.base import NeuronLayer
 from neq.layers.conversion import check_module, convertible, obstacle, same_neurons
+from neq.layers.leaves import whole
 from neq.measure.evaluating import as_inputs
 
 _UNTRAINED = "does not train (requires_grad=False)"
@@ -51,9 +55,16 @@ class Summary:
 
     Attributes:
         layers: One entry for each module that owns parameters, in the model's order.
+        dense_memory: The bytes that a training step of the whole model keeps.
+        memory: The bytes that it keeps in the model's form, with what trains now.
+        blocks: One entry for each block that can be frozen whole, from the input up, if there were
+            example inputs.
     """
 
     layers: tuple[LayerSummary, ...]
+    dense_memory: Memory
+    memory: Memory
+    blocks: tuple[BlockSummary, ...] = ()
 
     @property
     def neurons(self) -> int:
@@ -92,28 +103,50 @@ class Summary:
         work = ("step_flops", "wgrad_flops") if counted else ()
         sums = (_cell(sum(getattr(x, of) or 0 for x in self.layers)) for of in work)
         rows.append(("total", "", *total, _percent(self.parameters, self.parameters), *sums, ""))
-        table = aligned(rows, right=range(2, len(head)))
-        return (
-            f"{table}\nneq can freeze {_percent(self.in_reach, self.parameters)} of the parameters"
-        )
+        lines = [
+            aligned(rows, right=range(2, len(head))),
+            f"neq can freeze {_percent(self.in_reach, self.parameters)} of the parameters",
+            f"memory of a step: {self.memory}",
+            f"if all trained: {self.dense_memory}",
+        ]
+        return "\n".join([*lines, *self._blocks()])
+
+    def _blocks(self) -> list[str]:
+        """The table of the blocks, if there are any."""
+        if not self.blocks:
+            return []
+        rows: list[tuple[str, ...]] = [("block", "parameters", "share", "ms", "step left", "ends")]
+        for block in self.blocks:
+            share = _percent(block.parameters, self.parameters)
+            left = f"{block.left:.1%}"
+            size = f"{block.parameters:,}"
+            rows.append((block.name, size, share, f"{block.ms:.3g}", left, block.end))
+        table = aligned(rows, right=range(1, 5))
+        return ["", table, "step left: of a dense step's time, with the block and all above frozen"]
 
 
 # long: its docstring is half of it
-def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
+def summary(
+    model: nn.Module, example_inputs: Any = None, *, optimizer: Optimizer | None = None
+) -> Summary:
     """List the modules of a model that own parameters: their neurons, and what neq can do.
 
-    Before a model is converted, it says what ``neq.convert`` would convert.
+    Before a model is converted, it says what ``neq.convert`` would convert. With example inputs it
+    also lists the blocks that can be frozen whole, with their times.
 
     Args:
         model: Any module, converted or not.
         example_inputs: A batch like those of training. With it the FLOPs of each layer are counted,
-            by ``neq.account``.
+            by ``neq.account``, and the bytes of saved activations; and the time of each block is
+            measured, in some twenty steps.
+        optimizer: Whose state is counted: see ``neq.account``.
 
     Returns:
-        One entry for each such module. ``print`` shows them as a table.
+        One entry for each such module, and for each block. ``print`` shows them as tables.
 
     Raises:
         TypeError: If ``model`` is not a module.
+        ValueError: If the optimizer is of a class that ``neq.account`` does not know.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(8, 4), nn.PReLU())
@@ -123,6 +156,8 @@ def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
         1      PReLU         -       -           1    2.7%  not a kind of layer that neq knows
         total                0       -          37  100.0%
         neq can freeze 97.3% of the parameters
+        memory of a step: weights 148 B, gradients 148 B, optimizer 148 B, together 444 B
+        if all trained: weights 148 B, gradients 148 B, optimizer 148 B, together 444 B
         >>> neq.convert(model)[0].set_active([0, 3])
         >>> first, _ = neq.summary(model, torch.randn(10, 8)).layers
         >>> first.neurons, first.active, first.step_flops, first.wgrad_flops
@@ -130,8 +165,13 @@ def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
     """
     check_module("summary", model)
     accounts: dict[str, LayerAccount] = {}
+    timed: tuple[BlockSummary, ...] = ()
+    memory = held(model, optimizer)
     if example_inputs is not None:
-        accounts = dict(account(model, as_inputs(model, example_inputs)).layers)
+        inputs = as_inputs(model, example_inputs)
+        counted = account(model, inputs, optimizer=optimizer)
+        accounts, memory = dict(counted.layers), (counted.dense_memory, counted.memory)
+        timed = block_summaries(model, inputs)
     known = tuple(convertible())
     converted = [(name, m) for name, m in model.named_modules() if isinstance(m, NeuronLayer)]
     owners = {id(layer.weight): (name, layer) for name, layer in converted}
@@ -151,13 +191,13 @@ def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
         own = [p for p in module._parameters.values() if p is not None and not is_lazy(p)]
         own = [p for p in own if p not in seen]
         seen.update(own)
-        trained = sum(p.numel() for p in own if p.requires_grad)
+        trained = sum(whole(p).numel() for p in own if p.requires_grad)
         flops: tuple[int, ...] = ()
         if name in accounts:
             flops = accounts[name].dense.total.flops, accounts[name].dense.wgrad.flops
-        sizes = sum(p.numel() for p in own), trained if reason in ("", _NOT_YET) else 0
+        sizes = sum(whole(p).numel() for p in own), trained if reason in ("", _NOT_YET) else 0
         layers.append(LayerSummary(name, type(module).__name__, *counts, *sizes, reason, *flops))
-    return Summary(tuple(layers))
+    return Summary(tuple(layers), *memory, timed)
 
 
 def _twin(module: nn.Module, owners: dict[int, tuple[str, NeuronLayer]]) -> str | None:

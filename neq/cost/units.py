@@ -20,9 +20,11 @@ Layers = Mapping[str, Group]  # by name
 
 def parameters(layers: Layers) -> dict[str, float]:
     """The trained parameters of each group."""
-    return {
-        name: float(sum(p.numel() for p in _trained(group.first))) for name, group in layers.items()
-    }
+    counts = {}
+    for name, group in layers.items():
+        with group.first.without_leaves():
+            counts[name] = float(sum(p.numel() for p in _trained(group.first)))
+    return counts
 
 
 def wgrad_flops(account: Account, model: nn.Module, layers: Layers) -> dict[str, float]:
@@ -55,7 +57,8 @@ def wgrad_ms(model: nn.Module, layers: Layers, inputs: Inputs) -> dict[str, floa
     totals = dict.fromkeys(layers, 0.0)
 
     def add(name: str, layer: NeuronLayer, args: Any, kwargs: Any, output: Tensor) -> None:
-        totals[name] += _wgrad_ms(layer, args, kwargs)
+        with layer.without_leaves():
+            totals[name] += _wgrad_ms(layer, args, kwargs)
 
     hooks = {layer: partial(add, name) for name, shared in layers.items() for layer in shared}
     with evaluating(model), hooked(hooks):

@@ -140,3 +140,12 @@ def as_mask(rows: Any, neurons: int, layer: str) -> Tensor:
         values, counts = named.unique(return_counts=True)
         raise ValueError(f"{layer}: row {int(values[counts > 1][0])} is named more than once")
     return mask
+
+
+def at_most(mask: Tensor, size: int | None) -> Tensor:
+    """The bool ``mask`` with at most ``size`` neurons, chosen at random by torch's generator."""
+    active = mask.nonzero().flatten()
+    if size is None or len(active) <= size:
+        return mask
+    kept = active[torch.randperm(len(active))[:size]]
+    return torch.zeros_like(mask).index_fill_(0, kept, True)

@@ -3,6 +3,8 @@
 y = F.linear(x, W.detach(), b.detach())      # the vendor's forward; its backward gives dX only
 y = row_grad(y, x, W, b, active, conv)       # the same y; its backward gives dW and db
 
+In the compact form, W and b in the second line are the leaves.
+
 Where no backend beats the dense gradient, the vendor's joint backward is the fastest way:
 
 W, b = mask_grad(W, b, active)               # the same values; their gradients lose the frozen rows
@@ -40,6 +42,7 @@ def train_active(
     weight: Tensor,
     bias: Tensor | None,
     active: ActiveSet,
+    leaves: tuple[Tensor, Tensor | None] | None = None,
     dim: int = 0,
     conv: Conv | None = None,
     is_one_node: bool = False,
@@ -52,16 +55,19 @@ def train_active(
         weight: The layer's weight, with its n neurons along ``dim``.
         bias: [n], or None.
         active: Which of the n neurons are active.
+        leaves: In the compact form, what gets the gradients in place of weight and bias.
         dim: The dimension of the weight that counts its neurons.
         conv: The geometry of a convolution; None for a linear layer.
         is_one_node: Is y one node of autograd's graph, with the gradients dX, dW, db?
     """
     # neq's kernels take a linear layer's weight as [n, inputs]
-    matrix = weight.t() if dim and conv is None else weight
-    wants_db = bias is not None and bias.requires_grad
+    trained, trained_bias = leaves or (weight, bias)
+    matrix = trained.t() if dim and conv is None else trained
+    wants_db = trained_bias is not None and trained_bias.requires_grad
     backend = choose_backend(x, matrix, wants_db, active, conv)
-    if backend != "dense":
-        return row_grad(run(weight.detach(), detach(bias)), x, matrix, bias, active, conv, backend)
+    if leaves is not None or backend != "dense":
+        y = run(weight.detach(), detach(bias))
+        return row_grad(y, x, matrix, trained_bias, active, conv, backend)
     if is_one_node:
         return mask_node(run(weight, bias), active, dim, conv)
     return run(*mask_grad(weight, bias, active, dim, conv))
@@ -77,7 +83,7 @@ def choose_backend(
 
     Args:
         x: [..., inputs] or [N, inputs, *pixels].
-        weight: [n, ...].
+        weight: [n, ...], or a compact one.
         bias: Is the bias's gradient wanted?
         active: Which of the n neurons are active.
         conv: The geometry of a convolution; None for a linear layer.
@@ -228,8 +234,9 @@ def row_grad(
     Args:
         y: The vendor's output [..., n] or [N, n, *pixels], from a detached weight and bias.
         x: The input that made it, [..., inputs] or [N, inputs, *pixels]; None gives zeros.
-        weight: [n, ...], or [inputs, n / groups, *kernel] of a transposed convolution.
-        bias: [n], or None.
+        weight: [n, ...], or [inputs, n / groups, *kernel] of a transposed convolution; or a leaf
+            with fewer rows.
+        bias: [n], or as many as the leaf has rows, or None.
         active: Which of the n neurons are active.
         conv: The geometry of a convolution; None for a linear layer.
         backend: The answer of ``choose_backend``; None lets the planner choose in the backward.

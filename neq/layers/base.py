@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from neq.distributed import sharding
 from neq.layers.active import ActiveSet, as_mask
 from neq.layers.autograd import detach, row_grad
+from neq.layers.leaves import CompactForm
 from neq_kernels import _torch
 from neq_kernels.device.ranks import in_process_group
 
 
-class NeuronLayer(nn.Module):
+class NeuronLayer(CompactForm):
     """A layer that trains its active neurons only: the base of all drop-in layers.
 
     A neuron is one output row of a Linear's weight, one output channel of a convolution, one affine
@@ -61,10 +62,8 @@ class NeuronLayer(nn.Module):
     in_published_count: ClassVar[bool] = False
 
     __signature__: ClassVar[inspect.Signature]  # what ``help`` and notebooks show
-    layer_name: str = ""  # where ``convert`` found it, for messages
     weight: Any  # the torch module's own, as it declares them
     bias: Any
-    active: ActiveSet
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -183,11 +182,12 @@ class NeuronLayer(nn.Module):
             TypeError: If ``rows`` holds neither integers nor bools.
             ValueError: If a row is out of range or named twice, or the mask has another length.
         """
-        self.active.on(self.weight.device).set(as_mask(rows, self.n_neurons, self._described()))
-
-    def _described(self) -> str:
-        named = f" {self.layer_name!r}" if self.layer_name else ""
-        return type(self).__name__ + named
+        mask = as_mask(rows, self.n_neurons, self._described())
+        self.active.on(self.weight.device)
+        if self.leaves is None:
+            self.active.set(mask)
+        else:
+            self.move_rows(mask)
 
     def _replicate_for_data_parallel(self) -> Any:
         replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
@@ -206,56 +206,76 @@ class NeuronLayer(nn.Module):
         Raises:
             TypeError: If some neurons are frozen and the weight is a DTensor.
         """
-        active = self.active
+        active, compact = self.active, self.leaves is not None
+        compiling = torch.compiler.is_compiling()
         records = torch.is_grad_enabled() or _beyond_backward()
-        if torch.compiler.is_compiling():
+        if compiling:
             # A graph that depended on this layer's own mask would be recompiled at each change.
             # Only that of a norm in a frozen prefix, which is in eval mode, depends on it.
-            everything, keeps = not active.ever_masked, self.has_statistics and self.training
+            everything = not (compact or active.ever_masked)
+            keeps = self.has_statistics and self.training
             nothing = self.has_statistics and records and not self.training and active.nothing
         else:
-            everything, nothing = active.k == active.neurons, active.nothing
+            everything, nothing = active.k == active.neurons and not compact, active.nothing
             keeps = nothing
+            if compact and not self.make_current():
+                return self._through_others(*args, **kwargs)
         if everything or not (records or keeps):
             out: Tensor = super().forward(*args, **kwargs)
             return out
         weight, bias = self.weight, self.bias
+        trained: tuple[Tensor, Tensor | None] = self.trained() or (weight, bias)
         active.on(weight.device)
         if nothing:
             # off the graph: where nothing below trains either, backward does not visit the layer
-            y = self._none_active(weight.detach(), detach(bias), *args, **kwargs)
-            trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+            out = self._none_active(weight.detach(), detach(bias), *args, **kwargs)
+            trains = any(p is not None and p.requires_grad for p in trained)
             if not (records and trains and in_process_group()) or _beyond_backward():
-                return y
-            return self._report_zeros(y, weight, bias)  # DDP waits for every parameter
-        if sharding.is_dtensor(weight):
+                return out
+            return self._report_zeros(out, *trained)  # DDP waits for every parameter
+        if sharding.is_dtensor(trained[0]):
             raise TypeError(
-                f"{self._described()}: its weight is a DTensor (of tensor parallelism), and of "
-                "such a layer all neurons train or none: set_active(None)"
+                f"{self._described()}: its weight is a DTensor (of tensor parallelism or "
+                "fully_shard), and of such a layer all neurons train or none: set_active(None), "
+                "and no neq.compact"
             )
-        trained = None
-        if weight.requires_grad and not weight.is_complex() and not _beyond_backward():
-            trained = self._train_active(weight, bias, *args, **kwargs)
-        if trained is None:
-            return self._element_wise(weight, bias, *args, **kwargs)
-        return trained
+        y = None
+        if trained[0].requires_grad and not weight.is_complex() and not _beyond_backward():
+            y = self._train_active(weight, bias, *args, **kwargs)
+        if y is None:
+            y = self._element_wise(*args, **kwargs)
+        if compact and y.requires_grad and not (compiling or _beyond_backward()):
+            self.refuse_other_rows(y)
+        return y
 
     def _report_zeros(self, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """``y``, with a backward that gives zeros as the gradients of weight and bias."""
         return row_grad(y, None, weight, bias, self.active)
 
-    def _element_wise(
-        self, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any
-    ) -> Tensor:
+    def _element_wise(self, *args: Any, **kwargs: Any) -> Tensor:
         """The same layer in plain torch operations: frozen elements enter them detached.
 
         Where the weight is a matrix, this saves no work. It supports every kind of derivative that
         torch has.
         """
-        mask = self.active.mask
-        weight = _freeze(weight, self.spread(mask))
+        mask, bias = self.active.mask, self.bias
+        if self.leaves is not None:
+            weight = cast(Tensor, self.merged("weight"))
+            return self._vendor(weight, self.merged("bias"), *args, **kwargs)
+        weight = _freeze(self.weight, self.spread(mask))
         bias = None if bias is None else _freeze(bias, shaped_like(bias, mask))
         return self._vendor(weight, bias, *args, **kwargs)
+
+    def _through_others(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The forward with leaves that are not the layer's own."""
+        if in_process_group() and not _beyond_backward():
+            raise TypeError(
+                f"{self._described()}: active_weight is not the Parameter that neq.compact made of "
+                "its weight: of a compact model, no wrapper may exchange or flatten parameters "
+                "(FullyShardedDataParallel); DistributedDataParallel keeps them"
+            )
+        self.active.on(self.weight.device)
+        return self._element_wise(*args, **kwargs)
 
     def _vendor(self, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         """The torch module's forward with other parameters, held by a shallow copy of it."""

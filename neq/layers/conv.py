@@ -53,6 +53,7 @@ class NEqConv(NeuronLayer, nn.modules.conv._ConvNd):
             weight,
             bias,
             self.active,
+            self.trained(),
             int(conv.transposed),
             conv,
             is_one_node(x, weight),

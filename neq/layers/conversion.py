@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
@@ -16,6 +16,7 @@ from neq.distributed.sharding import is_dtensor
 from neq.layers import LAYERS
 from neq.layers.active import ActiveSet
 from neq.layers.base import NeuronLayer
+from neq.layers.leaves import owner_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -87,6 +88,8 @@ def convert(
 def revert(model: Model) -> Model:
     """Give every layer its torch class back, in place. All neurons train again.
 
+    A compact model is expanded first.
+
     A layer that was parametrized after its conversion keeps its class.
 
     Args:
@@ -104,6 +107,7 @@ def revert(model: Model) -> Model:
         <class 'torch.nn.modules.linear.Linear'>
     """
     check_module("revert", model)
+    expand(model)
     layers = set(convertible().values())
     for module in model.modules():
         if isinstance(module, NeuronLayer) and type(module) in layers:
@@ -112,6 +116,44 @@ def revert(model: Model) -> Model:
             vars(module).pop("layer_name", None)
         elif isinstance(module, NeuronLayer):
             module.set_active(None)
+    return model
+
+
+def expand(model: Model) -> Model:
+    """Give the layers of a compact model their parameters back, in place.
+
+    The Parameter objects stay the same, so optimizers do too: in their next step, the state of rows
+    that were not in the leaves starts anew. All weights are current. The same neurons are active.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: If ``model`` is not a module.
+
+    Examples:
+        >>> model = neq.compact(nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2)), capacity=0.5)
+        >>> sum(p.numel() for p in model.parameters())  # half of the first layer, and the last
+        28
+        >>> sum(p.numel() for p in neq.expand(model).parameters())
+        46
+    """
+    check_module("expand", model)
+    layers = [m for m in model.modules() if isinstance(m, NeuronLayer) and m.leaves is not None]
+    held: dict[int, tuple[nn.Parameter, Tensor]] = {}
+    for layer in layers:
+        layer.make_current()
+        for name in layer.leaves.dims if layer.leaves else ():
+            leaf = layer._parameters[f"active_{name}"]
+            held[id(leaf)] = leaf, layer._buffers[name]  # type: ignore[assignment]
+    for layer in layers:
+        layer.make_masked()
+    for leaf, full in held.values():
+        if (owner := owner_of(leaf)) is not None:
+            owner.hold(full)
     return model
 
 

@@ -51,7 +51,10 @@ class NEqEmbedding(NeuronLayer, nn.Embedding):
         if input.layout is not torch.strided or (self.sparse and torch.compiler.is_compiling()):
             return None
         y = self._vendor(weight.detach(), None, input)  # its errors come first
-        return self._add_up(y, weight, torch.where(self.active.mask[input], input, self._nowhere))
+        if (leaf := self.leaf("weight")) is not None:
+            return self._add_up(y, leaf, self._places(leaf)[input], len(leaf))
+        kept = torch.where(self.active.mask[input], input, self._nowhere)
+        return self._add_up(y, weight, kept, self._nowhere)
 
     @property
     def _nowhere(self) -> int:
@@ -59,10 +62,19 @@ class NEqEmbedding(NeuronLayer, nn.Embedding):
         n = self.n_neurons
         return n if self.padding_idx is None else self.padding_idx % n
 
-    def _add_up(self, y: Tensor, weight: Tensor, kept: Tensor) -> Tensor:
-        """``y`` [*, d], with a backward that adds up dY by the indices ``kept`` [*]."""
+    def _places(self, leaf: Tensor) -> Tensor:
+        """int64 [n]: the row of each entry in the leaf; one past its end if it gets no gradient."""
+        mask, nowhere = self.active.mask, len(leaf)
+        own = torch.arange(len(mask), device=mask.device)
+        places = torch.where(mask, own if nowhere == len(mask) else mask.cumsum(0) - 1, nowhere)
+        if self.padding_idx is not None:
+            places[self.padding_idx] = nowhere
+        return places
+
+    def _add_up(self, y: Tensor, weight: Tensor, kept: Tensor, nowhere: int) -> Tensor:
+        """``y`` [*, d], with a backward that adds up dY by ``kept`` [*], indices or nowhere."""
         apply: Any = _Lookup.apply if torch.compiler.is_compiling() else _apply
-        out: Tensor = apply(y, weight, kept, self._nowhere, self.scale_grad_by_freq, self.sparse)
+        out: Tensor = apply(y, weight, kept, nowhere, self.scale_grad_by_freq, self.sparse)
         return out
 
     def _report_zeros(self, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -70,13 +82,13 @@ class NEqEmbedding(NeuronLayer, nn.Embedding):
             return super()._report_zeros(y, weight, bias)
         # the same layout as in other steps, which DDP insists on
         nowhere = y.new_full(y.shape[:-1], self._nowhere, dtype=torch.int64)
-        return self._add_up(y, weight, nowhere)
+        return self._add_up(y, weight, nowhere, self._nowhere)
 
-    def _element_wise(
-        self, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any
-    ) -> Tensor:
+    def _element_wise(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self.leaves is not None:
+            return super()._element_wise(*args, **kwargs)
         # outputs are detached, and not rows: there are fewer of them, and it suits sparse gradients
-        y = self._vendor(weight, bias, *args, **kwargs)
+        y = self._vendor(self.weight, None, *args, **kwargs)
         active = self._vendor(self.active.mask.unsqueeze(1), None, *args, **kwargs)  # [*, 1]
         return torch.where(active, y, y.detach())
 
@@ -88,7 +100,7 @@ class _Lookup(torch.autograd.Function):
     def forward(
         ctx: Any,
         y: Tensor,  # [*, d]
-        weight: Tensor,  # [n, d]
+        weight: Tensor,  # [n, d], or a leaf with fewer rows
         kept: Tensor,  # [*]: indices in [0, n), or nowhere
         nowhere: int,
         scale_by_frequency: bool,

@@ -1,7 +1,7 @@
 """Groups: layers of a model that share one weight, and so one choice of active neurons."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,11 @@ class Group(list[NeuronLayer]):
         return self.first.n_neurons
 
     @property
+    def multiplies(self) -> bool:
+        """Are there linear or convolutional layers among them, by whose weights inputs go?"""
+        return any(layer.by_rows and not layer.looks_up for layer in self)
+
+    @property
     def trains(self) -> bool:
         """Does a parameter of a layer require a gradient? If not, no neuron of it trains."""
         return any(layer.trains for layer in self)
@@ -55,6 +60,11 @@ class Group(list[NeuronLayer]):
         """Where the weight is."""
         device: torch.device = self.first.weight.device
         return device
+
+    @property
+    def is_compact(self) -> bool:
+        """Are the layers in the compact form?"""
+        return self.first.leaves is not None
 
     @property
     def mask(self) -> Tensor:
@@ -69,6 +79,11 @@ class Group(list[NeuronLayer]):
         """
         self.first.set_active(mask)
 
+    def let_go(self) -> None:
+        """Train all neurons; in the compact form, which has no room for them, those that did."""
+        if not self.is_compact:
+            self.set_active(None)
+
 
 def chosen_for(model: nn.Module, leave_alone: LeaveAlone) -> dict[str, Group]:
     """The groups that a Controller chooses for: those that train and are not left alone.
@@ -82,8 +97,8 @@ def chosen_for(model: nn.Module, leave_alone: LeaveAlone) -> dict[str, Group]:
     Raises:
         ValueError: If there is no such group.
     """
-    groups = _groups_of(model)
-    alone = _left_alone(model, groups, leave_alone)
+    groups = groups_of(model)
+    alone = left_alone(model, groups, leave_alone)
     left = {name: group for name, group in groups.items() if name not in alone}
     chosen = {name: group for name, group in left.items() if group.trains}
     if not chosen:
@@ -118,8 +133,11 @@ def check_masks(groups: dict[str, Group], masks: Mapping[str, Tensor]) -> None:
             )
 
 
-def _groups_of(model: nn.Module) -> dict[str, Group]:
-    """The groups of a model by name, in the model's order."""
+def groups_of(model: nn.Module) -> dict[str, Group]:
+    """The groups of a model by name, in the model's order.
+
+    Converts the model if none of its layers is converted yet.
+    """
     if not any(isinstance(m, NeuronLayer) for m in model.modules()):
         convert(model)
     layers: dict[int, list[NeuronLayer]] = {}
@@ -136,7 +154,7 @@ def _groups_of(model: nn.Module) -> dict[str, Group]:
     return {names[key]: Group(names[key], shared) for key, shared in layers.items()}
 
 
-def _left_alone(model: nn.Module, groups: dict[str, Group], leave_alone: LeaveAlone) -> set[str]:
+def left_alone(model: nn.Module, groups: dict[str, Group], leave_alone: LeaveAlone) -> set[str]:
     """The names of the groups that a Controller neither measures nor changes."""
     names = {module: name for name, module in model.named_modules()}
     if leave_alone is None:
@@ -185,12 +203,11 @@ def _all(model: nn.Module, active: bool) -> Iterator[list[ActiveSet]]:
     """Inside, all neurons are active, or none is. Yields what they were before."""
     layers = [m for m in model.modules() if isinstance(m, NeuronLayer)]
     kept = [layer.active for layer in layers]
-    try:
-        for layer in layers:
+    with ExitStack() as stack:
+        for layer, before in zip(layers, kept, strict=True):
+            stack.enter_context(layer.without_leaves())
+            stack.callback(setattr, layer, "active", before)
             layer.active = ActiveSet(layer.n_neurons, layer.weight.device)
             if not active:
                 layer.active.set(torch.zeros(layer.n_neurons, dtype=torch.bool, device="cpu"))
         yield kept
-    finally:
-        for layer, before in zip(layers, kept, strict=True):
-            layer.active = before

@@ -29,4 +29,5 @@ class NEqLinear(NeuronLayer, nn.Linear):
         if input.layout is not torch.strided or input.is_nested:
             return None
         x = autocast(input)
-        return train_active(partial(F.linear, x), x, weight, bias, self.active)
+        run = partial(F.linear, x)
+        return train_active(run, x, weight, bias, self.active, self.trained())

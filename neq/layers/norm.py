@@ -66,20 +66,18 @@ class StatisticsNorm(NEqNorm):
         self._check_input_dim(input)  # type: ignore[operator]
         return F.batch_norm(input, mean, variance, weight, bias, eps=cast(float, self.eps))
 
-    def _element_wise(
-        self, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any
-    ) -> Tensor:
+    def _element_wise(self, *args: Any, **kwargs: Any) -> Tensor:
         if self.running_mean is None or not (self.training and torch.compiler.is_compiling()):
-            return super()._element_wise(weight, bias, *args, **kwargs)
+            return super()._element_wise(*args, **kwargs)
         # One graph for all masks: it computes both outputs, and takes one. Backward reads the
         # statistics, so each has a copy of its own.
         own: Any = self._buffers
         before: Any = {k: None if b is None else b.clone() for k, b in own.items()}
         after: Any = {k: None if b is None else b.clone() for k, b in own.items()}
         self._buffers = before
-        still = self._none_active(weight.detach(), detach(bias), *args, **kwargs)
+        still = self._none_active(self.weight.detach(), detach(self.bias), *args, **kwargs)
         self._buffers = after
-        y = super()._element_wise(weight, bias, *args, **kwargs)
+        y = super()._element_wise(*args, **kwargs)
         self._buffers = own
         nothing = ~self.active.mask.any()
         for name, buffer in own.items():
@@ -105,7 +103,7 @@ class OneNodeNorm(NEqNorm):
     """Norms that are one node of autograd's graph: a hook there zeroes the frozen gradients."""
 
     def _train_active(self, weight: Tensor, bias: Tensor | None, input: Tensor) -> Tensor | None:
-        if torch.compiler.is_compiling() or weight.dim() != 1:
+        if torch.compiler.is_compiling() or weight.dim() != 1 or self.leaves is not None:
             return None
         # an empty batch makes a batch norm two nodes
         if input.numel() == 0 or not is_one_node(input, weight):

@@ -34,4 +34,5 @@ class NEqTransformersConv1D(NeuronLayer, Conv1D):  # type: ignore[misc]  # Conv1
 
     def _train_active(self, weight: Tensor, bias: Tensor | None, input: Tensor) -> Tensor | None:
         x = autocast(input)
-        return train_active(lambda w, b: self._vendor(w, b, x), x, weight, bias, self.active, dim=1)
+        args = x, weight, bias, self.active, self.trained()
+        return train_active(lambda w, b: self._vendor(w, b, x), *args, dim=1)

@@ -11,6 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from neq.optim.frozen import Frozen
 from neq.optim.guard import Guard, OnThaw, is_own
+from neq.optim.leaf_state import Cohorts, is_aged
 from neq_kernels import adamw_rows_, sgd_rows_
 from neq_kernels.step.options import AdamWLists, SGDLists
 
@@ -68,6 +69,7 @@ class RowOptimizer(Optimizer):
         # so a GradScaler unscales gradients itself, and does not call a step that it skips
         self._step_supports_amp_scaling = False
         self._guard: _DenseGuard | None = None
+        self._cohorts = Cohorts()
         if layers is not None:
             self.follow(layers, on_thaw or "keep")
         elif on_thaw is not None:
@@ -122,6 +124,7 @@ class RowOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         guard = self._guard
+        self._cohorts = Cohorts()
         follows = None if guard is None else (guard._modules, guard._on_thaw)
         return {**super().__getstate__(), "_follows": follows}
 
@@ -229,6 +232,9 @@ class SGD(RowOptimizer, torch.optim.SGD):
 class AdamW(RowOptimizer, torch.optim.AdamW):
     """``torch.optim.AdamW`` that steps the active neurons only, in the time that these take.
 
+    Of a compact model, each row has an age of its own, with which the bias of its moments is
+    corrected: its first steps are as long as those of a new optimizer.
+
     Args:
         params: The parameters.
         *args: Other arguments of ``torch.optim.AdamW``.
@@ -252,23 +258,45 @@ class AdamW(RowOptimizer, torch.optim.AdamW):
     # see SGD._init_group
     def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
         dense, by_rows = self._divide(group)
-        params: list[Tensor] = []
-        rest: list[list[Tensor]] = [[], [], [], [], []]  # grads, m, v, maxima of v, steps
-        super()._init_group(by_rows, params, *rest)  # type: ignore[no-untyped-call]
-        if params:
-            *moments, steps = rest
-            p, g, m, v, v_max, orders, counts = self._by_neuron(params, *moments)
-            adamw_rows_(
-                *AdamWLists(p, g, m, v, v_max, steps, orders, counts),
-                _scalar(group["lr"]),
-                *map(float, group["betas"]),
-                group["eps"],
-                float(group["weight_decay"]),
-                group["amsgrad"],
-                group["maximize"],
-            )
+        aged = [p for p in dense["params"] if is_aged(self.state.get(p))]
+        dense["params"] = [p for p in dense["params"] if not is_aged(self.state.get(p))]
+        for some, lists_of in ((by_rows["params"], self._lists), (aged, self._lists_of_ages)):
+            params: list[Tensor] = []
+            rest: list[list[Tensor]] = [[], [], [], [], []]  # grads, m, v, maxima of v, steps
+            super()._init_group({**group, "params": some}, params, *rest)  # type: ignore[no-untyped-call]
+            if params:
+                adamw_rows_(
+                    *lists_of(params, *rest),
+                    _scalar(group["lr"]),
+                    *map(float, group["betas"]),
+                    group["eps"],
+                    float(group["weight_decay"]),
+                    group["amsgrad"],
+                    group["maximize"],
+                )
         has_complex: bool = super()._init_group(dense, *lists)  # type: ignore[no-untyped-call]
         return has_complex
+
+    def _lists(self, params: list[Tensor], *rest: list[Tensor]) -> AdamWLists:
+        *moments, steps = rest
+        p, g, m, v, v_max, orders, counts = self._by_neuron(params, *moments)
+        return AdamWLists(p, g, m, v, v_max, steps, orders, counts)
+
+    def _lists_of_ages(self, params: list[Tensor], *rest: list[Tensor]) -> AdamWLists:
+        """Of leaves whose rows came at different times: an entry for the rows of each age."""
+        lists = AdamWLists([], [], [], [], [], [], [], [])
+        *moments, steps = rest
+        for i, p in enumerate(params):
+            views = [tensors[i] for tensors in (params, *moments) if tensors]
+            dim, cohorts = self._cohorts.of(p, self.state[p])
+            for since, order, count in cohorts:
+                for to, t in zip(lists, views, strict=False):
+                    to.append(t.movedim(dim, 0))
+                lists.steps.append(steps[i] - since)
+                lists.orders.append(order)
+                lists.counts.append(count)
+            steps[i] += 1
+        return lists
 
 
 class _DenseGuard(Guard):

@@ -94,6 +94,8 @@ def _by_neuron(layers: Iterable[NeuronLayer]) -> dict[Tensor, Frozen]:
     found: dict[Tensor, Frozen] = {}
     owners: dict[Tensor, NeuronLayer] = {}
     for layer in layers:
+        if layer.leaves is not None:
+            continue  # its parameters hold no frozen rows
         # also parameters from which weights are computed: weight_orig of pruning, say
         for name, p in layer._parameters.items():
             if p is None:

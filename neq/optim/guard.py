@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Adagrad, Optimizer, Rprop
 
-from neq.integrations.wrapped import optimizer_in
 from neq.optim.frozen import Frozen, frozen_in, modules_in
+from neq.wrapped import optimizer_in
 
 OnThaw = Literal["keep", "reset"]
 """What a neuron's optimizer state is when it trains again: see ``Guard``."""
@@ -150,7 +150,7 @@ class Guard:
                 if key in state:
                     frozen.put_back(t, state[key])
                 else:  # to be reset, or made in this step
-                    frozen.fill(t, _start(optimizer, group, key))
+                    frozen.fill(t, start_value(optimizer, group, key))
 
     def _begin(self, p: Tensor, group: dict[str, Any]) -> None:
         """Make a momentum buffer, since fused SGD fails if only some parameters have one."""
@@ -191,7 +191,7 @@ class Guard:
         if state is None or (mask is frozen.active and done is state):
             return
         for key, t in self._state(p, frozen).items():
-            frozen.fill(t, _start(self._optimizer, group, key))
+            frozen.fill(t, start_value(self._optimizer, group, key))
         self._reset[p] = frozen.active, state
 
 
@@ -200,7 +200,7 @@ def is_own(optimizer: Optimizer) -> bool:
     return type(optimizer).__module__.startswith(_OWN)
 
 
-def _start(optimizer: Optimizer, group: dict[str, Any], key: str) -> float:
+def start_value(optimizer: Optimizer, group: dict[str, Any], key: str) -> float:
     """The value with which a new optimizer starts this entry of its state."""
     if isinstance(optimizer, Rprop) and key == "step_size":
         return float(group["lr"])

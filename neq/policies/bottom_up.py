@@ -61,7 +61,9 @@ class BottomUp(FromBelow):
     any block has had in this training. So eps depends neither on the length of an epoch nor on the
     model. A block is settled when ``share`` of its measured neurons are at equilibrium. One in
     which nothing is measured is settled if the one above is. The lowest block that trains is
-    frozen when it was settled in ``patience`` measurements, one after the other.
+    frozen when it was settled in ``patience`` measurements, one after the other. Above the prefix
+    there is always a layer that is measured, to see by it that the data change. So the last block
+    trains to the end if the Controller leaves the classifier above it alone.
 
     Everything trains again when a learning rate rises, when the data change, or when the validation
     loss gets worse: see ``neq.policies.thaw.ThawRule``.
@@ -109,10 +111,10 @@ class BottomUp(FromBelow):
         self._ends: list[int] = []  # at which epochs the lowest blocks are frozen, once annealed
 
     def depth(self, layers: Sequence[Motion], epoch: int) -> int:
-        self._annealing.next_epoch()
+        self._annealing.begin(epoch)
         count = len(self._training.blocks)
         frozen = sum(end <= epoch for end in self._ends)
-        if self._thaw.applies(self._training, layers, frozen):
+        if self._thaw.applies(self._training, layers, frozen, self.eps * self._fastest):
             self._settled, self._ends = [], []
             self._annealing.spans.clear()
             return 0
@@ -121,7 +123,9 @@ class BottomUp(FromBelow):
             done + 1 if settled else 0
             for done, settled in zip(before, self._are_settled(layers, frozen), strict=True)
         ]
-        while len(self._ends) < count and self._settled[len(self._ends)] >= self.patience:
+        above = any(one.block is None for one in layers)
+        most = count if above else max((one.block or 0 for one in layers), default=0)
+        while len(self._ends) < most and self._settled[len(self._ends)] >= self.patience:
             self._grow(epoch + self.anneal)
         return sum(end <= epoch for end in self._ends)
 
@@ -231,10 +235,13 @@ class Scheduled(FromBelow):
             )
         for block, share in enumerate(self.shares):
             if self.annealed:
-                end = share * self.epochs
+                end = self._end(share)
                 self._anneal(block, end * (1 - self.annealed), end)
 
     def depth(self, layers: Sequence[Motion], epoch: int) -> int:
-        if epoch:
-            self._annealing.next_epoch()
-        return sum(share * self.epochs <= epoch for share in self.shares)
+        self._annealing.begin(epoch)
+        return sum(self._end(share) <= epoch for share in self.shares)
+
+    def _end(self, share: float) -> float:
+        """At which epoch a block is frozen."""
+        return round(share * self.epochs, 6)  # .07 of 100 are more than 7

@@ -1,5 +1,6 @@
 """What a policy is told, asking it, and setting what it chose."""
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from neq.distributed.ranks import Ranks
-from neq.layers.active import as_mask
+from neq.layers.active import as_mask, at_most
 from neq.layers.base import NeuronLayer
 from neq.layers.groups import Group, LeaveAlone
 from neq.measure.evaluating import Inputs
@@ -115,6 +116,7 @@ def decide(
         of_neurons(as_mask(rows, len(motion), f"{kind}.choose, layer {motion.name!r}"), motion)
         for motion, rows in zip(motions, chosen, strict=True)
     ]
+    masks = _that_fit(kind, motions, masks)
     frozen = torch.arange(len(blocks)) < depth  # bool [blocks]
     # a policy that draws or times may choose differently on another rank
     decided = ranks.from_first(torch.cat([frozen, *masks]), motions[0].layer.weight.device)
@@ -125,3 +127,29 @@ def decide(
         inside = motion.block is not None and frozen[motion.block]
         if not inside and not torch.equal(motion.layer.active_mask.cpu(), mask):
             motion.layer.set_active(mask)
+
+
+def _that_fit(kind: str, motions: Sequence[Motion], masks: Sequence[Tensor]) -> list[Tensor]:
+    """A random choice of the neurons, where the capacity of a compact layer is too small.
+
+    Args:
+        kind: The policy's class, which chose the neurons.
+        motions: Those of the layers.
+        masks: bool [n_neurons] each.
+    """
+    leaves = [motion.layer.leaves for motion in motions]
+    fitting = [
+        mask if own is None else at_most(mask, own.capacity)
+        for mask, own in zip(masks, leaves, strict=True)
+    ]
+    surplus = sum(int((a ^ b).sum()) for a, b in zip(masks, fitting, strict=True))
+    if surplus and not any(own.too_small for own in leaves if own is not None):
+        for own in leaves:
+            if own is not None:
+                own.too_small = True
+        warnings.warn(
+            f"{kind} chose {surplus} neurons more than the capacity of this compact model has room "
+            "for: where it is so, a random choice of them trains",
+            stacklevel=4,
+        )
+    return fitting

@@ -5,13 +5,15 @@ A backend is a module of this folder, listed in ``planner.BACKENDS``. Its functi
     dy      [..., n], or images [N, n, *pixels]
     x       [..., inputs], or images [N, inputs, *pixels]
     weight  [n, inputs], or [n, inputs / groups, *kernel]; of a transposed convolution
-            [inputs, n / groups, *kernel]; only its dtype, shape and strides are read
+            [inputs, n / groups, *kernel]; or with fewer rows m than n, which is compact; only its
+            dtype, shape and strides are read
     order   int64 [n]: the first k neurons are active
     k       at least 1
     bias    is db wanted?
 
-They return dW, in the dtype and strides of ``weight``, and db [n], or [0] without ``bias``. Frozen
-rows are zero.
+They return dW, in the dtype, shape and strides of ``weight``, and db with as many entries, or [0]
+without ``bias``. Frozen rows are zero. Compact gradients have the k active rows first, and m - k
+rows of zeros.
 """
 
 from typing import Protocol

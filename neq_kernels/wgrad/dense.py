@@ -1,9 +1,10 @@
 """The vendor's dense weight gradient, then zeros in the frozen rows.
 
-It saves nothing and costs little. It runs where no other backend is faster.
+It saves nothing and costs little. It runs where no other backend is faster. A compact gradient it
+computes of the active columns of dY only; of grouped convolutions it has to compute all first.
 """
 
-from math import prod
+from math import inf, prod
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from neq_kernels import _torch
 from neq_kernels.device import extension
 from neq_kernels.device.bypass import may_bypass_dispatcher
 from neq_kernels.shapes import as_matrix
-from neq_kernels.wgrad.geometry import Conv
+from neq_kernels.wgrad.geometry import Conv, full_shape, is_compact
 from neq_kernels.wgrad.problem import Problem
 
 if extension.why_not("cpu") is None:
@@ -29,7 +30,12 @@ def supports(problem: Problem) -> bool:
 
 
 def cost(problem: Problem) -> float:
-    """The vendor's time, which is the unit of all costs, and the time to zero frozen rows."""
+    """The vendor's time, which is the unit of all costs, and the time to zero frozen rows.
+
+    Of a compact gradient, all other backends leave out more: it is the last resort.
+    """
+    if problem.compact:
+        return inf
     if problem.device != "cpu" or problem.flops == 0:
         return 1.0
     frozen = 1 - problem.k / problem.neurons
@@ -59,6 +65,9 @@ def linear_wgrad(
     dy: Tensor, x: Tensor, weight: Tensor, order: Tensor, k: int, bias: bool
 ) -> tuple[Tensor, Tensor]:
     dy, x = as_matrix(dy), as_matrix(x)
+    if is_compact(weight, len(order)):
+        dw, db = linear_wgrad(dy.index_select(1, order[:k]), x, weight[:k], order[:k], k, bias)
+        return compact(weight, dw, db)
     if weight.stride(0) == 1:  # column-major
         dw = as_weight((x.t() @ dy).t(), weight)
     else:
@@ -72,11 +81,37 @@ def linear_wgrad(
 def conv_wgrad(
     dy: Tensor, x: Tensor, weight: Tensor, order: Tensor, k: int, bias: bool, conv: Conv
 ) -> tuple[Tensor, Tensor]:
+    if is_compact(weight, len(order), conv):
+        dim = int(conv.transposed)
+        dw = vendor_conv_wgrad(dy, x, weight.new_empty(full_shape(weight, len(order), conv)), conv)
+        db = channel_sum(dy, weight.dtype)[order[:k]] if bias else None
+        return compact(weight, dw.index_select(dim, order[:k]), db, dim)
     dw = as_weight(vendor_conv_wgrad(dy, x, weight, conv), weight)
     db = channel_sum(dy, weight.dtype) if bias else weight.new_empty(0)
     if k < len(order):
         zero_frozen_(dw, order[k:], int(conv.transposed), conv, db if bias else None)
     return dw, db
+
+
+def compact(weight: Tensor, dw: Tensor, db: Tensor | None, dim: int = 0) -> tuple[Tensor, Tensor]:
+    """Compact gradients of a ``weight`` with m rows, given those of its first k; zeros follow.
+
+    Args:
+        weight: Only its dtype, shape and strides are read.
+        dw: k rows.
+        db: [k]; None or [0] if it is not wanted.
+        dim: The dimension of weight and ``dw`` that counts rows.
+    """
+    m, k = weight.shape[dim], dw.shape[dim]
+    if k < m:
+        rows, dw = dw, torch.empty_like(weight)
+        dw.narrow(dim, 0, k).copy_(rows)
+        dw.narrow(dim, k, m - k).zero_()
+    dw = as_weight(dw, weight)
+    if db is None or len(db) == 0:
+        return dw, weight.new_empty(0)
+    db = db.to(weight.dtype)
+    return dw, db if k == m else torch.cat([db, db.new_zeros(m - k)])
 
 
 def zero_frozen_(

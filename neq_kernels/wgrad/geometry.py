@@ -68,6 +68,21 @@ class Conv(NamedTuple):
         return per_group.reshape(weight.shape[0], -1, *ones)
 
 
+def is_compact(weight: Tensor, neurons: int, conv: Conv | None = None) -> bool:
+    """Has the gradient of this ``weight`` the active rows only, one after the other?
+
+    So it is if the weight has fewer rows than the layer has ``neurons``.
+    """
+    return (len(weight) if conv is None else conv.channels(weight)[0]) < neurons
+
+
+def full_shape(weight: Tensor, neurons: int, conv: Conv | None = None) -> tuple[int, ...]:
+    """The shape of the weight of all ``neurons``, given that weight or a compact one."""
+    if conv is not None and conv.transposed:
+        return weight.shape[0], neurons // conv.groups, *weight.shape[2:]
+    return neurons, *weight.shape[1:]
+
+
 def in_two_dimensions(
     dy: Tensor, x: Tensor, weight: Tensor, conv: Conv
 ) -> tuple[Tensor, Tensor, Tensor, Conv]:

@@ -32,6 +32,7 @@ def supports(problem: Problem) -> bool:
         and not conv.transposed
         and len(conv.stride) <= 2
         and problem.device == "cuda"
+        and not problem.compact
         and problem.dtype in DTYPES
         and problem.flops > 0
         and prod(problem.weight[1:]) <= MOST_WEIGHTS

@@ -46,7 +46,7 @@ class Plan(NamedTuple):
 def supports(problem: Problem) -> bool:
     """On a GPU, in 16 bits and channels_last: k x k convolutions of at most 128 channels."""
     conv = problem.conv
-    if conv is None or problem.device != "cuda" or extension.why_not("cuda"):
+    if conv is None or problem.device != "cuda" or problem.compact or extension.why_not("cuda"):
         return False
     neurons, channels, *kernel = problem.weight
     works = (

@@ -111,7 +111,8 @@ def cost(problem: Problem) -> float:
     costs = _coefficients(problem, one_tap)
     x = min(prod(problem.x), patches)  # strides may leave some of X out
     moving = costs.x * x + costs.dy * prod(problem.dy)
-    moving += (costs.dw + share * costs.sums) * prod(problem.weight)
+    written = share if problem.compact else 1
+    moving += (written * costs.dw + share * costs.sums) * prod(problem.weight)
     computing = costs.arithmetic * share * waste * idle * problem.flops
     return slower * (computing + moving * problem.dtype.itemsize + costs.call) / unit(problem)
 
@@ -182,7 +183,7 @@ def conv_wgrad(
 
 
 def _sums(dy: Tensor, weight: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
-    """Empty tensors for dW, like ``weight``, and for db [n], or [0] without bias."""
+    """Empty tensors for dW, like ``weight``, and for db, or [0] without bias."""
     dw = extension.fresh_like(weight, extension.sum_dtype(dy))
     return dw, dw.new_empty(weight.shape[0] if bias else 0)
 

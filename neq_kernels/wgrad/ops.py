@@ -20,7 +20,8 @@ def _check_alike(dy: Tensor, x: Tensor) -> None:
 def _check_linear(dy: Tensor, x: Tensor, weight: Tensor, order: Tensor, count: Tensor) -> None:
     if weight.dim() != 2:
         raise ValueError(f"weight must be [neurons, inputs], got {list(weight.shape)}")
-    neurons, inputs = weight.shape
+    rows, inputs = weight.shape
+    neurons = _neurons(rows, order)
     if dy.dim() == 0 or dy.shape[-1] != neurons or dy.shape[:-1] != x.shape[:-1]:
         raise ValueError(
             f"dy must be x's leading dimensions and {neurons} neurons, "
@@ -44,7 +45,9 @@ def _check_conv(
     for name in ("stride", "padding", "dilation", "output_padding"):
         if len(getattr(conv, name)) != spatial:
             raise ValueError(f"{name} must have {spatial} entries, got {getattr(conv, name)}")
-    out_channels, in_channels = conv.channels(weight)
+    rows, in_channels = conv.channels(weight)
+    can_be_compact = not conv.transposed or conv.groups == 1
+    out_channels = _neurons(rows, order) if can_be_compact else rows
     if dy.shape[0] != x.shape[0] or dy.shape[1] != out_channels or x.shape[1] != in_channels:
         raise ValueError(
             f"weight {list(weight.shape)} with groups={conv.groups} maps {in_channels} channels "
@@ -54,9 +57,19 @@ def _check_conv(
     check_rows(out_channels, dy, order, count)
 
 
-def _nothing(weight: Tensor, biases: int) -> tuple[Tensor, Tensor]:
-    """dW and db [biases] without an active neuron."""
-    return torch.zeros_like(weight), weight.new_zeros(biases)
+def _neurons(rows: int, order: Tensor) -> int:
+    """How many neurons there are. A weight with fewer rows is compact."""
+    return max(rows, len(order)) if order.dim() == 1 else rows
+
+
+def _check_active(k: int, rows: int) -> None:
+    if k > rows:
+        raise ValueError(f"weight must have a row for each of {k} active neurons, got {rows}")
+
+
+def _nothing(weight: Tensor, rows: int, bias: bool) -> tuple[Tensor, Tensor]:
+    """dW and db without an active neuron."""
+    return torch.zeros_like(weight), weight.new_zeros(rows if bias else 0)
 
 
 def _linear_wgrad(
@@ -65,7 +78,8 @@ def _linear_wgrad(
     _check_linear(dy, x, weight, order, count)
     k = int(count)
     if k == 0:
-        return _nothing(weight, len(order) if bias else 0)
+        return _nothing(weight, len(weight), bias)
+    _check_active(k, len(weight))
     return planner.linear_wgrad(dy, x, weight, order, k, bias)
 
 
@@ -82,7 +96,8 @@ def _conv_wgrad(
     _check_conv(dy, x, weight, order, count, conv)
     k = int(count)
     if k == 0:
-        return _nothing(weight, len(order) if bias else 0)
+        return _nothing(weight, conv.channels(weight)[0], bias)
+    _check_active(k, conv.channels(weight)[0])
     return planner.conv_wgrad(dy, x, weight, order, k, bias, conv)
 
 
@@ -90,7 +105,7 @@ def _fake_linear_wgrad(
     dy: Tensor, x: Tensor, weight: Tensor, order: Tensor, count: Tensor, bias: bool
 ) -> tuple[Tensor, Tensor]:
     _check_linear(dy, x, weight, order, count)
-    return torch.empty_like(weight), weight.new_empty(len(order) if bias else 0)
+    return torch.empty_like(weight), weight.new_empty(len(weight) if bias else 0)
 
 
 def _fake_conv_wgrad(
@@ -102,8 +117,9 @@ def _fake_conv_wgrad(
     bias: bool,
     *geometry: Any,
 ) -> tuple[Tensor, Tensor]:
-    _check_conv(dy, x, weight, order, count, Conv.of(*geometry))
-    return torch.empty_like(weight), weight.new_empty(len(order) if bias else 0)
+    conv = Conv.of(*geometry)
+    _check_conv(dy, x, weight, order, count, conv)
+    return torch.empty_like(weight), weight.new_empty(conv.channels(weight)[0] if bias else 0)
 
 
 linear_wgrad = define(

@@ -1,5 +1,7 @@
 """Pack the active rows of dY, let the vendor compute their gradient, scatter it into dW.
 
+A compact gradient needs no scattering.
+
 Rows are packed in whole granules, since a vendor's kernel takes as long for the next multiple of
 its tile. The surplus rows are frozen ones: they are computed and then dropped.
 """
@@ -15,8 +17,8 @@ from neq_kernels.device.extension import fresh_like
 from neq_kernels.shapes import as_matrix, ceil_div
 from neq_kernels.wgrad import bounds
 from neq_kernels.wgrad.columns import pack_columns
-from neq_kernels.wgrad.dense import channel_sum, unit, vendor_conv_wgrad
-from neq_kernels.wgrad.geometry import Conv
+from neq_kernels.wgrad.dense import channel_sum, compact, unit, vendor_conv_wgrad
+from neq_kernels.wgrad.geometry import Conv, is_compact
 from neq_kernels.wgrad.problem import Problem
 
 
@@ -58,11 +60,12 @@ def cost(problem: Problem) -> float:
         return bounds.relative(problem, bounds.pack)
     cpu = PROCESSORS.get(names.processor(), PROCESSOR)
     share = _granules(problem.k, problem.neurons, problem.device) / problem.neurons
+    scattering = 0.0 if problem.compact else cpu.dw_flops * prod(problem.weight)
     if problem.groups > 1:
         # X is packed too; the vendor's time is that to read both
         return 1.2 * share + 0.8 if problem.channels_last else 1.4 * share + 0.3
     moving = cpu.x_flops * prod(problem.x) + (1 + share) * (
-        cpu.dy_flops * prod(problem.dy) + cpu.dw_flops * prod(problem.weight)
+        cpu.dy_flops * prod(problem.dy) + scattering
     )
     moving *= problem.dtype.itemsize
     if problem.dtype.itemsize < 4:
@@ -71,34 +74,34 @@ def cost(problem: Problem) -> float:
     return (computing + moving + cpu.call_flops) / unit(problem)
 
 
-def _granules(k: int, neurons: int, device: str) -> int:
-    """How many rows to pack for ``k`` active ones."""
+def _granules(k: int, most: int, device: str) -> int:
+    """How many rows to pack for ``k`` active ones: ``most`` are all that the weight has."""
     granule = GRANULE[device]
-    return min(ceil_div(k, granule) * granule, neurons)
+    return min(ceil_div(k, granule) * granule, most)
 
 
 def linear_wgrad(
     dy: Tensor, x: Tensor, weight: Tensor, order: Tensor, k: int, bias: bool
 ) -> tuple[Tensor, Tensor]:
     dy, x = as_matrix(dy), as_matrix(x)
-    packed = _granules(k, len(order), dy.device.type)
+    packed = _granules(k, len(weight), dy.device.type)
     dy_packed, db = pack_columns(dy, order[:packed], bias)  # [T, packed]
     # [packed, inputs], stored as the weight is
     dw = (x.t() @ dy_packed).t() if weight.stride(0) == 1 else dy_packed.t() @ x
-    return _scatter(weight, order, k, 0, dw, db)
+    return _placed(weight, order, k, None, dw, db)
 
 
 def conv_wgrad(
     dy: Tensor, x: Tensor, weight: Tensor, order: Tensor, k: int, bias: bool, conv: Conv
 ) -> tuple[Tensor, Tensor]:
-    packed = _granules(k, len(order), dy.device.type)
+    neurons = int(conv.transposed)  # the dimension that counts them
+    packed = _granules(k, weight.shape[neurons], dy.device.type)
     dy_packed, db = _pack_channels(dy, order[:packed], bias, weight.dtype)
     if conv.groups > 1:  # depthwise: a neuron reads the channel of X with the same number
         x, _ = _pack_channels(x, order[:packed], False, weight.dtype)
         conv = conv._replace(groups=packed)
-    neurons = 1 if conv.transposed else 0
     dw = vendor_conv_wgrad(dy_packed, x, weight.narrow(neurons, 0, packed), conv)
-    return _scatter(weight, order, k, neurons, dw, db)
+    return _placed(weight, order, k, conv, dw, db)
 
 
 def _pack_channels(
@@ -114,13 +117,19 @@ def _pack_channels(
     return packed, channel_sum(packed, dtype) if want_sums else None
 
 
-def _scatter(
-    weight: Tensor, order: Tensor, k: int, neurons: int, dw_packed: Tensor, db_packed: Tensor | None
+def _placed(
+    weight: Tensor,
+    order: Tensor,
+    k: int,
+    conv: Conv | None,
+    dw_packed: Tensor,
+    db_packed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """dW and db from those of the packed rows, of which the first ``k`` are active.
-
-    ``neurons`` is the dimension that counts the neurons, in dW and in ``dw_packed``.
-    """
+    """dW and db from those of the packed rows, of which the first ``k`` are active."""
+    neurons = int(conv is not None and conv.transposed)  # the dimension that counts them
+    if is_compact(weight, len(order), conv):
+        db = None if db_packed is None else db_packed[:k]
+        return compact(weight, dw_packed.narrow(neurons, 0, k), db, neurons)
     rows = order[:k]
     dw_active = dw_packed.narrow(neurons, 0, k).to(weight.dtype)
     dw = fresh_like(weight, weight.dtype).zero_().index_copy_(neurons, rows, dw_active)

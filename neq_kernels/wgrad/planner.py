@@ -30,7 +30,7 @@ from neq_kernels.device import names, ranks
 from neq_kernels.shapes import ceil_div, is_column_major
 from neq_kernels.wgrad import dense, grouped, narrow, native, pack, tables
 from neq_kernels.wgrad.backend import Backend, LinearBackend
-from neq_kernels.wgrad.geometry import Conv
+from neq_kernels.wgrad.geometry import Conv, full_shape, is_compact
 from neq_kernels.wgrad.problem import BUCKETS, Problem
 from neq_kernels.wgrad.tables import Table
 
@@ -66,14 +66,14 @@ def linear_wgrad(
     Args:
         dy: [..., n].
         x: [..., inputs].
-        weight: [n, inputs]. Only its dtype, shape and strides are read.
+        weight: [n, inputs], or a compact one. Only its dtype, shape and strides are read.
         order: int64 [n]: the first k neurons are active.
         k: How many neurons are active; at least 1.
         bias: Is db wanted?
         backend: The answer of ``choose`` for the same tensors, if it was called.
 
     Returns:
-        dW in the dtype and strides of ``weight``, and db [n], or [0] without ``bias``.
+        dW like ``weight``, and db with an entry for each of its neurons, or [0] without ``bias``.
     """
     args = (dy, x, weight, order, k, bias)
     chosen = LINEAR.get(backend or "")  # one of ``only`` may be gone
@@ -98,7 +98,8 @@ def conv_wgrad(
         dy: [N, n, *pixels].
         x: [N, inputs, *pixels].
         weight: [n, inputs / groups, *kernel]; of a transposed convolution
-            [inputs, n / groups, *kernel]. Only its dtype, shape and strides are read.
+            [inputs, n / groups, *kernel]; or a compact one. Only its dtype, shape and strides are
+            read.
         order: int64 [n]: the first k neurons are active.
         k: How many neurons are active; at least 1.
         bias: Is db wanted?
@@ -106,7 +107,7 @@ def conv_wgrad(
         backend: The answer of ``choose`` for the same tensors, if it was called.
 
     Returns:
-        dW in the dtype and strides of ``weight``, and db [n], or [0] without ``bias``.
+        dW like ``weight``, and db with an entry for each of its neurons, or [0] without ``bias``.
     """
     args = (dy, x, weight, order, k, bias, conv)
     chosen = BACKENDS.get(backend or "")
@@ -122,7 +123,8 @@ def choose(
 
     Args:
         x: The input of the layer, [..., inputs] or [N, inputs, *pixels].
-        weight: The weight, [n, ...]; of a transposed convolution [inputs, n / groups, *kernel].
+        weight: The weight, [n, ...]; of a transposed convolution [inputs, n / groups, *kernel];
+            or a compact one.
         neurons: How many neurons there are.
         k: How many of them are active.
         bias: Is the bias's gradient wanted?
@@ -141,7 +143,7 @@ def choose(
         return "dense"
     layout = is_column_major(weight) if conv is None else x.stride(1) == 1
     where = x.device, torch.get_num_threads()
-    key = (k, x.shape, weight.shape, bias, conv, layout, x.dtype, where)
+    key = (k, neurons, x.shape, weight.shape, bias, conv, layout, x.dtype, where)
     choice = _choices.get(key)
     if choice is None:
         problem = problem_of(x, weight, neurons, k, bias, conv)
@@ -157,17 +159,22 @@ def problem_of(
     x: Tensor, weight: Tensor, neurons: int, k: int, bias: bool, conv: Conv | None
 ) -> Problem:
     """The problem for x [..., inputs] or [N, inputs, *pixels], and a weight as for ``choose``."""
-    device, dtype, shape = x.device.type, x.dtype, tuple(weight.shape)
     bucket = ceil_div(k * BUCKETS, neurons)
+    device, dtype, shape = x.device.type, x.dtype, full_shape(weight, neurons, conv)
+    compact = is_compact(weight, neurons, conv)
     if conv is None:
         samples = x.shape[:-1].numel()
         sizes = (samples, neurons), (samples, *x.shape[-1:]), shape
         column_major = is_column_major(weight)
         return Problem(
-            "linear_wgrad", device, dtype, *sizes, False, None, bucket, column_major, bias
+            "linear_wgrad", device, dtype, *sizes, False, None, bucket, column_major, bias, compact
         )
-    images = conv.output(x.shape, weight), tuple(x.shape), shape
-    return Problem("conv_wgrad", device, dtype, *images, x.stride(1) == 1, conv, bucket, bias=bias)
+    samples, _, *pixels = conv.output(x.shape, weight)
+    images = (samples, neurons, *pixels), tuple(x.shape), shape
+    last = x.stride(1) == 1
+    return Problem(
+        "conv_wgrad", device, dtype, *images, last, conv, bucket, bias=bias, compact=compact
+    )
 
 
 def predict(problem: Problem) -> str:

@@ -21,12 +21,13 @@ class Problem:
     dtype: torch.dtype
     dy: tuple[int, ...]  # its shape: (T, n) or (N, n, *pixels)
     x: tuple[int, ...]  # its shape: (T, inputs) or (N, inputs, *pixels)
-    weight: tuple[int, ...]  # its shape
+    weight: tuple[int, ...]  # its shape, with all neurons
     channels_last: bool
     conv: Conv | None  # None for a linear layer
     bucket: int  # the active share in sixteenths, rounded up
     column_major: bool = False  # a linear layer with a weight stored as [inputs, n]
     bias: bool = False  # is its gradient wanted too?
+    compact: bool = False  # are there active rows only in dW?
 
     @property
     def samples(self) -> int:
@@ -63,5 +64,6 @@ class Problem:
         layout = "column_major" if self.column_major else layout
         geometry = "" if self.conv is None else " ".join(map(str, self.conv))
         dtype = str(self.dtype).removeprefix("torch.")
-        kind = self.op, self.device, dtype, layout, *["bias"] * self.bias
+        op = f"compact_{self.op}" if self.compact else self.op
+        kind = op, self.device, dtype, layout, *["bias"] * self.bias
         return " ".join([*kind, *sizes, f"{self.bucket}/{BUCKETS}", geometry])

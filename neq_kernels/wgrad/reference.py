@@ -1,12 +1,16 @@
 """What ``linear_wgrad`` and ``conv_wgrad`` mean, in plain torch. Every test compares with them.
 
 A frozen row is exactly zero, also where the dense gradient would be infinite or NaN.
+
+The gradient is shaped like the weight that is given. If that has a row for each neuron, so has the
+gradient. If it has m rows, k <= m < n, it is compact: the rows of the gradient are those of the
+active neurons, in their order, then zeros.
 """
 
 import torch
 from torch import Tensor
 
-from neq_kernels.wgrad.geometry import Conv
+from neq_kernels.wgrad.geometry import Conv, full_shape, is_compact
 
 
 def active_mask(order: Tensor, count: Tensor) -> Tensor:
@@ -32,13 +36,15 @@ def linear_wgrad(
     Args:
         dy: The gradient of the output, [..., n].
         x: The input, [..., inputs], in the same dtype.
-        weight: [n, inputs]. Only its dtype, shape and strides are read.
+        weight: [n, inputs], or a compact one [m, inputs]. Only its dtype, shape and strides are
+            read.
         order: int64 [n]: a permutation of the neurons, the active ones first.
         count: int64 [], on the CPU: how many neurons are active.
         bias: Is db wanted?
 
     Returns:
-        dW in the dtype and strides of ``weight``, and db [n], or [0] without ``bias``.
+        dW in the dtype, shape and strides of ``weight``, and db with an entry for each of its
+        rows, or [0] without ``bias``.
 
     Examples:
         >>> dy, x = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[1.0, 10.0]])
@@ -50,13 +56,13 @@ def linear_wgrad(
                 [ 3., 30.]])
         >>> db
         tensor([1., 0., 3.])
+        >>> neq_kernels.linear_wgrad(dy, x, torch.empty(2, 2), order, count, True)  # compact
+        (tensor([[ 1., 10.],
+                [ 3., 30.]]), tensor([1., 3.]))
     """
     samples = dy.shape[:-1].numel()
     dy, x = dy.reshape(samples, dy.shape[-1]), x.reshape(samples, x.shape[-1])
-    frozen = ~active_mask(order, count)
-    dw = (dy.t() @ x).masked_fill(frozen[:, None], 0)
-    db = dy.sum(0).masked_fill(frozen, 0)
-    return torch.empty_like(weight).copy_(dw), (db if bias else db[:0]).to(weight.dtype)
+    return _like(weight, dy.t() @ x, dy.sum(0), order, count, bias)
 
 
 def conv_wgrad(
@@ -79,7 +85,8 @@ def conv_wgrad(
         dy: The gradient of the output, [N, n, *pixels] with one to three dimensions of pixels.
         x: The input, [N, inputs, *pixels], in the same dtype.
         weight: [n, inputs / groups, *kernel]; of a transposed convolution
-            [inputs, n / groups, *kernel]. Only its dtype, shape and strides are read.
+            [inputs, n / groups, *kernel]. A compact one has fewer rows; if transposed, it has no
+            groups. Only its dtype, shape and strides are read.
         order: int64 [n]: a permutation of the neurons, the active ones first.
         count: int64 [], on the CPU: how many neurons are active.
         bias: Is db wanted?
@@ -91,7 +98,8 @@ def conv_wgrad(
         groups: As in torch.
 
     Returns:
-        dW in the dtype and strides of ``weight``, and db [n], or [0] without ``bias``.
+        dW in the dtype, shape and strides of ``weight``, and db with an entry for each of its
+        neurons, or [0] without ``bias``.
 
     Examples:
         >>> dy, x = torch.ones(1, 2, 3), torch.tensor([[[1.0, 2.0, 3.0, 4.0]]])
@@ -108,11 +116,33 @@ def conv_wgrad(
         tensor([0., 3.])
     """
     conv = Conv.of(stride, padding, dilation, transposed, output_padding, groups)
-    frozen = ~active_mask(order, count)
     with torch.enable_grad():
-        w = weight.detach().to(dy.dtype).requires_grad_()
+        w = x.new_empty(full_shape(weight, len(order), conv), requires_grad=True)
         y = torch.convolution(x.detach(), w, None, *conv)
         (dw,) = torch.autograd.grad(y, w, dy.detach())
-    dw = dw.masked_fill(conv.spread(frozen, weight), 0)
-    db = dy.transpose(0, 1).flatten(1).sum(1).masked_fill(frozen, 0)
+    db = dy.transpose(0, 1).flatten(1).sum(1)
+    return _like(weight, dw, db, order, count, bias, conv)
+
+
+def _like(
+    weight: Tensor,
+    dw: Tensor,
+    db: Tensor,
+    order: Tensor,
+    count: Tensor,
+    bias: bool,
+    conv: Conv | None = None,
+) -> tuple[Tensor, Tensor]:
+    """dW and db of all neurons, with frozen rows zeroed or left out as ``weight`` is made."""
+    if is_compact(weight, len(order), conv):
+        dim, rows = int(conv is not None and conv.transposed), order[: int(count)]
+        active = dw.index_select(dim, rows), db.index_select(0, rows)
+        dw = dw.new_zeros(weight.shape)
+        dw.narrow(dim, 0, len(rows)).copy_(active[0])
+        db = db.new_zeros(weight.shape[dim])
+        db[: len(rows)] = active[1]
+    else:
+        frozen = ~active_mask(order, count)
+        dw = dw.masked_fill(frozen[:, None] if conv is None else conv.spread(frozen, weight), 0)
+        db = db.masked_fill(frozen, 0)
     return torch.empty_like(weight).copy_(dw), (db if bias else db[:0]).to(weight.dtype)

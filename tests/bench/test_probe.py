@@ -18,7 +18,13 @@ def test_bench_of_the_probe(tmp_path, capsys, monkeypatch):
     options = ["--epochs", "2", "--steps", "1", "--eps", "1", "--seconds", "0.01"]
     probe.main([*options, "--json", str(file)])
     rows = json.loads(file.read_text())["results"]
-    results, compared, packed = rows[:3], rows[3:7], rows[7:]
+    results, decided, compared, packed = rows[:3], rows[3:5], rows[5:9], rows[9:]
+    assert [row["policy"] for row in decided] == ["BottomUp", "Budget of step_ms"]
+    for row in decided:
+        assert row["blocks"] == 16  # of a stem and fifteen residual blocks
+        epoch = row["step_ms"] * 50_000 / 4
+        assert row["share_of_epoch"] == pytest.approx(row["decision_ms"] / epoch)
+        assert row["first_ms"] > 0
     assert [row["memory"] for row in results] == ["device", "host", "sketch"]
     for row in results:
         assert row["probe_ms"] > 0

@@ -35,3 +35,34 @@ def test_verdict():
         "gather: realised 0.40 median, 0.40 worst (toast, f = 0.5); slower than dense in 0 "
         "(0 by more than 3%) of 1 results",
     ]
+
+
+def test_a_prefix_is_judged_beside_the_step_by_hand():
+    def row(network, contender, ratio, peak):
+        return {
+            "network": network,
+            "mode": "eager",
+            "dtype": "float32",
+            "contender": contender,
+            "active": 0.6,
+            "ratio": ratio,
+            "peak_mib": peak,
+            "realised": 1.0,
+        }
+
+    rows = [
+        row("toast", "by hand", 0.5, 10),
+        row("toast", "prefix", 0.6, 15),
+        row("jam", "by hand", 0.5, 10),
+        row("jam", "prefix", 0.5, 9),
+        row("jam", "cached", 0.4, 5),
+        row("jam", "rest", 0.32, 4),
+        row("tea", "cached", 0.4, 5),
+        row("tea", "rest", None, None),  # it was wrong
+    ]
+    assert step_report.verdict(rows, "toaster").splitlines()[1:] == [
+        "prefix: 1.100 x the time of by hand median, 1.200 x worst (toast); 1.200 x its memory "
+        "median, 1.500 x worst",
+        "cached: 1.250 x the time of rest median, 1.250 x worst (jam); 1.250 x its memory median, "
+        "1.250 x worst",
+    ]

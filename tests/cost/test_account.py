@@ -283,6 +283,10 @@ def test_the_table():
     assert len({len(line) for line in lines[:4]}) == 1
     assert lines[4].endswith("per sample): 6.91 k of 27.65 k (-75.0%)")
     assert lines[5] == "not counted: 2"
+    saved = 4 * (2 * 3 * 10 * 10 + 2 * 8 * 8 * 8)  # the inputs of the convolution and of PReLU
+    assert saved == 6496
+    kept = "weights 900 B, gradients 900 B, optimizer 900 B, activations 6.50 kB, together 9.20 kB"
+    assert lines[6] == f"memory now: {kept}; dense: {kept}"
 
 
 def test_bad_arguments():

@@ -33,6 +33,10 @@ def test_a_chain_by_hand():
     assert times.ms(2, {"b": 1}) == times.ms(2, {}) == head + 1 + 32
     assert times.ms(0, {}, reach=0) == head + 2 + 64 + 128 + 2048
     assert times.reached(0, {}) == 2
+    # of a dense step: the lowest layer has no dgrad
+    assert times.dense_ms(0) == 2 + 8 + 16
+    assert times.dense_ms(1) == 64 + 128 + 256 + 512
+    assert sum(map(times.dense_ms, (0, 1, None))) == times.dense
     assert times.price == {"a": 24, "b": 768, "c": 12288}
 
 
@@ -50,7 +54,7 @@ def test_a_shared_weight_is_frozen_with_its_first_layer():
 
 def test_what_is_not_converted_has_its_wgrad_in_its_backward():
     times = StepTimes((Segment("a", None, 0, fixed=True, dgrad=1, update=2), Segment("b", "b")))
-    assert times.dense == 3
+    assert times.dense == times.dense_ms(0) == 3
     assert times.ms(1, {"b": 1}) == 0
 
 

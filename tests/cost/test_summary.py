@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import neq
+from neq.cost.account import Memory
 from tests.support.layers import Tiny, layers_of, mask_randomly, reasons_of
 
 each = pytest.mark.parametrize
@@ -148,7 +149,9 @@ def test_summary_as_a_table():
         "  not a kind of layer that neq knows\n"
         "3      NEqBatchNorm1d        8  100.0%          16    7.7%\n"
         "total                       48   37.5%         208  100.0%\n"
-        "neq can freeze 84.6% of the parameters"
+        "neq can freeze 84.6% of the parameters\n"
+        "memory of a step: weights 832 B, gradients 832 B, optimizer 832 B, together 2.50 kB\n"
+        "if all trained: weights 832 B, gradients 832 B, optimizer 832 B, together 2.50 kB"
     )
 
 
@@ -188,12 +191,53 @@ def test_flops_are_those_of_the_account():
             assert layer.step_flops == costs[name].dense.total.flops > 0
             assert layer.wgrad_flops == costs[name].dense.wgrad.flops > 0
         assert unknown.step_flops is unknown.wgrad_flops is None
-    lines = str(neq.summary(model, x)).splitlines()
+    lines = str(neq.summary(model, x)).split("\n\n")[0].splitlines()
     assert lines[0].split()[-3:] == ["step", "FLOPs", "wgrad"]
     assert lines[1].split()[-5:] == [str(first.step_flops), "120", "would", "be", "converted"]
     assert lines[2].split()[6:8] == ["-", "-"]
-    assert lines[-2].split()[-1] == str(first.wgrad_flops + last.wgrad_flops)
+    assert lines[-4].split()[-1] == str(first.wgrad_flops + last.wgrad_flops)
     assert "FLOPs" not in str(neq.summary(model))
+
+
+def test_blocks_with_their_times():
+    model = nn.Sequential(nn.Linear(300, 400), nn.ReLU(), nn.Linear(400, 3), nn.Linear(3, 2))
+    x = torch.randn(500, 300)
+    for _ in range(2):
+        summary = neq.summary(model, x)
+        first, second = summary.blocks
+        assert (first.name, first.end, first.parameters) == ("0", "1", 300 * 400 + 400)
+        assert (second.name, second.end, second.parameters) == ("2", "2", 400 * 3 + 3)
+        assert first.ms > second.ms > 0  # of a hundred times the FLOPs
+        assert 1 > first.left > second.left > 0
+        head, one, two = str(summary).split("\n\n")[1].splitlines()[:3]
+        assert head.split() == ["block", "parameters", "share", "ms", "step", "left", "ends"]
+        assert one.split()[:3] == ["0", "120,400", "99.0%"]
+        assert one.split()[4:] == [f"{first.left:.1%}", "1"]
+        assert two.split()[4:] == [f"{second.left:.1%}", "2"]
+        neq.convert(model)
+    assert neq.summary(model).blocks == ()
+
+
+def test_blocks_are_those_of_a_model_that_is_not_frozen():
+    model = nn.Sequential(nn.Linear(30, 30), nn.Linear(30, 30), nn.Linear(30, 2))
+    x = torch.randn(20, 30)
+    prefix = neq.Prefix(model, x)
+    prefix.freeze(1)
+    summary = neq.summary(nn.Sequential(model), x)
+    assert [block.name for block in summary.blocks] == ["0.0", "0.1"]
+    assert all(block.ms > 0 and block.left < 1 for block in summary.blocks)
+    assert prefix.depth == 1
+    assert not model[0].training
+
+
+def test_a_model_without_blocks():
+    x = torch.randn(2, 3)
+    frozen = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).requires_grad_(False)
+    for model in nn.Linear(3, 3), frozen:
+        summary = neq.summary(model, x)
+        assert summary.blocks == ()
+        assert "block" not in str(summary)
+        assert summary.layers[0].step_flops > 0
 
 
 def test_summary_as_values():
@@ -221,8 +265,30 @@ def test_summary_of_a_model_with_nothing_to_say():
     assert str(neq.summary(nn.ReLU())).splitlines()[1:] == [
         "total              0       -           0      -",
         "neq can freeze - of the parameters",
+        "memory of a step: weights 0 B, gradients 0 B, optimizer 0 B, together 0 B",
+        "if all trained: weights 0 B, gradients 0 B, optimizer 0 B, together 0 B",
     ]
 
 
 def test_summary_of_one_layer():
     assert "(the model)  NEqLinear" in str(neq.summary(neq.convert(nn.Linear(2, 2))))
+
+
+def test_a_compact_model_has_all_parameters_and_the_bytes_of_some():
+    x = torch.randn(2, 8)
+    plain = nn.Sequential(nn.Linear(8, 16, bias=False), nn.Linear(16, 2, bias=False))
+    before = neq.summary(plain, x)
+    model = neq.convert(plain)
+    model[0].set_active(range(4))
+    neq.compact(model)
+    optimizer = torch.optim.AdamW(model.parameters())
+    summary = neq.summary(model, x, optimizer=optimizer)
+    assert [layer.parameters for layer in summary.layers] == [128, 32]
+    assert summary.in_reach == before.in_reach
+    assert (summary.layers[0].neurons, summary.layers[0].active) == (16, 4)
+    trained = 4 * (4 * 8 + 32)
+    assert summary.memory == Memory(4 * 160 + 4 * 32, trained, 2 * trained, 4 * 2 * (8 + 16))
+    assert summary.dense_memory == Memory(4 * 160, 4 * 160, 8 * 160, 4 * 2 * (8 + 16))
+    assert f"memory of a step: {summary.memory}" in str(summary)
+    with pytest.raises(ValueError, match=r"optimizer must be SGD, Adam or AdamW, .* got Rprop"):
+        neq.summary(model, optimizer=torch.optim.Rprop(model.parameters()))

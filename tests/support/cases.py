@@ -46,6 +46,7 @@ class Case:
     conv: Conv | None = None
     layouts: tuple[str, str, str] = ("contiguous",) * 3
     seed: int = 0
+    rows: int | None = None  # of a compact weight
 
     @property
     def terms(self) -> int:
@@ -65,6 +66,15 @@ class Case:
     def with_rows(self, active) -> "Case":
         """The same call with other rows active."""
         return replace(self, active=frozenset(active))
+
+    def compact(self, rows: int) -> "Case":
+        """The same call for a compact weight with so many rows."""
+        return replace(self, rows=rows)
+
+    @property
+    def dim(self) -> int:
+        """The dimension of the weight that counts its neurons."""
+        return int(self.conv is not None and self.conv.transposed)
 
     def laid_out(self, layout: str) -> "Case":
         """The same call with dy, x and weight in this layout."""
@@ -90,7 +100,10 @@ class Case:
             return integers(shape, dtype, device, layout, high, generator)
 
         dy, x = map(values, (self.dy, self.x), self.layouts[:2])
-        weight = torch.full(self.weight, torch.nan, dtype=weight_dtype, device=device)
+        shape = list(self.weight)
+        if self.rows is not None:
+            shape[self.dim] = self.rows
+        weight = torch.full(shape, torch.nan, dtype=weight_dtype, device=device)
         order = torch.tensor(sorted(self.active) + self.frozen, dtype=torch.int64, device=device)
         count = torch.tensor(len(self.active))
         weight = LAYOUTS[self.layouts[2]](weight)
@@ -165,6 +178,15 @@ def conv_cases(draw) -> Case:
     # torch 2.13 itself refuses one image for one neuron whose weight has strides of several formats
     assume(not (case.x[0] == case.neurons == 1 and case.layouts[2] == "reversed"))
     return case
+
+
+@st.composite
+def compact(draw, cases: st.SearchStrategy) -> Case:
+    """Cases with fewer rows than neurons, and at least one."""
+    case = draw(cases)
+    grouped = case.conv is not None and case.conv.transposed and case.conv.groups > 1
+    assume(not grouped and len(case.active) < case.neurons > 1)
+    return case.compact(draw(st.integers(max(1, len(case.active)), case.neurons - 1)))
 
 
 @st.composite

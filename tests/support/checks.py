@@ -12,7 +12,7 @@ from neq_kernels import reference
 from neq_kernels.device.gpu import Gpu
 from neq_kernels.shapes import ceil_div, is_column_major
 from neq_kernels.wgrad import planner
-from neq_kernels.wgrad.geometry import Conv
+from neq_kernels.wgrad.geometry import Conv, full_shape, is_compact
 from neq_kernels.wgrad.problem import BUCKETS, Problem
 from tests.support.cases import Case
 
@@ -21,11 +21,12 @@ def problem_of(op, dy, x, weight, order, count, bias, *geometry) -> Problem:
     conv = Conv.of(*geometry) if geometry else None
     if conv is None:
         dy, x = (t.reshape(t.shape[:-1].numel(), t.shape[-1]) for t in (dy, x))
-    shapes = (tuple(t.shape) for t in (dy, x, weight))
-    bucket = ceil_div(int(count) * BUCKETS, len(order))
+    neurons = len(order)
+    bucket = ceil_div(int(count) * BUCKETS, neurons)
+    shapes = tuple(dy.shape), tuple(x.shape), full_shape(weight, neurons, conv)
     column_major = conv is None and is_column_major(weight)
     last = conv is not None and x.stride(1) == 1
-    layout = last, conv, bucket, column_major, bias
+    layout = last, conv, bucket, column_major, bias, is_compact(weight, neurons, conv)
     return Problem(op, dy.device.type, dy.dtype, *shapes, *layout)
 
 

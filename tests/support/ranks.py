@@ -231,6 +231,110 @@ def shard(rank: int) -> None:
         optimizer.step()
 
 
+def regularise(rank: int) -> None:
+    """Every rank decays by the sensitivities on the samples of all."""
+    for kind, *options in (
+        (neq.LOBSTER,),
+        (neq.NeuronLOBSTER,),
+        *((neq.SeReNe, kind) for kind in ("lower-bound", "full", "local")),
+    ):
+        models = model_and_twin()
+        for model in models:
+            parallel = model is models[0]
+            call = DistributedDataParallel(model) if parallel else model
+            optimizer = torch.optim.SGD(call.parameters(), lr=0.05)
+            alone = {"process_group": dist.new_group([rank], use_local_synchronization=True)}
+            group = alone if kind is neq.SeReNe and not parallel else {}
+            regulariser = kind(call, optimizer, 0.25, *options, **group)
+            for step in range(2):
+                torch.manual_seed(step)
+                x = torch.randn(WORLD * BATCH, 3, 5, 5)
+                output = call(x[rank * BATCH : (rank + 1) * BATCH] if parallel else x)
+                if kind is neq.SeReNe:
+                    regulariser.observe(output)
+                optimizer.zero_grad()
+                output.square().sum(1).mean().backward()
+                optimizer.step()
+        for mine, theirs in zip(*(model.parameters() for model in models), strict=True):
+            torch.testing.assert_close(mine, theirs, msg=f"{kind.__name__} {options}")
+
+
+def entropy(rank: int) -> None:
+    """The counts of all ranks, also of a class that only one of them has seen."""
+    model, _ = model_and_twin()
+    torch.manual_seed(0)
+    x, labels = torch.randn(6, 3, 5, 5), torch.tensor([0, 0, 1, 0, 1, 2])
+    mine = slice(3 * rank, 3 * rank + 3)
+    found = neq.psp_entropy(model, [(x[mine], labels[mine])])
+    alone = dist.new_group([rank], use_local_synchronization=True)
+    whole = neq.psp_entropy(model, [(x, labels)], process_group=alone)
+    assert all(torch.equal(found[name], bits) for name, bits in whole.items())
+
+
+def train_compact(rank: int, **options: object) -> None:
+    """The weights of a masked model that a single process trains on the whole batch."""
+    model, plain = model_and_twin()
+    masked = neq.convert(plain)
+    rows = [range(layer.n_neurons // 2) for layer in layers_of(model)]
+    for layer, active in zip(layers_of(model), rows, strict=True):
+        layer.set_active(active)
+    neq.compact(model, capacity=0.5, leave_alone=())
+    parallel = DistributedDataParallel(model, **options)
+    traffic = sum(p.numel() for p in model.parameters())
+    assert traffic < 0.6 * sum(p.numel() for p in masked.parameters())
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9) for m in (model, masked)]
+    neq.optim.Guard(optimizers[1], masked, on_thaw="reset")
+    for step in range(5):
+        for index, pair in enumerate(zip(layers_of(model), layers_of(masked), strict=True)):
+            n = pair[0].n_neurons
+            generator = torch.Generator().manual_seed(step // 2 * 100 + index)
+            few = torch.randperm(n, generator=generator)[: 0 if index == step else n // 2]
+            for layer in pair:
+                layer.set_active(few)
+        torch.manual_seed(step)
+        x = torch.randn(WORLD * BATCH, 3, 5, 5)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        parallel(x[rank * BATCH : (rank + 1) * BATCH]).square().sum(1).mean().backward()
+        masked(x).square().sum(1).mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    state = masked.state_dict()
+    for name, values in model.state_dict().items():
+        torch.testing.assert_close(values, state[name], msg=name)
+    with pytest.raises(ValueError, match="'hidden': 16 active neurons need leaves of 16 rows, and"):
+        model.hidden.set_active(None)
+
+
+def shard_compact(rank: int) -> None:
+    """What exchanges parameters is refused, before the model is compact and after it."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model, other = model_and_twin()
+    fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)))
+    with pytest.raises(TypeError, match=r"layer 'conv': its weight is split between processes"):
+        neq.compact(model)
+    for layer in layers_of(neq.convert(other)):
+        layer.set_active([0, 1])
+    fully_shard(neq.compact(other), mesh=init_device_mesh("cpu", (WORLD,)))
+    with pytest.raises(TypeError, match="no wrapper may exchange or flatten parameters"):
+        other(torch.randn(BATCH, 3, 5, 5))
+
+
+def flatten_compact(rank: int, use_orig_params: bool) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model, _ = model_and_twin()
+    for layer in layers_of(neq.convert(model)):
+        layer.set_active([0, 1])
+    parallel = FullyShardedDataParallel(
+        neq.compact(model), device_id=torch.device("cpu"), use_orig_params=use_orig_params
+    )
+    with pytest.raises(TypeError, match="no wrapper may exchange or flatten parameters"):
+        parallel(torch.randn(BATCH, 3, 5, 5))
+
+
 SCENARIOS = {
     "plain": train,
     "by rows": train_by_rows,
@@ -242,9 +346,16 @@ SCENARIOS = {
     "embeddings, static_graph": partial(look_up, static_graph=True),
     "sparse embeddings": partial(look_up, sparse=True),
     "gradient accumulation": accumulate,
+    "regularisers": regularise,
+    "entropy": entropy,
     "tuning": tune,
     "cache of a prefix": share_a_cache,
     "fully_shard": shard,
+    "compact": train_compact,
+    "compact, static_graph": partial(train_compact, static_graph=True),
+    "compact, fully_shard": shard_compact,
+    "compact, FSDP1": partial(flatten_compact, use_orig_params=False),
+    "compact, FSDP1, use_orig_params": partial(flatten_compact, use_orig_params=True),
     "fully_shard, measured": measure_shards,
 }
 

@@ -36,7 +36,7 @@ class Gradient : Plan {
     bias_sums = p.db ? bias_buffer.reserve(pixel_parts * p.k) : nullptr;
     const int64_t parts = pixel_parts * block_parts;
     const int team = int(std::min<int64_t>(threads, parts));
-    const int64_t written = ceil_div(p.neurons, kWrittenRows);
+    const int64_t written = ceil_div(p.dw_rows, kWrittenRows);
     std::exception_ptr error;  // no exception may leave a parallel region
     std::mutex mutex;
 #pragma omp parallel num_threads(team) if (team > 1)
@@ -50,7 +50,7 @@ class Gradient : Plan {
         }
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < written; ++i)
-        if (!error) write_rows(part(p.neurons, i, written));
+        if (!error) write_rows(part(p.dw_rows, i, written));
     }
     if (error) std::rethrow_exception(error);
   }
@@ -250,7 +250,8 @@ class Gradient : Plan {
       for (int64_t j = 0; j < block.size(); ++j) {
         const int64_t i = m.rows[r].first + j, row = p.rows[i];
         m.rows[r].dy[j] = packs_dy ? block.begin * c.size() + j : row * p.dy_strides[1];
-        m.rows[r].sums[j] = in_place ? row * p.dw_strides[0] : (pixel_part * p.k + i) * sums_row;
+        m.rows[r].sums[j] = in_place ? p.places[i] * p.dw_strides[0]
+                                     : (pixel_part * p.k + i) * sums_row;
       }
     }
 
@@ -313,16 +314,16 @@ class Gradient : Plan {
             totals);
   }
 
-  // Writes the rows of these neurons, at most kWrittenRows, to dw and db: their sums, or zeros.
-  void write_rows(Range neurons) const {
+  // Writes these places, at most kWrittenRows, of dw and db: sums, or zeros.
+  void write_rows(Range places) const {
     const T* from[kWrittenRows];       // their sums, or kZeros
     int64_t masks[kWrittenRows] = {};  // all bits set in active rows
-    const int64_t* active = std::lower_bound(p.rows, p.rows + p.k, neurons.begin);
+    const int64_t* active = std::lower_bound(p.places, p.places + p.k, places.begin);
     alignas(kLineBytes) static constexpr T kZeros[kLineBytes / sizeof(T)] = {};
-    for (int64_t neuron = neurons.begin; neuron < neurons.end; ++neuron) {
-      const int64_t i = neuron - neurons.begin, j = active - p.rows;
+    for (int64_t place = places.begin; place < places.end; ++place) {
+      const int64_t i = place - places.begin, j = active - p.places;
       from[i] = kZeros;
-      if (j < p.k && *active == neuron) {
+      if (j < p.k && *active == place) {
         ++active;
         masks[i] = -1;
         if (!in_place) from[i] = add_parts(j);
@@ -331,15 +332,15 @@ class Gradient : Plan {
       double total = 0;
       for (int64_t part = 0; part < pixel_parts && masks[i]; ++part)
         total += bias_sums[part * p.k + j];
-      static_cast<T*>(p.db)[neuron] = T(total);
+      static_cast<T*>(p.db)[place] = T(total);
     }
-    T* row = static_cast<T*>(p.dw) + neurons.begin * p.dw_strides[0];
+    T* row = static_cast<T*>(p.dw) + places.begin * p.dw_strides[0];
     if (p.dw_strides[0] == 1 && !in_place)  // columns: a cache line holds many neurons
       return for_each_tap([&](int64_t to, int64_t at) {
-        kernels.interleave(from, masks, neurons.size(), at, p.channels, row + to, p.dw_strides[1]);
+        kernels.interleave(from, masks, places.size(), at, p.channels, row + to, p.dw_strides[1]);
       });
     const int64_t step = p.dw_strides[1];  // that of the sums is 1
-    for (int64_t i = 0; i < neurons.size(); ++i, row += p.dw_strides[0])
+    for (int64_t i = 0; i < places.size(); ++i, row += p.dw_strides[0])
       if (!masks[i] && rows_are_dense)
         std::fill_n(row, p.channels * p.kernel[D] * p.kernel[H] * p.kernel[W], T(0));
       else if (!masks[i])

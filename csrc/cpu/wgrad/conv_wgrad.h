@@ -11,9 +11,9 @@ namespace neq::cpu {
 using Size3 = std::array<int64_t, 3>;     // depth, height, width; 1 (or 0 of padding) where missing
 using Strides5 = std::array<int64_t, 5>;  // in elements, of a tensor [a, b, depth, height, width]
 
-// dw[rows[j], c, tap] = sum of dy[sample, rows[j], pixel] * x[sample, c, input] over samples and
+// dw[places[j], c, tap] = sum of dy[sample, rows[j], pixel] * x[sample, c, input] over samples and
 // pixels, where input = pixel * stride - padding + tap * dilation;
-// db[rows[j]] = sum of dy[sample, rows[j], pixel] over samples and pixels;
+// db[places[j]] = sum of dy[sample, rows[j], pixel] over samples and pixels;
 // all other rows become zero.
 struct ConvWgrad {
   DType dtype;  // of x and dy; dw and db are float, or double for double
@@ -24,10 +24,12 @@ struct ConvWgrad {
   Strides5 dy_strides;
   const void* x;  // [samples, groups * channels, input]
   Strides5 x_strides;
-  void* dw;  // [neurons, channels, kernel]
+  void* dw;  // [dw_rows, channels, kernel]
   Strides5 dw_strides;
-  void* db;             // [neurons], or null
-  const int64_t* rows;  // [k], ascending
+  int64_t dw_rows;
+  void* db;               // [dw_rows], or null
+  const int64_t* rows;    // [k], ascending
+  const int64_t* places;  // [k], ascending
   int64_t k;
 };
 

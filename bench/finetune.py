@@ -1,0 +1,238 @@
+"""Memory and time of a step of fine-tuning: all parameters, active rows, LoRA, some layers.
+
+    python bench/finetune.py
+    python bench/finetune.py --only minilm --active .1,.03 --json out.json --plot out.png
+
+The models are GPT-2 and a BERT of MiniLM's size, with random weights. A random share of each
+layer's neurons is active. Ways to train:
+
+    full         torch's fused AdamW of all parameters
+    masked f     neq.convert, neq.optim.AdamW
+    compact f    neq.compact, torch's fused AdamW
+    layers f     the last layers that have the share f of all weights, fused AdamW
+    lora         peft's, of rank 16 on every linear layer, fused AdamW
+
+Embeddings train in full only, and so does GPT-2's head, which shares their weight. Bytes are those
+of the tensors that are there after a step: weights (with leaves or adapters), gradients, optimizer.
+The peak is that of a step: weights, optimizer, and the most that torch allocates during the step.
+The times are taken in turns, in units of full's; with one thread they are the processor's.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from rich.table import Table
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import neq
+from bench.lib import cli, results
+from bench.lib.environment import device_name, environment
+from bench.lib.networks import NETWORKS, Batch, Network
+from bench.lib.peak_memory import peak_bytes
+from bench.lib.results import Result
+from bench.lib.timing import interleave
+
+LORA_RANK = 16
+MIB = 2**20
+KINDS = ("weights", "gradients", "optimizer")
+
+
+class Way(NamedTuple):
+    """A model, and the optimizer of what trains in it."""
+
+    model: nn.Module
+    optimizer: Optimizer
+
+    def step(self, batch: Batch, turn: int = 0) -> None:
+        self.optimizer.zero_grad()
+        self.model(**batch)["loss"].backward()
+        self.optimizer.step()
+
+
+def minilm() -> nn.Module:
+    config = transformers.BertConfig(
+        hidden_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=12,
+        intermediate_size=1536,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return transformers.AutoModelForSequenceClassification.from_config(config)
+
+
+def sentences(count: int) -> Batch:
+    return {
+        "input_ids": torch.randint(30_000, (count, 64)),
+        "labels": torch.randint(2, (count,)),
+    }
+
+
+MODELS: dict[str, Network] = {
+    "gpt2": NETWORKS["gpt2"],
+    "minilm": Network(minilm, sentences, 8, 256, "AdamW"),
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = cli.new_parser(__doc__)
+    cli.add_device(parser)
+    cli.add_only(parser, "minilm")
+    cli.add_active(parser, ".5,.25,.1,.03")
+    cli.add_seconds(parser, 60, "model")
+    cli.add_json(parser)
+    cli.add_plot(parser)
+    given = parser.parse_args(arguments)
+    facts = environment(given.device)
+    results.show_environment(facts)
+    rows: list[Result] = []
+    for name, network in cli.chosen(parser, given, "model", MODELS).items():
+        rows += measure(name, network, given)
+        results.save(rows, facts, given.json)
+    results.show_table(table(rows))
+    if given.plot:
+        plot(rows, device_name(facts), given.plot)
+
+
+def measure(name: str, network: Network, given: argparse.Namespace) -> list[Result]:
+    device = given.device
+    torch.manual_seed(0)
+    samples = network.gpu if device.type == "cuda" else network.cpu
+    batch = {key: t.to(device) for key, t in network.batch(samples).items()}
+    ways: dict[str, Way] = {}
+    rows = []
+    for label, make in makers(given.active).items():
+        torch.manual_seed(0)
+        way = ways[label] = make(network.build().to(device))
+        for _ in range(2):
+            way.step(batch)
+        held = bytes_by_kind(way)
+        way.optimizer.zero_grad()
+        peak = held["weights"] + held["optimizer"] + peak_bytes(partial(way.step, batch), device)
+        rows.append({"model": name, "way": label, **held, "peak": peak})
+    calls = {label: partial(way.step, batch) for label, way in ways.items()}
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    times = interleave(calls, device, given.seconds, clock)
+    for row in rows:
+        for figure, ms in times[row["way"]]._asdict().items():
+            row[f"ms_{figure}"] = ms
+        row["of_full"] = row["ms_p50"] / times["full"].p50
+    return rows
+
+
+def makers(shares: list[float]) -> dict[str, Callable[[nn.Module], Way]]:
+    ways: dict[str, Callable[[nn.Module], Way]] = {"full": _with_adamw}
+    for kind, make in (("masked", _masked), ("compact", _compact), ("layers", _layers)):
+        ways |= {f"{kind} {share:g}": partial(make, share) for share in shares}
+    return ways | {"lora": _lora}
+
+
+def _with_adamw(model: nn.Module) -> Way:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return Way(model, torch.optim.AdamW(trained, lr=1e-4, fused=True))
+
+
+def _freeze(share: float, model: nn.Module) -> None:
+    _freeze_embeddings(model)
+    for layer in neq.convert(model).modules():
+        if isinstance(layer, neq.NeuronLayer):
+            layer.set_active(torch.randperm(layer.n_neurons)[: round(share * layer.n_neurons)])
+
+
+def _masked(share: float, model: nn.Module) -> Way:
+    _freeze(share, model)
+    return Way(model, neq.optim.AdamW(model.parameters(), lr=1e-4, layers=model))
+
+
+def _compact(share: float, model: nn.Module) -> Way:
+    _freeze(share, model)
+    return _with_adamw(neq.compact(model))
+
+
+def _layers(share: float, model: nn.Module) -> Way:
+    _freeze_embeddings(model)
+    wanted = share * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = 0
+    for p in reversed([p for p in model.parameters() if p.requires_grad]):
+        p.requires_grad_(trained < wanted)
+        trained += p.numel() * p.requires_grad
+    return _with_adamw(model)
+
+
+def _freeze_embeddings(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.requires_grad_(False)
+
+
+def _lora(model: nn.Module) -> Way:
+    from peft import LoraConfig, get_peft_model
+
+    return _with_adamw(get_peft_model(model, LoraConfig(r=LORA_RANK, target_modules="all-linear")))
+
+
+def bytes_by_kind(way: Way) -> dict[str, int]:
+    """Of the tensors that are there after a step."""
+
+    def size(tensors: Any) -> int:
+        return sum(t.nbytes for t in {id(t): t for t in tensors}.values())
+
+    parameters = [*way.model.parameters()]
+    state = (t for entries in way.optimizer.state.values() for t in entries.values())
+    return {
+        "weights": size([*parameters, *way.model.buffers()]),
+        "gradients": size(p.grad for p in parameters if p.grad is not None),
+        "optimizer": size(t for t in state if isinstance(t, Tensor)),
+    }
+
+
+def table(rows: list[Result]) -> Table:
+    found = results.new_table(("model", "way"), (*KINDS, "peak MiB", "ms", "of full", "p20-p80"))
+    for row in rows:
+        spread = "-".join(f"{row[f'ms_{p}'] / row['ms_p50']:.2f}" for p in ("p20", "p80"))
+        found.add_row(
+            row["model"],
+            row["way"],
+            *(f"{row[kind] / MIB:.1f}" for kind in (*KINDS, "peak")),
+            results.milliseconds(row["ms_p50"]),
+            f"{row['of_full']:.3f}",
+            spread,
+        )
+    return found
+
+
+def plot(rows: list[Result], device: str, file: Path) -> None:
+    """The peak against the time of a step, for each model."""
+    import matplotlib.pyplot as plt
+
+    models = [*dict.fromkeys(row["model"] for row in rows)]
+    figure, panels = plt.subplots(1, len(models), figsize=(6 * len(models), 4.5), squeeze=False)
+    for panel, model in zip(panels[0], models, strict=True):
+        of_model = [row for row in rows if row["model"] == model]
+        for kind in dict.fromkeys(row["way"].split()[0] for row in of_model):
+            some = [row for row in of_model if row["way"].split()[0] == kind]
+            x, y = [r["of_full"] for r in some], [r["peak"] / MIB for r in some]
+            panel.plot(x, y, "o-", label=kind)
+            for row, *at in zip(some, x, y, strict=True):
+                panel.annotate(row["way"].partition(" ")[2], at, fontsize=7)
+        panel.set(title=model, xlabel="time of a step / full", ylabel="peak memory, MiB")
+        panel.set_ylim(bottom=0)
+        panel.legend(fontsize=8)
+    figure.suptitle(f"Fine-tuning on {device}")
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,312 @@
+"""Training a compact model: the same bits as in the masked form, under every optimizer."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import neq
+from tests.support.compact import (
+    OTHER,
+    ROWS,
+    assert_same_weights,
+    batch,
+    loss_of,
+    optimizer_for,
+    same_arithmetic,
+    set_rows,
+    step,
+    train_both,
+    twins,
+)
+from tests.support.optimizers import ARGUMENTS, OPTIMIZERS
+
+# what these do to one element depends on the others
+MIXING = [torch.optim.LBFGS, torch.optim.Adafactor, torch.optim.Muon]
+ELEMENTWISE = [kind for kind in OPTIMIZERS if kind not in MIXING]
+
+
+WAYS = [(kind, {"foreach": each}) for kind in ELEMENTWISE for each in (False, True)]
+WAYS += [(kind, {"fused": True}) for kind in ELEMENTWISE if "fused" in ARGUMENTS[kind]]
+
+
+@pytest.mark.parametrize(("kind", "options"), WAYS)
+def test_every_optimizer(kind, options):
+    train_both(*twins(on_thaw="reset"), lambda model: optimizer_for(kind, model, **options))
+
+
+@pytest.mark.parametrize("kind", MIXING, ids=lambda kind: kind.__name__)
+def test_optimizers_that_mix_elements_take_leaves_as_they_take_tensors(kind):
+    _, compact = twins()
+    if kind is torch.optim.Muon:  # which takes matrices only
+        leaves = [p for p in compact.parameters() if p.dim() == 2]
+    else:
+        leaves = [*compact.parameters()]
+    plain = [nn.Parameter(p.detach().clone()) for p in leaves]
+    optimizers = [kind(params, lr=1e-3) for params in (leaves, plain)]
+
+    def closure():
+        compact.zero_grad()
+        loss = loss_of(compact)
+        loss.backward()
+        return loss
+
+    def beside():
+        with torch.no_grad():
+            for p, leaf in zip(plain, leaves, strict=True):
+                leaf.copy_(p)
+        loss = closure()
+        for p, leaf in zip(plain, leaves, strict=True):
+            p.grad = leaf.grad.clone()
+        return loss
+
+    start = [p.detach().clone() for p in leaves]
+    optimizers[0].step(closure)
+    stepped = [p.detach().clone() for p in leaves]
+    with torch.no_grad():
+        for leaf, value in zip(leaves, start, strict=True):
+            leaf.copy_(value)
+    optimizers[1].step(beside)
+    for a, b in zip(stepped, plain, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_lbfgs_starts_anew_when_others_train():
+    _, compact = twins()
+    optimizer = torch.optim.LBFGS(compact.parameters(), lr=1e-2, max_iter=3)
+    first = next(iter(compact.parameters()))
+    for rows, is_new in ((ROWS, True), (ROWS, False), (OTHER, True)):
+        set_rows(compact, rows)
+        if first in optimizer.state:
+            optimizer.state[first]["n_iter"] = 1000
+
+        def closure():
+            optimizer.zero_grad()
+            loss = loss_of(compact)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        assert (optimizer.state[first]["n_iter"] < 1000) == is_new
+
+
+def frozen_bits(model):
+    return {
+        name: getattr(model, name).weight[~getattr(model, name).active_mask].clone()
+        for name in ROWS
+    }
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, neq.optim.AdamW])
+def test_frozen_rows_keep_their_bits_for_100_steps_with_ten_changes(kind):
+    _, compact = twins(capacity=20, on_thaw="keep")
+    more = {"layers": compact} if kind is neq.optim.AdamW else {}
+    optimizer = kind(compact.parameters(), lr=1e-3, weight_decay=0.1, **more)
+    torch.manual_seed(1)
+    for _ in range(10):
+        set_rows(compact, {name: torch.randperm(32)[:16] for name in ROWS})
+        before = frozen_bits(compact)
+        weights = compact.mlp.weight.clone()
+        for seed in range(10):
+            step(compact, optimizer, seed)
+        for name, values in frozen_bits(compact).items():
+            assert torch.equal(values, before[name]), name
+        moved = (compact.mlp.weight != weights).any(1)
+        assert torch.equal(moved, compact.mlp.active_mask)
+        assert not compact.mlp.active_weight[16:].any()  # no decay, no gradient: zeros stay zeros
+
+
+def test_schedulers_accumulation_and_clipping():
+    def make(model):
+        optimizer = optimizer_for(torch.optim.AdamW, model)
+        model.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6)
+        return optimizer
+
+    def take(model, optimizer, seed):
+        optimizer.zero_grad()
+        loss_of(model, seed).backward()
+        loss_of(model, seed + 1).backward()
+        nn.utils.clip_grad_value_(model.parameters(), 0.1)
+        optimizer.step()
+        model.scheduler.step()
+
+    train_both(*twins(), make, take=take)
+
+
+def test_the_norm_that_is_clipped_is_that_of_the_active_rows():
+    masked, compact = twins()
+    norms = []
+    with same_arithmetic():
+        for model in masked, compact:
+            loss_of(model).backward()
+            norms.append(nn.utils.clip_grad_norm_(model.parameters(), 0.1))
+    torch.testing.assert_close(*norms)
+
+
+def test_a_scaler_that_skips_steps():
+    def take(model, optimizer, seed):
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, seed)).backward()
+        if seed % 3 == 1:
+            next(p for p in model.parameters() if p.grad is not None).grad.fill_(torch.inf)
+        scaler.step(optimizer)
+        scaler.update()
+
+    train_both(*twins(), lambda model: optimizer_for(torch.optim.AdamW, model), take=take)
+
+
+def test_rows_may_change_after_a_skipped_step():
+    """The scaler skips a step without the optimizer's knowledge: that gradient was not used."""
+    _, compact = twins()
+    optimizer = optimizer_for(torch.optim.AdamW, compact)
+    loss_of(compact).backward()
+    set_rows(compact, OTHER)
+    step(compact, optimizer)
+
+
+def test_autocast():
+    def take(model, optimizer, seed):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(model, seed)
+        loss.backward()
+        optimizer.step()
+
+    train_both(*twins(), lambda model: optimizer_for(torch.optim.AdamW, model), take=take)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(reentrant):
+    def take(model, optimizer, seed):
+        optimizer.zero_grad()
+        x = batch(seed).requires_grad_()
+        checkpoint(model, x, use_reentrant=reentrant).square().sum().backward()
+        optimizer.step()
+
+    train_both(*twins(), lambda model: optimizer_for(torch.optim.AdamW, model), take=take)
+
+
+def test_compiled_models():
+    _, compact = twins(capacity=20)
+    _, eager = twins(capacity=20)
+    torch._dynamo.reset()
+    compiled = torch.compile(compact, backend="aot_eager")
+    optimizers = [optimizer_for(torch.optim.AdamW, model) for model in (compact, eager)]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows in ROWS, OTHER, {"mlp": [3]}:
+            for run, model, optimizer in zip(
+                (compiled, eager), (compact, eager), optimizers, strict=True
+            ):
+                set_rows(model, rows)
+                optimizer.zero_grad()
+                run(batch()).square().sum().backward()
+                optimizer.step()
+    for (name, a), b in zip(compact.state_dict().items(), eager.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+@pytest.mark.parametrize("on_thaw", ["keep", "reset"])
+def test_what_becomes_of_moments(on_thaw):
+    _, compact = twins(on_thaw=on_thaw)
+    optimizer = optimizer_for(torch.optim.AdamW, compact)
+    leaf = compact.mlp.active_weight
+
+    def moments(rows):
+        compact.mlp.set_active(rows)
+        step(compact, optimizer)
+        state = optimizer.state[leaf]
+        return dict(zip(state["rows"], state["exp_avg"].clone(), strict=True))
+
+    before = moments([1, 2, 3])
+    after = moments([2, 3, 4])
+    for row in 2, 3:  # which stay
+        assert not torch.equal(before[row], after[row])
+        torch.testing.assert_close(after[row], 0.9 * before[row], rtol=0.5, atol=0.1)
+    back = moments([1, 4])
+    fresh = torch.optim.AdamW([nn.Parameter(leaf.detach()[:1].clone())])
+    grad = leaf.grad[0]
+    expected = grad * 0.1 + (before[1] * 0.9 if on_thaw == "keep" else 0)
+    torch.testing.assert_close(back[1], expected)
+    assert ("parked" in optimizer.state[leaf]) == (on_thaw == "keep")
+    assert fresh
+
+
+@pytest.mark.parametrize("on_thaw", ["keep", "reset"])
+def test_rows_have_an_age_of_their_own_in_our_adamw(on_thaw):
+    """A row that comes takes the steps of a new optimizer; so does each of the others."""
+    _, compact = twins(on_thaw=on_thaw)
+    options = {"lr": 1e-3, "weight_decay": 0.1}
+    optimizer = neq.optim.AdamW(compact.parameters(), layers=compact, **options)
+    rows = {}  # by row: a parameter, stepped by torch
+
+    def push(active):
+        compact.mlp.set_active(active)
+        leaf = compact.mlp.active_weight
+        optimizer.zero_grad()
+        loss_of(compact).backward()
+        for row, grad in zip(active, leaf.grad, strict=True):
+            if row not in rows or (on_thaw == "reset" and row not in push.before):
+                p = nn.Parameter(compact.mlp.weight[row].detach().clone())
+                rows[row] = p, torch.optim.AdamW([p], **options)
+            p, own = rows[row]
+            p.grad = grad.clone()
+            own.step()
+        push.before = active
+        optimizer.step()
+        for row, value in zip(active, leaf, strict=True):
+            torch.testing.assert_close(value, rows[row][0], rtol=1e-6, atol=1e-7)
+
+    push.before = []
+    for active in ([1, 2, 3], [1, 2, 3], [2, 3, 9], [2, 3, 9], [1, 9], [1, 2, 9, 30]):
+        push(active)
+
+
+def test_a_gradient_of_other_rows_is_never_stepped():
+    _, compact = twins()
+    optimizer = optimizer_for(torch.optim.SGD, compact)
+    loss_of(compact).backward()
+    set_rows(compact, OTHER)
+    with pytest.raises(
+        ValueError, match="'conv': other neurons train since the backward that gave"
+    ):
+        optimizer.step()
+    loss_of(compact).backward()  # adds to what is lost
+    with pytest.raises(ValueError, match=r"zero_grad\(\) after set_active"):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    loss_of(compact).backward()
+    optimizer.step()
+
+
+def test_resuming_gives_the_same_bits(tmp_path):
+    def build():
+        _, compact = twins(capacity=20, on_thaw="keep")
+        return compact, neq.optim.AdamW(compact.parameters(), lr=1e-3, layers=compact)
+
+    model, optimizer = build()
+    for rows in ROWS, OTHER:
+        set_rows(model, rows)
+        step(model, optimizer)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "at")
+    saved = torch.load(tmp_path / "at", weights_only=True)
+    resumed, again = build()
+    resumed.load_state_dict(saved["model"])
+    again.load_state_dict(saved["optimizer"])
+    for one, steps in ((model, optimizer), (resumed, again)):
+        for rows in OTHER, ROWS:
+            set_rows(one, rows)
+            step(one, steps)
+    assert_same_weights(model, resumed)
+
+
+def test_a_state_without_row_numbers_is_refused():
+    _, compact = twins()
+    optimizer = optimizer_for(torch.optim.AdamW, compact)
+    step(compact, optimizer)
+    state = optimizer.state_dict()
+    for entries in state["state"].values():
+        entries.pop("rows", None)
+    optimizer.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"'conv': .* has 16 rows of 32 neurons, and no entry"):
+        step(compact, optimizer)
