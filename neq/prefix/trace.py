@@ -107,11 +107,23 @@ class _Graph:
         return found
 
 
-def crossings(model: nn.Module, inputs: Inputs) -> list[Crossing]:
-    """Where the model can be cut, in the order of execution.
+@dataclass(frozen=True)
+class Trace:
+    """What a forward showed.
 
-    Of modules that hand on one tensor, those come first that began first: one that contains others
-    before these, and what is nothing in eval mode, a dropout say, after what it follows.
+    Attributes:
+        crossings: Where the model can be cut, in the order of execution. Of modules that hand on
+            one tensor, those come first that began first: one that contains others before these,
+            and what is nothing in eval mode, a dropout say, after what it follows.
+        parameters: The parameters that its outputs depend on.
+    """
+
+    crossings: tuple[Crossing, ...]
+    parameters: frozenset[Tensor]
+
+
+def trace(model: nn.Module, inputs: Inputs) -> Trace:
+    """See where a model can be cut.
 
     The model runs forward once, in eval mode. All parameters and neurons count, also those that
     don't train now.
@@ -132,9 +144,9 @@ def crossings(model: nn.Module, inputs: Inputs) -> list[Crossing]:
             in_time = place in places and one.next_node <= places[place]
             if name and one.count == 1 and in_time:
                 ends.append((place, name))
-    return [
-        _crossing(name, place, calls, graph) for place, name in sorted(ends, key=lambda one: one[0])
-    ]
+    ordered = sorted(ends, key=lambda one: one[0])
+    found = tuple(_crossing(name, place, calls, graph) for place, name in ordered)
+    return Trace(found, frozenset(graph.parameters))
 
 
 def _crossing(name: str, place: Place, calls: Mapping[str, _Calls], graph: _Graph) -> Crossing:
