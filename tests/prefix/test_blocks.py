@@ -196,18 +196,20 @@ def test_a_block_ends_at_a_cut_or_nowhere():
         neq.blocks(resnet(), torch.randn(2, 3, 8, 8), at=["blocks.0.a", "blocks.0", "head"])
 
 
-class Branches(nn.Module):
-    """Two paths from the input, which meet in no module."""
+class Past(nn.Module):
+    """A shortcut leads past all modules."""
 
     def __init__(self):
         super().__init__()
-        self.a, self.b, self.c = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(4, 2)
+        self.first = nn.Parameter(torch.randn(3, 3))
+        self.b, self.c = nn.Linear(3, 3), nn.Linear(3, 3)
 
     def forward(self, x):
-        return self.c(self.a(x) + self.b(x))
+        x = x @ self.first
+        return self.c(self.b(x)) + x
 
 
-@pytest.mark.parametrize("make", [Branches, lambda: nn.Linear(3, 2)], ids=["branches", "one layer"])
+@pytest.mark.parametrize("make", [Past, lambda: nn.Linear(3, 2)], ids=["shortcut", "one layer"])
 def test_a_model_without_a_cut(make):
     model = make()
     message = f"{type(model).__name__} has no place to cut: .* every path crosses .a shortcut"
