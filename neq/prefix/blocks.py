@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from neq.layers.leaves import whole
 from neq.measure.evaluating import as_inputs
-from neq.prefix.trace import Crossing, crossings
+from neq.prefix.trace import Crossing, trace
 
 
 class NoCutError(ValueError):
@@ -67,9 +67,9 @@ def blocks(
         >>> [(block.name, block.end) for block in neq.blocks(model, torch.randn(1, 3, 8, 8))]
         [('0 … 1', '3')]
     """
-    found = crossings(model, as_inputs(model, example_inputs))
+    traced = trace(model, as_inputs(model, example_inputs))
+    found, everything = traced.crossings, traced.parameters
     names = {p: name for name, p in model.named_parameters()}
-    everything = frozenset().union(*(one.parameters for one in found))
     # of modules that hand on one tensor, the first: a dropout after a block is no part of it
     places = [*{one.place: one for one in reversed(found)}.values()][::-1]
     cuts = [one for one in _cuts(places, _multiplied(model)) if one.parameters < everything]

@@ -108,11 +108,23 @@ class _Graph:
         return found
 
 
-def crossings(model: nn.Module, inputs: Inputs) -> list[Crossing]:
-    """Where the model can be cut, in the order of execution.
+@dataclass(frozen=True)
+class Trace:
+    """What a forward showed.
 
-    Of modules that hand on one tensor, those come first that began first: one that contains others
-    before these, and what is nothing in eval mode, a dropout say, after what it follows.
+    Attributes:
+        crossings: Where the model can be cut, in the order of execution. Of modules that hand on
+            one tensor, those come first that began first: one that contains others before these,
+            and what is nothing in eval mode, a dropout say, after what it follows.
+        parameters: The parameters that its outputs depend on.
+    """
+
+    crossings: tuple[Crossing, ...]
+    parameters: frozenset[Tensor]
+
+
+def trace(model: nn.Module, inputs: Inputs) -> Trace:
+    """See where a model can be cut.
 
     The model runs forward once, in eval mode. All parameters and neurons count, also those that
     don't train now.
@@ -136,10 +148,9 @@ def crossings(model: nn.Module, inputs: Inputs) -> list[Crossing]:
     # of a compact layer the weight is in the graph, and the leaf among the model's parameters
     leaves = {whole(p): p for p in model.parameters()}
     first_uses = {leaves.get(t, t): first for t, first in graph.parameters.items()}
-    return [
-        _crossing(name, place, calls, first_uses)
-        for place, name in sorted(ends, key=lambda one: one[0])
-    ]
+    ordered = sorted(ends, key=lambda one: one[0])
+    found = tuple(_crossing(name, place, calls, first_uses) for place, name in ordered)
+    return Trace(found, frozenset(first_uses))
 
 
 def _crossing(

@@ -149,6 +149,32 @@ def test_a_loop_of_your_own(capsys):
     assert epochs_told(capsys) == 3
 
 
+def test_freezing_a_prefix(capsys):
+    setting = Setting(perceptron())
+    (loop,) = blocks("docs/prefix.md", "Freezing a prefix")
+    setting.run(loop)
+    assert epochs_told(capsys) == 3
+    (cut,) = blocks("docs/prefix.md", "Where a network is cut")
+    setting.run(cut)
+    assert capsys.readouterr().out == "0 1\n2 3\n"
+    (times,) = blocks("docs/prefix.md", "At given times")
+    setting.run(times)
+    given = {name: setting[name] for name in ("model", "optimizer", "policy")}
+    setting["control"] = neq.Controller(**given, example_inputs=setting["images"])
+    setting["epochs"] = 3
+    for _ in range(3):
+        setting.train()
+        setting["control"].step()
+    assert setting["control"].prefix.depth == 2
+    setting["control"].remove()
+    before = copy.deepcopy(setting["model"])
+    (by_hand,) = blocks("docs/prefix.md", "By hand")
+    setting.run(by_hand)
+    assert same(setting["model"][0], before[0])
+    assert not same(setting["model"][2], before[2])
+    assert setting["prefix"].depth == 0
+
+
 def test_a_cache_for_a_frozen_prefix(capsys):
     (code,) = blocks("docs/prefix-cache.md", "A cache for a frozen prefix")
     Setting(perceptron()).run(code)
