@@ -1,6 +1,6 @@
 """Training that stops paying for neurons that have stopped learning."""
 
-from neq import optim, prune
+from neq import optim, prune, spectral
 from neq._version import __version__
 from neq.controller import Controller
 from neq.cost.account import Account
@@ -54,6 +54,7 @@ from neq.prefix.cache import PrefixCache
 from neq.prefix.prefix import Prefix
 from neq.regularisers import LOBSTER, NeuronLOBSTER, SeReNe
 from neq.schedule import ReduceLROnEquilibrium
+from neq.spectral import SpectralLinear
 
 __all__ = [
     "LOBSTER",
@@ -100,6 +101,7 @@ __all__ = [
     "ReduceLROnEquilibrium",
     "SeReNe",
     "Sensitivity",
+    "SpectralLinear",
     "Velocity",
     "WeightProbe",
     "__version__",
@@ -115,5 +117,6 @@ __all__ = [
     "revert",
     "sensitivity",
     "similarity",
+    "spectral",
     "summary",
 ]

@@ -26,6 +26,7 @@ POLICIES = {
     "step": lambda: neq.Budget(share=0.6, unit="step_ms"),
     "gradient": lambda: neq.Budget(share=0.6, unit="step_ms", importance="gradient"),
     "adaptive": lambda: neq.AdaptiveEps(0.03, rate=1e-3),
+    "each step": lambda: neq.AdaptiveEps(0.03, rate=1e-3, every="step"),
     "random": lambda: neq.Random(0.5),
     "slowest": lambda: neq.LowestVelocity(0.5),
     "bottom up": lambda: neq.BottomUp(0.5, 0.5, 1, anneal=1, above=neq.Random(0.5)),

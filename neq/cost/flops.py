@@ -57,6 +57,8 @@ def account(
     uncounted = []
     for name, module in model.named_modules():
         kind = next((known[base] for base in type(module).__mro__ if base in known), None)
+        if isinstance(module, NeuronLayer):
+            kind = type(module)
         if kind is not None and isinstance(module.weight, Tensor):
             kinds[name] = kind
         elif any(p is not None for p in module._parameters.values()):

@@ -113,6 +113,7 @@ class PSPEntropy(Mapping[str, Tensor]):
         return figure
 
 
+# long: its docstring is half of it
 def psp_entropy(
     model: nn.Module,
     loader: Iterable[Any],

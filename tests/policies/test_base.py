@@ -58,6 +58,8 @@ def test_policies_refuse():
             neq.Equilibrium(**{name: -1})
     with pytest.raises(ValueError, match="rate must be positive, got 0"):
         neq.AdaptiveEps(rate=0)
+    with pytest.raises(ValueError, match="every must be 'epoch' or 'step', got 1"):
+        neq.AdaptiveEps(every=1)
     with pytest.raises(ValueError, match="give the Controller its optimizer"):
         controller(neq.AdaptiveEps())
     with pytest.raises(ValueError, match=r"rows given for 'fc', but .* are '0', '1', '2'"):

@@ -126,6 +126,65 @@ def test_adaptive_eps_under_a_gradient_scaler():
     assert policy.eps == 0.25 - 0.125 * 1.0  # g·u = (1, 4)·(1, 0)
 
 
+def test_adaptive_eps_at_each_step_by_hand():
+    model = neq.convert(nn.Sequential(nn.Linear(2, 3, bias=False), nn.Linear(3, 1)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, weight_decay=0.5)
+    policy = neq.AdaptiveEps(0.25, rate=0.125, every="step")
+    control = controller(policy, model, probe=torch.ones(1, 2), optimizer=optimizer, warmup=0)
+    weight = model[0].weight
+    nn.init.zeros_(weight)
+
+    def step(g, row=2):
+        weight.grad = torch.zeros(3, 2)
+        weight.grad[row, 0] = g
+        optimizer.step()
+
+    step(2.0)
+    assert policy.eps == 0.25  # there was no update before
+    first = motion([0.1, 0.3, 0.7])
+    assert chosen_rows(policy, first) == [[1, 2]]
+    model[0].set_active([1, 2])
+    step(-2.0)  # g·u = -2·1: eps rises by 0.25
+    assert policy.eps == 0.5
+    assert model[0].active_rows.tolist() == [2]
+    before = weight.detach().clone()
+    step(0.0)  # u = -2·0.5 + 0.5·(-1)·0.5, but g is zero: eps stays, and what is frozen too
+    assert policy.eps == 0.5
+    assert torch.equal(weight[:2], before[:2])
+    u = float((before - weight.detach())[2, 0])
+    step(4.0 / u)  # g·u = 4: eps falls to 0, and all train
+    assert policy.eps == 0
+    assert model[0].active_fraction == 1
+    hooks = len(optimizer._optimizer_step_pre_hooks), len(optimizer._optimizer_step_post_hooks)
+    policy.detach()
+    assert len(optimizer._optimizer_step_pre_hooks) == hooks[0] - 1
+    assert len(optimizer._optimizer_step_post_hooks) == hooks[1] - 1
+    assert control.layers
+
+
+def test_adaptive_eps_at_each_step_agrees_with_one_step_epochs():
+    """Of one step each, epochs and steps are the same but for when velocities are measured."""
+
+    def run(every):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        policy = neq.AdaptiveEps(0.01, rate=0.1, every=every)
+        x = torch.randn(16, 4)
+        options = {"optimizer": optimizer, "probe": x, "leave_alone": ["2"]}
+        control = neq.Controller(model, policy=policy, **options)
+        found = []
+        for _ in range(6):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+            control.step()
+            found.append((policy.eps, [group.mask.tolist() for group in control.layers.values()]))
+        return found
+
+    assert run("step") == run("epoch")
+
+
 def test_adaptive_eps_resumes():
     def run(steps, model, optimizer):
         for step in steps:
