@@ -5,6 +5,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from neq.distributed import sharding
+
 
 class ActiveSet:
     """The active neurons of a weight: all of them at first.
@@ -22,6 +24,7 @@ class ActiveSet:
     # A CUDA graph reads the addresses that it was captured with, and keeps no tensor alive itself.
     _captured = False  # does a captured graph read the present tensors?
     _kept: tuple[Tensor, ...] = ()  # what earlier graphs read, kept as long as this set
+    _parts: dict[Any, "ActiveSet"]  # those of this process, by how a parameter is divided
 
     # On the layer's device. Compiled graphs read these: no mask changes their shapes.
     mask: Tensor  # bool [neurons]
@@ -51,8 +54,23 @@ class ActiveSet:
         """Are all neurons active?"""
         return self.k == self.neurons
 
+    def part(self, p: Any, dim: int) -> "ActiveSet":
+        """The neurons of this process's part of a parameter.
+
+        Args:
+            p: A DTensor.
+            dim: Its dimension that counts the neurons.
+        """
+        divided = p.device_mesh, p.placements, p.dim(), dim
+        if divided not in self._parts:
+            mask = sharding.part(self.mask, p, dim)
+            self._parts[divided] = ActiveSet(len(mask), mask.device)
+            self._parts[divided].set(mask)
+        return self._parts[divided]
+
     @torch.inference_mode(False)
     def _place(self) -> None:
+        self._parts = {}
         if self._captured:
             self._kept += self.mask, self.order
             self._captured = False

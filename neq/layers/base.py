@@ -204,7 +204,7 @@ class NeuronLayer(nn.Module):
             **kwargs: The same by name.
 
         Raises:
-            TypeError: If some neurons are frozen and the weight is a DTensor.
+            TypeError: If some entries of an Embedding are frozen and its weight is a DTensor.
         """
         active = self.active
         if torch.compiler.is_compiling():
@@ -225,13 +225,15 @@ class NeuronLayer(nn.Module):
             if not (records and trains and in_process_group()) or _beyond_backward():
                 return y
             return self._report_zeros(y, weight, bias)  # DDP waits for every parameter
-        if sharding.is_dtensor(weight):
+        divided = sharding.is_dtensor(weight)  # tensor parallelism; fully_shard gives it whole
+        if divided and self.looks_up:
             raise TypeError(
-                f"{self._described()}: its weight is a DTensor (of tensor parallelism), and of "
-                "such a layer all neurons train or none: set_active(None)"
+                f"{self._described()}: its weight is divided by tensor parallelism, where no "
+                "process knows which entries it looked up: all of them train or none, "
+                "set_active(None)"
             )
         trained = None
-        if weight.requires_grad and not weight.is_complex() and not _beyond_backward():
+        if not (divided or weight.is_complex() or _beyond_backward()) and weight.requires_grad:
             trained = self._train_active(weight, bias, *args, **kwargs)
         if trained is None:
             return self._element_wise(weight, bias, *args, **kwargs)
@@ -295,7 +297,9 @@ def shaped_like(p: Tensor, mask: Tensor) -> Tensor:
 
 def _freeze(p: Tensor, active: Tensor) -> Tensor:
     """``p`` with its frozen elements detached; the bool mask ``active`` broadcasts to it."""
-    return torch.where(active, p, p.detach()) if p.requires_grad or _beyond_backward() else p
+    if not (p.requires_grad or _beyond_backward()):
+        return p
+    return torch.where(sharding.beside(p, active), p, p.detach())
 
 
 def autocast(x: Tensor) -> Tensor:

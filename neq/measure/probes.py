@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from neq.distributed.sharding import gather
 from neq.layers.base import NeuronLayer
 from neq.measure.evaluating import (
     Inputs,
@@ -113,6 +114,7 @@ class Probe:
 
         def show(number: int, layer: NeuronLayer, args: Any, kwargs: Any, output: Tensor) -> None:
             y, channel_dim = layer.by_neuron(output)
+            y = gather(y, layer.weight, channel_dim, layer.n_neurons)
             if real is not None and channel_dim == 2 and y.dim() == 3 and y.shape[:2] == real.shape:
                 y = y.masked_fill(~real.unsqueeze(2), 0)
             observe(number, y, channel_dim)
