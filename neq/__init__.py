@@ -1,6 +1,6 @@
 """Training that stops paying for neurons that have stopped learning."""
 
-from neq import optim
+from neq import distributed, optim
 from neq._version import __version__
 from neq.controller import Controller
 from neq.cost.account import Account
@@ -97,6 +97,7 @@ __all__ = [
     "account",
     "blocks",
     "convert",
+    "distributed",
     "optim",
     "revert",
     "similarity",

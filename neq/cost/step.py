@@ -19,9 +19,9 @@ from neq.cost.units import (
     wgrad_flops,
     wgrad_ms,
 )
-from neq.distributed.sharding import is_divided
 from neq.measure.evaluating import Inputs, forgetting
 from neq.prefix.prefix import Prefix
+from neq.sharding import is_divided
 
 
 class StepCosts:

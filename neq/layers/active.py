@@ -1,11 +1,12 @@
 """Which neurons of a weight are active: one choice for all layers that share the weight."""
 
+from hashlib import blake2b
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from neq.distributed import sharding
+from neq import sharding
 
 
 class ActiveSet:
@@ -42,12 +43,21 @@ class ActiveSet:
     def set(self, mask: Tensor) -> None:
         """Take a bool mask [neurons]. Makes new tensors, since a backward pass keeps the old."""
         self._mask = mask.to("cpu", copy=True)
+        self._digest: int | None = None
         self.neurons, self.k = len(mask), int(self._mask.sum())
         self.nothing = self.k == 0  # a compiled graph may be specialised on this, never on k
         self.count = torch.tensor(self.k, device="cpu")
         self._place()
         if self.k < self.neurons:
             ActiveSet.ever_masked = True
+
+    @property
+    def digest(self) -> int:
+        """A number of 56 bits by which processes compare their masks."""
+        if self._digest is None:
+            packed = bytes(self._mask.to(torch.uint8).numpy())
+            self._digest = int.from_bytes(blake2b(packed, digest_size=7).digest(), "big")
+        return self._digest
 
     @property
     def everything(self) -> bool:

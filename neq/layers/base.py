@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from neq.distributed import sharding
+from neq import sharding
 from neq.layers.active import ActiveSet, as_mask
 from neq.layers.autograd import detach, row_grad
 from neq_kernels import _torch

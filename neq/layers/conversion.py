@@ -12,10 +12,10 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-from neq.distributed.sharding import is_dtensor, is_fully_sharded
 from neq.layers import LAYERS
 from neq.layers.active import ActiveSet
 from neq.layers.base import NeuronLayer
+from neq.sharding import is_dtensor, is_fully_sharded
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from neq.distributed.sharding import reshard
+from neq.sharding import reshard
 from neq_kernels import _torch
 
 Inputs = tuple[Any, ...] | Mapping[str, Any]

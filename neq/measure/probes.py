@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from neq.distributed.sharding import gather
 from neq.layers.base import NeuronLayer
 from neq.measure.evaluating import (
     Inputs,
@@ -23,6 +22,7 @@ from neq.measure.evaluating import (
     named,
     to_device,
 )
+from neq.sharding import gather
 
 Observe = Callable[[int, Tensor, int], None]
 """Takes the number of a group, an output [samples, ...], and its dimension that counts the neurons.

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from neq.distributed.sharding import is_dtensor, local
 from neq.optim.frozen import Frozen
 from neq.optim.guard import Guard, OnThaw, is_own
+from neq.sharding import is_dtensor, local
 from neq_kernels import adamw_rows_, sgd_rows_
 from neq_kernels.step.options import AdamWLists, SGDLists
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from neq.distributed.sharding import is_dtensor, part
 from neq.layers.active import ActiveSet
 from neq.layers.base import NeuronLayer
+from neq.sharding import is_dtensor, part
 
 
 @dataclass(frozen=True)

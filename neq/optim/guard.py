@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Adagrad, Optimizer, Rprop
 
-from neq.distributed.sharding import local
 from neq.optim.frozen import Frozen, frozen_in, modules_in
+from neq.sharding import local
 from neq.wrapped import optimizer_in
 
 OnThaw = Literal["keep", "reset"]

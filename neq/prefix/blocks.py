@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from neq.distributed.sharding import is_divided
 from neq.measure.evaluating import as_inputs
 from neq.prefix.trace import Crossing, crossings
+from neq.sharding import is_divided
 
 
 class NoCutError(ValueError):

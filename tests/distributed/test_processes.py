@@ -8,7 +8,9 @@ SECONDS = 240
 
 
 @pytest.mark.parametrize(
-    ("module", "world"), [("ranks", 2), ("sharded", 2), ("sharded", 4)], ids=str
+    ("module", "world"),
+    [("ranks", 2), ("sending", 2), ("sending", 4), ("sharded", 2), ("sharded", 4)],
+    ids=str,
 )
 def test_every_scenario(module, world, tmp_path):
     """One test for all: see ``SCENARIOS`` of the module."""

@@ -24,7 +24,7 @@ from torch.distributed.tensor.parallel import (
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import neq
-from neq.distributed import sharding
+from neq import sharding
 from tests.support.layers import Tiny, active_elements, layers_of
 from tests.support.ranks import Words
 
