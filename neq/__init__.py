@@ -1,6 +1,6 @@
 """Training that stops paying for neurons that have stopped learning."""
 
-from neq import optim, prune, spectral
+from neq import distributed, optim, prune, spectral
 from neq._version import __version__
 from neq.controller import Controller
 from neq.cost.account import Account
@@ -109,6 +109,7 @@ __all__ = [
     "blocks",
     "compact",
     "convert",
+    "distributed",
     "entropi",
     "expand",
     "optim",

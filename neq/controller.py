@@ -14,7 +14,6 @@ from neq._version import __version__
 from neq.cost.step import StepCosts
 from neq.cost.step_times import StepTimes
 from neq.cost.units import Unit
-from neq.distributed.ranks import Ranks
 from neq.history import EpochRecord, History
 from neq.layers.groups import LeaveAlone, check_masks, chosen_for
 from neq.measure.base import Measure, Where
@@ -29,6 +28,7 @@ from neq.policies.base import probe_for
 from neq.policies.decide import decide, motions_of, prefix_for
 from neq.policies.granules import Granule, check_granule, in_granules
 from neq.prefix.blocks import Block
+from neq.ranks import Ranks
 from neq.recorder import Epoch, Recorder
 from neq.wrapped import model_in, optimizer_in
 

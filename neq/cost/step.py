@@ -21,6 +21,7 @@ from neq.cost.units import (
 )
 from neq.measure.evaluating import Inputs, forgetting
 from neq.prefix.prefix import Prefix
+from neq.sharding import is_divided
 
 
 class StepCosts:
@@ -66,11 +67,10 @@ class StepCosts:
             return parameters(self._layers)
         if self._inputs is None:
             raise _missing(unit)
-        return (
-            dict(self.wgrad)
-            if unit == "flops"
-            else wgrad_ms(self._model, self._layers, self._inputs)
-        )
+        if unit == "flops":
+            return dict(self.wgrad)
+        self._check_is_here(unit)
+        return wgrad_ms(self._model, self._layers, self._inputs)
 
     def step_times(self, prefix: Prefix | None) -> StepTimes:
         """What a step takes, part by part. It is measured once.
@@ -80,6 +80,7 @@ class StepCosts:
         """
         if self._inputs is None:
             raise _missing("step_ms")
+        self._check_is_here("step_ms")
         if self._times is None:
             with nullcontext() if prefix is None else prefix.lifted():
                 self._times = rehearse(
@@ -90,6 +91,13 @@ class StepCosts:
                     self._optimizers,
                 )
         return self._times
+
+    def _check_is_here(self, unit: str) -> None:
+        if is_divided(self._model):
+            raise ValueError(
+                f"costs in {unit} can't be timed, since the model's parameters are divided between "
+                'processes: count "flops" or "parameters" instead'
+            )
 
 
 def _missing(unit: str) -> ValueError:

@@ -1,9 +1,12 @@
 """Which neurons of a weight are active: one choice for all layers that share the weight."""
 
+from hashlib import blake2b
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+
+from neq import sharding
 
 
 class ActiveSet:
@@ -22,6 +25,7 @@ class ActiveSet:
     # A CUDA graph reads the addresses that it was captured with, and keeps no tensor alive itself.
     _captured = False  # does a captured graph read the present tensors?
     _kept: tuple[Tensor, ...] = ()  # what earlier graphs read, kept as long as this set
+    _parts: dict[Any, "ActiveSet"]  # those of this process, by how a parameter is divided
 
     # On the layer's device. Compiled graphs read these: no mask changes their shapes.
     mask: Tensor  # bool [neurons]
@@ -39,6 +43,7 @@ class ActiveSet:
     def set(self, mask: Tensor) -> None:
         """Take a bool mask [neurons]. Makes new tensors, since a backward pass keeps the old."""
         self._mask = mask.to("cpu", copy=True)
+        self._digest: int | None = None
         self.neurons, self.k = len(mask), int(self._mask.sum())
         self.nothing = self.k == 0  # a compiled graph may be specialised on this, never on k
         self.count = torch.tensor(self.k, device="cpu")
@@ -47,12 +52,35 @@ class ActiveSet:
             ActiveSet.ever_masked = True
 
     @property
+    def digest(self) -> int:
+        """A number of 56 bits by which processes compare their masks."""
+        if self._digest is None:
+            packed = bytes(self._mask.to(torch.uint8).numpy())
+            self._digest = int.from_bytes(blake2b(packed, digest_size=7).digest(), "big")
+        return self._digest
+
+    @property
     def everything(self) -> bool:
         """Are all neurons active?"""
         return self.k == self.neurons
 
+    def part(self, p: Any, dim: int) -> "ActiveSet":
+        """The neurons of this process's part of a parameter.
+
+        Args:
+            p: A DTensor.
+            dim: Its dimension that counts the neurons.
+        """
+        divided = p.device_mesh, p.placements, p.dim(), dim
+        if divided not in self._parts:
+            mask = sharding.part(self.mask, p, dim)
+            self._parts[divided] = ActiveSet(len(mask), mask.device)
+            self._parts[divided].set(mask)
+        return self._parts[divided]
+
     @torch.inference_mode(False)
     def _place(self) -> None:
+        self._parts = {}
         if self._captured:
             self._kept += self.mask, self.order
             self._captured = False

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from neq.distributed import sharding
+from neq import sharding
 from neq.layers.active import ActiveSet, as_mask
 from neq.layers.autograd import detach, row_grad
 from neq.layers.leaves import CompactForm
@@ -204,7 +204,7 @@ class NeuronLayer(CompactForm):
             **kwargs: The same by name.
 
         Raises:
-            TypeError: If some neurons are frozen and the weight is a DTensor.
+            TypeError: If some entries of an Embedding are frozen and its weight is a DTensor.
         """
         active, compact = self.active, self.leaves is not None
         compiling = torch.compiler.is_compiling()
@@ -233,14 +233,15 @@ class NeuronLayer(CompactForm):
             if not (records and trains and in_process_group()) or _beyond_backward():
                 return out
             return self._report_zeros(out, *trained)  # DDP waits for every parameter
-        if sharding.is_dtensor(trained[0]):
+        divided = sharding.is_dtensor(trained[0])  # tensor parallelism; fully_shard gives it whole
+        if divided and self.looks_up:
             raise TypeError(
-                f"{self._described()}: its weight is a DTensor (of tensor parallelism or "
-                "fully_shard), and of such a layer all neurons train or none: set_active(None), "
-                "and no neq.compact"
+                f"{self._described()}: its weight is divided by tensor parallelism, where no "
+                "process knows which entries it looked up: all of them train or none, "
+                "set_active(None)"
             )
         y = None
-        if trained[0].requires_grad and not weight.is_complex() and not _beyond_backward():
+        if not (divided or weight.is_complex() or _beyond_backward()) and trained[0].requires_grad:
             y = self._train_active(weight, bias, *args, **kwargs)
         if y is None:
             y = self._element_wise(*args, **kwargs)
@@ -318,7 +319,9 @@ def shaped_like(p: Tensor, mask: Tensor) -> Tensor:
 
 def _freeze(p: Tensor, active: Tensor) -> Tensor:
     """``p`` with its frozen elements detached; the bool mask ``active`` broadcasts to it."""
-    return torch.where(active, p, p.detach()) if p.requires_grad or _beyond_backward() else p
+    if not (p.requires_grad or _beyond_backward()):
+        return p
+    return torch.where(sharding.beside(p, active), p, p.detach())
 
 
 def autocast(x: Tensor) -> Tensor:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-from neq.distributed.sharding import is_dtensor
 from neq.layers import LAYERS
 from neq.layers.active import ActiveSet
 from neq.layers.base import NeuronLayer
 from neq.layers.leaves import owner_of
+from neq.sharding import is_dtensor, is_fully_sharded
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -185,6 +185,8 @@ def obstacle(module: nn.Module) -> str | None:
     if isinstance(module, nn.MultiheadAttention):
         return "its in-projection packs three layers into one weight"
     if kind not in convertible():
+        if is_fully_sharded(module):
+            return "sharded: convert it before fully_shard"
         known = next((base for base in kind.__mro__ if base in convertible()), None)
         if known is not None:
             return f"a subclass of {known.__name__} that neq does not know"

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from neq._table import aligned
-from neq.distributed.ranks import Ranks
 from neq.layers.base import samples_first
 from neq.layers.conversion import convertible
 from neq.measure.evaluating import as_inputs, call, evaluating, hooked
+from neq.ranks import Ranks
 from neq.wrapped import model_in
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from neq.sharding import reshard
 from neq_kernels import _torch
 
 Inputs = tuple[Any, ...] | Mapping[str, Any]
@@ -74,6 +75,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         finally:
             for m, flag in zip(modules, training, strict=True):
                 m.training = flag
+            reshard(model)
 
 
 def forgetting() -> saved_tensors_hooks:

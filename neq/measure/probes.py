@@ -22,6 +22,7 @@ from neq.measure.evaluating import (
     named,
     to_device,
 )
+from neq.sharding import gather
 
 Observe = Callable[[int, Tensor, int], None]
 """Takes the number of a group, an output [samples, ...], and its dimension that counts the neurons.
@@ -279,6 +280,7 @@ def _without_padding(
     The model goes on with the same values, of which those that are shown may have a gradient.
     """
     y, channel_dim = layer.by_neuron(output)
+    y = gather(y, layer.weight, channel_dim, layer.n_neurons)
     if real is None or channel_dim != 2 or y.dim() != 3 or y.shape[:2] != real.shape:
         return y, y, channel_dim
     padding = ~real.unsqueeze(2)

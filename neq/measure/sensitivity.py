@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from neq.distributed.ranks import Ranks
 from neq.layers.groups import groups_of
 from neq.measure.base import Measure, Where
 from neq.measure.probes import Probe
+from neq.ranks import Ranks
 from neq.wrapped import model_in
 
 Kind = Literal["lower-bound", "full", "local"]

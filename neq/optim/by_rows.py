@@ -12,6 +12,7 @@ from torch.optim.optimizer import ParamsT
 from neq.optim.frozen import Frozen
 from neq.optim.guard import Guard, OnThaw, is_own
 from neq.optim.leaf_state import Cohorts, is_aged
+from neq.sharding import is_dtensor, local
 from neq_kernels import adamw_rows_, sgd_rows_
 from neq_kernels.step.options import AdamWLists, SGDLists
 
@@ -147,18 +148,23 @@ class RowOptimizer(Optimizer):
         for p in group["params"]:
             if p not in frozen:
                 dense.append(p)
-            elif frozen[p].k > 0:
+            elif not frozen[p].nothing:
                 (by_rows if _steps_by_rows(p, frozen[p]) else dense).append(p)
         return {**group, "params": dense}, {**group, "params": by_rows}
 
     def _by_neuron(self, params: list[Tensor], *lists: list[Tensor]) -> list[list[Tensor]]:
         """Views of some lists with neurons in dimension 0, then the orders and the counts.
 
+        Of what is divided between processes, this process's part.
+
         Each list has a tensor for each of ``params``, or is empty.
         """
         frozen = [self._frozen[p] for p in params]
         views = [
-            [t.movedim(f.dim, 0) if f.dim else t for t, f in zip(tensors, frozen, strict=True)]
+            [
+                t.movedim(f.dim, 0) if f.dim else t
+                for t, f in zip(map(local, tensors), frozen, strict=True)
+            ]
             if tensors
             else []
             for tensors in (params, *lists)
@@ -306,15 +312,15 @@ class _DenseGuard(Guard):
         if not is_own(self._optimizer):
             return True
         # without a gradient yet, a closure may give it a sparse one
-        return frozen.k > 0 and (p.grad is None or not _steps_by_rows(p, frozen))
+        return not frozen.nothing and (p.grad is None or not _steps_by_rows(p, frozen))
 
 
 def _steps_by_rows(p: Tensor, frozen: Frozen) -> bool:
     return (
         frozen.dim is not None
         and p.is_floating_point()
-        and type(p) in (nn.Parameter, Tensor)  # not sharded
-        and (p.grad is None or not p.grad.is_sparse)
+        and (type(p) in (nn.Parameter, Tensor) or is_dtensor(p))
+        and (p.grad is None or not local(p.grad).is_sparse)
     )
 
 

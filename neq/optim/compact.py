@@ -8,8 +8,6 @@ from typing import TypeVar, get_args
 import torch
 from torch import nn
 
-from neq.distributed.ranks import Ranks
-from neq.distributed.sharding import is_dtensor
 from neq.layers.active import at_most
 from neq.layers.conversion import check_module
 from neq.layers.groups import Group, LeaveAlone, groups_of, left_alone
@@ -17,6 +15,8 @@ from neq.layers.leaves import Leaves, owner_of
 from neq.layers.moves import Layout, Move
 from neq.optim import leaf_state
 from neq.optim.guard import OnThaw
+from neq.ranks import Ranks
+from neq.sharding import is_dtensor
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -6,29 +6,34 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from neq.distributed.sharding import is_dtensor
+from neq.layers.active import ActiveSet
 from neq.layers.base import NeuronLayer
+from neq.sharding import is_dtensor, part
 
 
 @dataclass(frozen=True)
 class Frozen:
-    """The frozen neurons of one parameter, and where their elements lie."""
+    """The frozen neurons of one parameter, and where their elements lie.
+
+    Of a parameter that is divided between processes, those of this process's part.
+    """
 
     order: Tensor  # int64 [neurons]: the active ones first
     count: Tensor  # int64 [], on the CPU: k as a tensor
     k: int  # how many are active
-    active: Tensor  # bool [neurons]
+    nothing: bool  # is no neuron of the whole parameter active? So every process sees it alike
+    active: Tensor  # bool: which neurons of the whole parameter are active
     dim: int | None  # the parameter's dimension that counts the neurons; None if there are several
-    mask: Tensor | None  # if so: ``active``, shaped to broadcast against the parameter
+    mask: Tensor | None  # if so: which are active, shaped to broadcast against the parameter
 
     @property
     def neurons(self) -> Tensor:
         """The frozen neurons: int64 [neurons - k]."""
         return self.order[self.k :]
 
-    def covers(self, state: object, p: Tensor) -> bool:
+    def covers(self, state: Tensor, p: Tensor) -> bool:
         """Has this entry of the optimizer's state for ``p`` elements for each neuron?"""
-        if not isinstance(state, Tensor) or state.dim() != p.dim() or state.is_sparse:
+        if state.dim() != p.dim() or state.is_sparse:
             return False
         if self.dim is None:
             return state.shape == p.shape
@@ -87,7 +92,7 @@ def thaw_whole(module: nn.Module) -> None:
 def _whole(p: Tensor) -> Frozen:
     nothing = torch.zeros((), dtype=torch.bool, device=p.device)
     order = torch.zeros(1, dtype=torch.int64, device=p.device)
-    return Frozen(order, torch.tensor(0), 0, nothing.reshape(1), None, nothing)
+    return Frozen(order, torch.tensor(0), 0, True, nothing.reshape(1), None, nothing)
 
 
 def _by_neuron(layers: Iterable[NeuronLayer]) -> dict[Tensor, Frozen]:
@@ -109,13 +114,6 @@ def _by_neuron(layers: Iterable[NeuronLayer]) -> dict[Tensor, Frozen]:
             active = layer.active.on(p.device)
             if active.everything:
                 continue
-            if is_dtensor(p):
-                raise ValueError(
-                    f"layer {layer.layer_name!r}: its {name} is split between processes "
-                    "(fully_shard), where frozen neurons can't be guarded; without a guard (give "
-                    "the Controller optimizer=()) their gradients are zero, but momentum and "
-                    "weight decay move them"
-                )
             bias = name.startswith("bias")
             dim = (0 if p.dim() == 1 else None) if bias else layer.neuron_dim
             if dim is not None and (p.dim() <= dim or p.shape[dim] != active.neurons):
@@ -123,8 +121,27 @@ def _by_neuron(layers: Iterable[NeuronLayer]) -> dict[Tensor, Frozen]:
             mask = None
             if dim is None:
                 mask = active.mask.view(p.shape) if bias else layer.spread(active.mask)
-            found[p] = Frozen(active.order, active.count, active.k, active.mask, dim, mask)
+            if not is_dtensor(p):
+                found[p] = _frozen(active, active, dim, mask)
+            else:
+                found[p] = _in_this_process(layer, name, p, dim, mask)
     return found
+
+
+def _frozen(here: ActiveSet, active: ActiveSet, dim: int | None, mask: Tensor | None) -> Frozen:
+    return Frozen(here.order, here.count, here.k, active.nothing, active.mask, dim, mask)
+
+
+def _in_this_process(
+    layer: NeuronLayer, name: str, p: Tensor, dim: int | None, mask: Tensor | None
+) -> Frozen:
+    active = layer.active
+    try:
+        here = active if dim is None else active.part(p, dim)
+        mask = None if mask is None else part(mask.expand(p.shape), p)
+    except ValueError as error:
+        raise ValueError(f"layer {layer.layer_name!r}: its {name} is {error}") from error
+    return _frozen(here, active, dim, mask)
 
 
 def modules_in(layers: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:

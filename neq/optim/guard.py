@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Adagrad, Optimizer, Rprop
 
 from neq.optim.frozen import Frozen, frozen_in, modules_in
+from neq.sharding import local
 from neq.wrapped import optimizer_in
 
 OnThaw = Literal["keep", "reset"]
@@ -126,17 +127,17 @@ class Guard:
                     continue
                 if self._on_thaw == "reset":
                     self._reset_once(p, group, frozen)
-                if frozen.k == 0:
+                if frozen.nothing:
                     self._begin(p, group)
                 if by_gradient and p.grad is None:
                     continue
-                if by_gradient and frozen.k == 0:
+                if by_gradient and frozen.nothing:
                     kept.gradients.append((p, p.grad))
                     p.grad = None
                 elif self._is_moved(p, frozen):
                     state = {} if self._on_thaw == "reset" else self._state(p, frozen)
                     copies = {key: frozen.copy(t) for key, t in state.items()}
-                    kept.copies.append((p, group, frozen.copy(p), copies))
+                    kept.copies.append((p, group, frozen.copy(local(p)), copies))
 
     @torch.no_grad()
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -145,7 +146,7 @@ class Guard:
             p.grad = grad
         for p, group, copy, state in kept.copies:
             frozen = self.frozen[p]
-            frozen.put_back(p, copy)
+            frozen.put_back(local(p), copy)
             for key, t in self._state(p, frozen).items():
                 if key in state:
                     frozen.put_back(t, state[key])
@@ -166,7 +167,7 @@ class Guard:
     def _restart_if_others_train(self, optimizer: LBFGS) -> None:
         # LBFGS has one group, and keeps all state with the first parameter
         params = optimizer.param_groups[0]["params"]
-        everyone = params[0].new_ones(1)
+        everyone = local(params[0]).new_ones(1)
         now = [everyone] * len(params)
         for i, p in enumerate(params):
             if p in self.frozen:
@@ -177,9 +178,10 @@ class Guard:
         state["active_neurons"] = active
 
     def _state(self, p: Tensor, frozen: Frozen) -> dict[str, Tensor]:
-        """The entries of the optimizer's state for ``p`` that have elements for each neuron."""
+        """What the optimizer's state for ``p`` has for each neuron, as this process has it."""
         entries = self._optimizer.state.get(p, {})
-        return {key: t for key, t in entries.items() if frozen.covers(t, p)}
+        tensors = {key: local(t) for key, t in entries.items() if isinstance(t, Tensor)}
+        return {key: t for key, t in tensors.items() if frozen.covers(t, local(p))}
 
     def _reset_once(self, p: Tensor, group: dict[str, Any], frozen: Frozen) -> None:
         """Reset the state of neurons when they are frozen, once.

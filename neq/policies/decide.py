@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neq.distributed.ranks import Ranks
 from neq.layers.active import as_mask, at_most
 from neq.layers.base import NeuronLayer
 from neq.layers.groups import Group, LeaveAlone
@@ -16,6 +15,7 @@ from neq.policies.base import Motion, Policy
 from neq.policies.granules import of_neurons
 from neq.prefix.blocks import NoCutError
 from neq.prefix.prefix import Prefix
+from neq.ranks import Ranks
 
 
 def prefix_for(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from neq.layers.leaves import whole
 from neq.measure.evaluating import as_inputs
 from neq.prefix.trace import Crossing, trace
+from neq.sharding import is_divided
 
 
 class NoCutError(ValueError):
@@ -67,6 +68,12 @@ def blocks(
         >>> [(block.name, block.end) for block in neq.blocks(model, torch.randn(1, 3, 8, 8))]
         [('0 … 1', '3')]
     """
+    if is_divided(model):
+        raise NoCutError(
+            f"{type(model).__name__} has no place to cut: its parameters are divided between "
+            "processes, which fetch them while it runs, so a forward does not show what depends on "
+            "what. Train it under DDP, or with a policy that freezes no prefix"
+        )
     traced = trace(model, as_inputs(model, example_inputs))
     found, everything = traced.crossings, traced.parameters
     names = {p: name for name, p in model.named_parameters()}

@@ -6,7 +6,7 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-from neq.distributed.sharding import whole
+from neq.sharding import whole
 
 
 def fingerprint(tensors: Mapping[str, Tensor], more: Iterable[str] = ()) -> str:

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from neq._table import aligned
-from neq.distributed.ranks import Ranks
 from neq.layers.groups import LeaveAlone
 from neq.measure.evaluating import device_of, evaluating
 from neq.prune.magnitude import Magnitudes, Per
 from neq.prune.zeros import Zeros
+from neq.ranks import Ranks
 from neq.wrapped import model_in
 
 if TYPE_CHECKING:

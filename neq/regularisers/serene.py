@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from neq.distributed.ranks import Ranks
 from neq.layers.base import NeuronLayer
 from neq.layers.groups import groups_of
 from neq.measure.sensitivity import Kind, Sensitivity
+from neq.ranks import Ranks
 from neq.regularisers.base import Regulariser, decay_neurons
 from neq.wrapped import model_in
 

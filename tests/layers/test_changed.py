@@ -112,14 +112,3 @@ def test_convert_sync_batchnorm(rows):
     grad = model[1].bias.grad
     assert (rows == []) if grad is None else grad.nonzero().flatten().tolist() == rows
     assert type(neq.revert(model)[1]) is nn.SyncBatchNorm
-
-
-def test_a_weight_of_tensor_parallelism_is_refused_readably():
-    class DTensor(nn.Parameter):
-        """Stands for torch's, which wants a process group."""
-
-    model = neq.convert(nn.ModuleDict({"head": nn.Linear(4, 8)}))
-    model.head.set_active([1])
-    model.head.weight = DTensor(model.head.weight.detach())
-    with pytest.raises(TypeError, match="NEqLinear 'head': its weight is a DTensor"):
-        model.head(torch.randn(2, 4))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import neq
-from neq.distributed.ranks import Ranks
+from neq.ranks import Ranks
 from tests.support.training import Net, data
 from tests.support.transformers_models import bert, gpt2, resnet, vit
 

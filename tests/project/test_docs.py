@@ -102,6 +102,19 @@ def test_choosing_which_neurons_train(capsys, tmp_path, monkeypatch):
     setting.run(resume)
 
 
+def test_several_processes():
+    (code,) = blocks("docs/training.md", "Several processes")
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    setting = Setting(perceptron())
+    neq.convert(setting["model"])[0].set_active([1])
+    setting.run(code)
+    setting["ddp"](setting["images"]).sum().backward()
+    assert setting["model"][0].bias.grad.nonzero().flatten().tolist() == [1]
+    torch.distributed.destroy_process_group()
+
+
 def test_a_policy_of_your_own():
     setting = Setting(perceptron())
     (code,) = blocks("docs/training.md", "A policy of your own")

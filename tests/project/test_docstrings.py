@@ -25,7 +25,7 @@ PLANNER = planner.choose, planner.load, planner.only, planner.save, planner.tuni
 
 def public() -> Iterator[tuple[str, object]]:
     """What the API pages show: names, and the public members of classes of ours."""
-    for module in (neq, neq.optim, neq.prune, neq_kernels, reference):
+    for module in (neq, neq.distributed, neq.optim, neq.prune, neq_kernels, reference):
         for name in module.__all__:
             if name not in ("__version__", "OnThaw"):  # no docstring can be theirs
                 yield from with_members(f"{module.__name__}.{name}", getattr(module, name))

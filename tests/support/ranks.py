@@ -1,17 +1,10 @@
-"""What the processes of the distributed tests run.
-
-Apart from those tests, whose module the processes could not import. One pair of processes runs all,
-since each spends seconds on importing torch.
-"""
+"""What two processes do under DDP: see ``processes``."""
 
 import copy
 import os
 import tempfile
-import traceback
 from contextlib import nullcontext
-from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -121,25 +114,6 @@ def look_up(rank: int, sparse: bool = False, **options: object) -> None:
             torch.testing.assert_close(mine, theirs.to_dense() * layer.active_mask[:, None])
 
 
-def measure_shards(rank: int) -> None:
-    """A row is measured whole, though FSDP divides the weight between the processes."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    torch.manual_seed(0)
-    model = neq.convert(Words(sparse=True))
-    for module in model.words, model:
-        fully_shard(module, mesh=init_device_mesh("cpu", (WORLD,)))
-    policy = neq.Equilibrium()
-    control = neq.Controller(model, optimizer=(), probe=torch.arange(4).view(1, 4), policy=policy)
-    with torch.no_grad():
-        own = model.words.weight.to_local()  # [5, 6] or [4, 6]
-        if rank == 0:
-            own[3] *= -1
-    control.step()
-    assert model.words.active_rows.tolist() == [3]
-
-
 def accumulate(rank: int) -> None:
     """no_sync: two backward passes, of which the second is reduced."""
     model, plain = model_and_twin()
@@ -201,34 +175,6 @@ def share_a_cache(rank: int) -> None:
     prefix.freeze(0)
     dist.barrier()
     assert not os.listdir(folder[0])
-
-
-def shard(rank: int) -> None:
-    """FSDP: the parameters are split between the processes."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    model, plain = model_and_twin()
-    for layer in model.hidden, model.head:
-        fully_shard(layer, mesh=init_device_mesh("cpu", (WORLD,)))
-    fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)))
-    for step in range(4):
-        for index, layer in enumerate(layers_of(model)):
-            layer.set_active(schedule(step, index, layer.n_neurons))
-        x = torch.randn(WORLD * BATCH, 3, 5, 5)
-        for m in model, plain:
-            m.zero_grad()
-        model(x[rank * BATCH : (rank + 1) * BATCH]).square().sum(1).mean().backward()
-        plain(x).square().sum(1).mean().backward()
-        for name, layer in model.named_modules():
-            if isinstance(layer, neq.NeuronLayer):
-                mine, theirs = layer.bias.grad, plain.get_submodule(name).bias.grad
-                mine = torch.zeros_like(theirs) if mine is None else mine.full_tensor()
-                torch.testing.assert_close(mine, theirs * layer.active_mask)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    neq.optim.Guard(optimizer, model)
-    with pytest.raises(ValueError, match=r"its weight is split between processes \(fully_shard\)"):
-        optimizer.step()
 
 
 def regularise(rank: int) -> None:
@@ -336,48 +282,25 @@ def flatten_compact(rank: int, use_orig_params: bool) -> None:
 
 
 SCENARIOS = {
-    "plain": train,
-    "by rows": train_by_rows,
-    "static_graph": partial(train, static_graph=True),
-    "gradient_as_bucket_view": partial(train, gradient_as_bucket_view=True),
-    "many buckets": partial(train, bucket_cap_mb=0.0001),
-    "compiled": partial(train, compiled=True),
-    "embeddings": look_up,
-    "embeddings, static_graph": partial(look_up, static_graph=True),
-    "sparse embeddings": partial(look_up, sparse=True),
-    "gradient accumulation": accumulate,
-    "regularisers": regularise,
-    "entropy": entropy,
-    "tuning": tune,
-    "cache of a prefix": share_a_cache,
-    "fully_shard": shard,
-    "compact": train_compact,
-    "compact, static_graph": partial(train_compact, static_graph=True),
-    "compact, fully_shard": shard_compact,
-    "compact, FSDP1": partial(flatten_compact, use_orig_params=False),
-    "compact, FSDP1, use_orig_params": partial(flatten_compact, use_orig_params=True),
-    "fully_shard, measured": measure_shards,
+    2: {
+        "plain": train,
+        "by rows": train_by_rows,
+        "static_graph": partial(train, static_graph=True),
+        "gradient_as_bucket_view": partial(train, gradient_as_bucket_view=True),
+        "many buckets": partial(train, bucket_cap_mb=0.0001),
+        "compiled": partial(train, compiled=True),
+        "embeddings": look_up,
+        "embeddings, static_graph": partial(look_up, static_graph=True),
+        "sparse embeddings": partial(look_up, sparse=True),
+        "gradient accumulation": accumulate,
+        "regularisers": regularise,
+        "entropy": entropy,
+        "tuning": tune,
+        "cache of a prefix": share_a_cache,
+        "compact": train_compact,
+        "compact, static_graph": partial(train_compact, static_graph=True),
+        "compact, fully_shard": shard_compact,
+        "compact, FSDP1": partial(flatten_compact, use_orig_params=False),
+        "compact, FSDP1, use_orig_params": partial(flatten_compact, use_orig_params=True),
+    }
 }
-
-
-def run_all(rank: int, folder: str) -> None:
-    """Each scenario leaves a file that says how it went."""
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    for name, scenario in SCENARIOS.items():
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{folder}/store of {name}",
-            rank=rank,
-            world_size=WORLD,
-            timeout=timedelta(seconds=20),
-        )
-        # A scenario without a collective call could close a group that the other rank still joins.
-        dist.barrier()
-        try:
-            scenario(rank)
-            result = "passed"
-        except Exception:
-            result = traceback.format_exc()
-        Path(folder, f"{name} {rank}").write_text(result)
-        dist.destroy_process_group()
