@@ -89,3 +89,18 @@ def test_the_record_says_what_a_frozen_prefix_saves():
     ]
     saved = sum(one.wgrad.flops + one.dgrad.flops for one in inside)
     assert record.step_saved == pytest.approx(saved / account.dense.total.flops)
+
+
+def test_a_controller_that_is_resumed_has_its_prefix_frozen():
+    x = torch.randn(4, 3, 8, 8)
+
+    def start():
+        policy = neq.BottomUp.scheduled([0.0, 0.5], epochs=4)
+        return neq.Controller(resnet(), optimizer=(), policy=policy, example_inputs=x)
+
+    first, second = start(), start()
+    first.step()
+    assert (first.prefix.depth, second.prefix.depth) == (1, 0)
+    second.load_state_dict(first.state_dict())
+    assert second.prefix.depth == 1
+    assert not second.model.stem.training

@@ -202,6 +202,13 @@ def test_it_resumes_with_the_same_bits_in_the_middle_of_anything(at):
     assert second.policy.above.eps == whole.policy.above.eps
 
 
+def test_the_highest_speed_of_all_times_is_resumed():
+    first, second = (Told(neq.BottomUp(patience=1)) for _ in range(2))
+    first.after(10 * FAST, FAST, FAST)
+    second.policy.load_state_dict(first.policy.state_dict())
+    assert [told.after(0.9 * FAST, FAST, FAST) for told in (first, second)] == [1, 1]
+
+
 def test_another_policy_chooses_above_and_is_measured_for():
     told = Told(neq.BottomUp(above=neq.LowestVelocity(0.5)))
     assert told.rows([0.1, 0.2, 0.3, 0.4])[0] == [2, 3]
