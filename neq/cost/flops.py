@@ -16,10 +16,9 @@ from neq.layers.base import NeuronLayer
 from neq.layers.conversion import convertible
 from neq.layers.groups import all_active
 from neq.layers.leaves import whole
-from neq.measure.evaluating import call, evaluating, hooked
+from neq.measure.evaluating import call, evaluating, forgetting, hooked
 
 
-# long: its docstring is half of it
 def account(
     model: nn.Module, example_inputs: Any, *, optimizer: Optimizer | None = None
 ) -> Account:
@@ -51,6 +50,20 @@ def account(
         >>> costs.skipped
         0.5
     """
+    return count(model, example_inputs, optimizer, keeps=True)
+
+
+def count(
+    model: nn.Module, example_inputs: Any, optimizer: Optimizer | None, *, keeps: bool
+) -> Account:
+    """``account``, which keeps what the forward saves until it is counted; or else does not.
+
+    Args:
+        model: The model.
+        example_inputs: A batch.
+        optimizer: As for ``account``.
+        keeps: Count what the forward saves?
+    """
     samples = len(_first_tensor(example_inputs))
     known = convertible()
     kinds: dict[str, type[NeuronLayer]] = {}
@@ -63,11 +76,11 @@ def account(
             kinds[name] = kind
         elif any(p is not None for p in module._parameters.values()):
             uncounted.append(name or "(the model)")
-    now, saved = _calls(model, kinds, example_inputs)
+    now, saved = _calls(model, kinds, example_inputs, keeps)
     dense, dense_saved = now, saved
     with all_active(model) as masked:
         if masked:
-            dense, dense_saved = _calls(model, kinds, example_inputs)
+            dense, dense_saved = _calls(model, kinds, example_inputs, keeps)
 
     updates = _updates(model, optimizer)
     layers = {}
@@ -104,8 +117,8 @@ class _Call:
 
 
 def _calls(
-    model: nn.Module, names: Iterable[str], example_inputs: Any
-) -> tuple[dict[str, list[_Call]], int]:
+    model: nn.Module, names: Iterable[str], example_inputs: Any, keeps: bool
+) -> tuple[dict[str, list[_Call]], int | None]:
     """The calls of each named module in a forward pass, and the bytes that it saves."""
     calls: dict[str, list[_Call]] = {name: [] for name in names}
 
@@ -118,9 +131,14 @@ def _calls(
         example_inputs = tuple(example_inputs)
     elif not isinstance(example_inputs, tuple | Mapping):
         example_inputs = (example_inputs,)
-    with evaluating(model), hooked(hooks), torch.enable_grad(), saving() as count:
-        call(model, example_inputs)
-    return calls, count(model)
+    with evaluating(model), hooked(hooks), torch.enable_grad():
+        if not keeps:
+            with forgetting():
+                call(model, example_inputs)
+            return calls, None
+        with saving() as saved:
+            call(model, example_inputs)
+    return calls, saved(model)
 
 
 def _first_tensor(inputs: Any) -> Tensor:

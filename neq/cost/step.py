@@ -6,8 +6,7 @@ from contextlib import nullcontext
 from torch import nn
 from torch.optim import SGD, Adam, Optimizer
 
-from neq.cost.account import Account
-from neq.cost.flops import account
+from neq.cost.flops import count
 from neq.cost.rehearsal import rehearse
 from neq.cost.step_times import StepTimes
 from neq.cost.units import (
@@ -19,7 +18,7 @@ from neq.cost.units import (
     wgrad_flops,
     wgrad_ms,
 )
-from neq.measure.evaluating import Inputs, forgetting
+from neq.measure.evaluating import Inputs
 from neq.prefix.prefix import Prefix
 from neq.sharding import is_divided
 
@@ -53,9 +52,7 @@ class StepCosts:
         self.flops = 0.0
         self.dgrad = self.wgrad = self.update = dict.fromkeys(layers, 0.0)
         if inputs is not None:
-            counted: Account
-            with forgetting():
-                counted = account(model, inputs, optimizer=_countable(optimizers))
+            counted = count(model, inputs, _countable(optimizers), keeps=False)
             self.flops = float(counted.dense.total.flops)
             self.dgrad = dgrad_flops(counted, model, layers)
             self.wgrad = wgrad_flops(counted, model, layers)

@@ -33,7 +33,7 @@ class _Linear(Spectral, nn.Linear):
 
     def _tiled(self, x: Tensor, weight: Tensor, lambda_in: Tensor, phi: Tensor) -> Tensor | None:
         rows = x.reshape(-1, x.shape[-1])
-        if not tiles_win(len(rows), x.device):
+        if not tiles_win(len(rows), x.device, False):
             return None
         by_products = partial(self._by_products, phi, {})
         y: Tensor = _by_tiles(rows, lambda_in, weight, phi, None, by_products)
@@ -56,7 +56,7 @@ class _Conv(Spectral, nn.modules.conv._ConvNd):
         plain = self.groups == 1 and self.padding_mode == "zeros"
         if not plain or isinstance(self.padding, str) or x.dim() != len(self.kernel_size) + 2:
             return None
-        if not tiles_win(len(x) * self._positions(x), x.device):
+        if not tiles_win(len(x) * self._positions(x), x.device, True):
             return None
         geometry = Geometry(self.stride, self.padding, self.dilation)
         by_products = partial(self._by_products, phi, {})

@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-CROSSING = {"cpu": 48, "cuda": 256}  # samples, positions counted: a GPU's is arithmetic only
+# Samples, positions counted, above which tiles win: in linear layers, and in convolutions, whose
+# vendor is slow at tiles of rows. A CPU's are measured, a GPU's arithmetic only.
+CROSSING = {"cpu": (96, 2048), "cuda": (256, 2048)}
 TILE = 1 << 17  # elements of dW at once
 
 
@@ -28,14 +30,15 @@ class Geometry(NamedTuple):
     dilation: tuple[int, ...]
 
 
-def tiles_win(samples: int, device: torch.device) -> bool:
+def tiles_win(samples: int, device: torch.device, convolution: bool) -> bool:
     """Is it faster to reduce dW in tiles than to multiply by φ once more?
 
     Args:
         samples: How many rows or positions the output has.
         device: Where it is.
+        convolution: Is the layer one?
     """
-    return samples > CROSSING.get(device.type, CROSSING["cuda"])
+    return samples > CROSSING.get(device.type, CROSSING["cuda"])[convolution]
 
 
 def formed(phi: Tensor, lambda_in: Tensor, lambda_out: Tensor) -> Tensor:
@@ -105,9 +108,9 @@ def _by_tiles(
     for first in range(0, outputs, rows):
         tile = phi[first : first + rows]
         dw = _wgrad(dy[:, first : first + rows], x, tile, geometry).to(precise)
-        dw = (dw * tile).view(len(tile), inputs, kernel).sum(2)
-        d_in += dw.sum(0)
-        d_out.append(dw.sum(1))
+        dw = dw.mul_(tile).view(len(tile), inputs, kernel)
+        d_in += dw.sum((0, 2))
+        d_out.append(dw.sum((1, 2)))
     return d_in, -torch.cat(d_out)
 
 

@@ -20,7 +20,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(params=["products", "tiles"])
 def way(request, monkeypatch):
-    monkeypatch.setitem(ways.CROSSING, "cpu", 0 if request.param == "tiles" else math.inf)
+    crossing = 0 if request.param == "tiles" else math.inf
+    monkeypatch.setitem(ways.CROSSING, "cpu", (crossing, crossing))
     return request.param
 
 
@@ -184,9 +185,14 @@ def test_backward_makes_nothing_as_large_as_the_weight(way, kind, layer):
 def test_more_samples_than_the_crossing_go_by_tiles(monkeypatch):
     layer, called = neq.SpectralLinear(4, 3), []
     monkeypatch.setattr(layers, "_by_tiles", lambda x, *args: called.append(len(x)) or x[:, :3])
-    for samples in (8, ways.CROSSING["cpu"], ways.CROSSING["cpu"] + 1):
+    crossing, of_convolutions = ways.CROSSING["cpu"]
+    for samples in (8, crossing, crossing + 1):
         layer(torch.randn(samples, 4))
-    assert called == [ways.CROSSING["cpu"] + 1]
+    assert called == [crossing + 1]
+    conv = SpectralConv2d(3, 3, 1)
+    for samples in (crossing + 1, of_convolutions // 16, of_convolutions // 16 + 1):
+        conv(torch.randn(samples, 3, 4, 4))
+    assert called == [crossing + 1, of_convolutions // 16 + 1]
 
 
 def test_second_derivatives(way):
