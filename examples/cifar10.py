@@ -13,15 +13,11 @@ all neurons are frozen. Results, histories and plots go to --output.
 import argparse
 import json
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -32,7 +28,8 @@ from bench.lib.environment import environment
 from bench.lib.results import Result, show_environment, show_table
 from examples import cifar_report
 from examples.cifar_controls import COMPARISON, DENSE, POLICIES, schedule
-from examples.cifar_data import Data, Images, augment, load
+from examples.cifar_data import Data, Images, Normal, augment, load
+from examples.clock import Clock
 from examples.resnet import resnet32
 from neq import history, report
 
@@ -51,39 +48,6 @@ MAKE_ANOTHER_RUN = ("limit", "test_limit", "batch", "probe", "eps", "mu", "fract
 COMPILE = "none", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
 
 
-class Clock:
-    """Seconds by phase. A GPU has its own clock. On a CPU they are the processor's, for all threads
-    of this process and of no other.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._spans: list[tuple[str, Any, Any]] = []
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = self._now()
-        yield
-        self._spans.append((phase, start, self._now()))
-
-    def take(self) -> dict[str, float]:
-        """The seconds since the last call."""
-        seconds = dict.fromkeys(PHASES, 0.0)
-        if self._cuda:
-            torch.cuda.synchronize()
-        for phase, start, end in self._spans:
-            seconds[phase] += start.elapsed_time(end) / 1e3 if self._cuda else end - start
-        self._spans.clear()
-        return seconds
-
-    def _now(self) -> Any:
-        if not self._cuda:
-            return time.process_time()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-
 class Run:
     """A model, its optimizer and its Controller, stopped and resumed between any two epochs."""
 
@@ -100,7 +64,7 @@ class Run:
         self.test = Images(*(t.to(device) for t in data.test))
         self.normal = Normal(self.train.pixels)
         self.steps = len(self.train.labels) // given.batch  # of whole batches only
-        self.clock = Clock(device)
+        self.clock = Clock(device, PHASES)
 
         torch.manual_seed(seed)
         model = resnet32(len(data.classes)).to(device, memory_format=torch.channels_last)
@@ -214,19 +178,6 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.control.load_state_dict(state["control"])
         self.results = state["results"]
-
-
-class Normal:
-    """uint8 images -> float32, with mean 0 and deviation 1 in each channel of the training set."""
-
-    def __init__(self, pixels: Tensor) -> None:
-        some = pixels[:5000].float()
-        self.mean = some.mean((0, 2, 3))[:, None, None]
-        self.deviation = some.std((0, 2, 3))[:, None, None]
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        normal = (pixels.float() - self.mean) / self.deviation
-        return normal.contiguous(memory_format=torch.channels_last)
 
 
 def main(arguments: list[str] | None = None) -> None:

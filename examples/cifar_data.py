@@ -1,5 +1,7 @@
 """CIFAR-10, or any images by class, as tensors; and made-up ones, which need no download."""
 
+import hashlib
+import os
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,14 +27,32 @@ class Data(NamedTuple):
     test: Images
 
 
-def load(path: Path | None, train: int | None = None, test: int | None = None) -> Data:
+class Normal:
+    """uint8 images -> float32, with mean 0 and deviation 1 in each channel of the training set."""
+
+    def __init__(self, pixels: Tensor) -> None:
+        some = pixels[:5000].float()
+        self.mean = some.mean((0, 2, 3))[:, None, None]
+        self.deviation = some.std((0, 2, 3))[:, None, None]
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        normal = (pixels.float() - self.mean) / self.deviation
+        return normal.contiguous(memory_format=torch.channels_last)
+
+
+def load(
+    path: Path | None, train: int | None = None, test: int | None = None, cache: Path | None = None
+) -> Data:
     """The images in ``path``: the original ``cifar-10-batches-py``, or a folder with images
     ``train/<class>/*.jpg`` and ``test/<class>/*.jpg``. Without a path, made-up images.
 
     train, test: take at most so many of each, as many of one class as of another.
+    cache: a folder that keeps all images decoded, so that the next run need not decode them.
     """
     if path is None:
         return made_up(train, test)
+    if cache is not None:
+        return _cached(path, train, test, cache)
     if (path / "data_batch_1").is_file():
         return _batches(path, train, test)
     if (path / "train").is_dir() and (path / "test").is_dir():
@@ -40,6 +60,33 @@ def load(path: Path | None, train: int | None = None, test: int | None = None) -
     raise ValueError(
         f"{path}: there is neither data_batch_1, as in cifar-10-batches-py, nor are there folders "
         "train and test with a folder of images for each class"
+    )
+
+
+def _cached(path: Path, train: int | None, test: int | None, cache: Path) -> Data:
+    source = str(path.resolve())
+    file = cache / f"images-{hashlib.sha256(source.encode()).hexdigest()[:12]}.pt"
+    if not file.is_file():
+        cache.mkdir(parents=True, exist_ok=True)
+        data = load(path)
+        # runs side by side may all write: each its own file, and the last one stays
+        part = file.with_suffix(f".{os.getpid()}.part")
+        torch.save(
+            {
+                "source": data.source,
+                "classes": data.classes,
+                "train": tuple(data.train),
+                "test": tuple(data.test),
+            },
+            part,
+        )
+        part.replace(file)
+    kept = torch.load(file, weights_only=True, mmap=True)  # so that only what is taken is read
+    return Data(
+        kept["source"],
+        kept["classes"],
+        Images(*(t[:train].clone() for t in kept["train"])),
+        Images(*(t[:test].clone() for t in kept["test"])),
     )
 
 
@@ -158,10 +205,23 @@ def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
     device = pixels.device
     top, left = torch.randint(2 * pad + 1, (2, n, 1), device=device, generator=generator)
     flip = torch.randint(2, (n, 1), device=device, generator=generator, dtype=torch.bool)
+    padded = F.pad(pixels, (pad,) * 4)
+    return windows(padded, top, left, flip, (height, width))
+
+
+def windows(
+    padded: Tensor, top: Tensor, left: Tensor, flip: Tensor, size: tuple[int, int]
+) -> Tensor:
+    """Cut a window out of each image [n, 3, ...] and mirror some: all at once, on their device.
+
+    top, left, flip: [n, 1]
+    """
+    height, width = size
+    device = padded.device
     ys = top + torch.arange(height, device=device)  # [n, height]
     xs = left + torch.arange(width, device=device)  # [n, width]
     xs = torch.where(flip, xs.flip(1), xs)
-    padded = F.pad(pixels, (pad,) * 4).permute(0, 2, 3, 1)
-    image = torch.arange(n, device=device)[:, None, None]
+    image = torch.arange(len(padded), device=device)[:, None, None]
     # [n, height, width, 3] in memory, and so channels_last
-    return padded[image, ys[:, :, None], xs[:, None, :]].permute(0, 3, 1, 2)
+    by_pixel = padded.permute(0, 2, 3, 1)
+    return by_pixel[image, ys[:, :, None], xs[:, None, :]].permute(0, 3, 1, 2)

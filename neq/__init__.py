@@ -1,6 +1,6 @@
 """Training that stops paying for neurons that have stopped learning."""
 
-from neq import optim
+from neq import optim, prune
 from neq._version import __version__
 from neq.controller import Controller
 from neq.cost.account import Account
@@ -32,8 +32,10 @@ from neq.layers.norm import (
     NEqSyncBatchNorm,
 )
 from neq.measure.base import Measure
+from neq.measure.entropy import PSPEntropy, entropi, psp_entropy
 from neq.measure.equilibrium import Velocity, similarity
 from neq.measure.probes import NoiseProbe, Probe, WeightProbe
+from neq.measure.sensitivity import Sensitivity, sensitivity
 from neq.optim.compact import compact
 from neq.policies import (
     AdaptiveEps,
@@ -50,9 +52,11 @@ from neq.policies import (
 from neq.prefix.blocks import Block, blocks
 from neq.prefix.cache import PrefixCache
 from neq.prefix.prefix import Prefix
+from neq.regularisers import LOBSTER, NeuronLOBSTER, SeReNe
 from neq.schedule import ReduceLROnEquilibrium
 
 __all__ = [
+    "LOBSTER",
     "Account",
     "AdaptiveEps",
     "Block",
@@ -84,14 +88,18 @@ __all__ = [
     "NEqLinear",
     "NEqRMSNorm",
     "NEqSyncBatchNorm",
+    "NeuronLOBSTER",
     "NeuronLayer",
     "NoiseProbe",
+    "PSPEntropy",
     "Policy",
     "Prefix",
     "PrefixCache",
     "Probe",
     "Random",
     "ReduceLROnEquilibrium",
+    "SeReNe",
+    "Sensitivity",
     "Velocity",
     "WeightProbe",
     "__version__",
@@ -99,9 +107,13 @@ __all__ = [
     "blocks",
     "compact",
     "convert",
+    "entropi",
     "expand",
     "optim",
+    "prune",
+    "psp_entropy",
     "revert",
+    "sensitivity",
     "similarity",
     "summary",
 ]

@@ -16,10 +16,10 @@ from neq.cost.step_times import StepTimes
 from neq.cost.units import Unit
 from neq.distributed.ranks import Ranks
 from neq.history import EpochRecord, History
-from neq.integrations.wrapped import model_in, optimizer_in
 from neq.layers.groups import LeaveAlone, check_masks, chosen_for
 from neq.measure.base import Measure, Where
 from neq.measure.evaluating import Inputs, as_inputs
+from neq.measure.probes import on_host
 from neq.measure.stopwatch import Stopwatch
 from neq.optim import OnThaw
 from neq.optim.guards import Guards
@@ -30,11 +30,12 @@ from neq.policies.decide import decide, motions_of, prefix_for
 from neq.policies.granules import Granule, check_granule, in_granules
 from neq.prefix.blocks import Block
 from neq.recorder import Epoch, Recorder
+from neq.wrapped import model_in, optimizer_in
 
 # optimizers keep their Controllers alive, so none is missing here that still guards one
 _IN_CHARGE: "weakref.WeakSet[Controller]" = weakref.WeakSet()
 
-_STATE = {"epoch", "masks", "depth", "scores", "samples", "measure", "policy"}
+_STATE = {"epoch", "loss", "masks", "depth", "scores", "samples", "measure", "policy"}
 
 
 class Controller:
@@ -55,8 +56,8 @@ class Controller:
             does not measure. Under ``torch.distributed`` each rank may hold its own part.
         policy: Chooses the neurons that train; by default ``Equilibrium()``.
         on_thaw: What a neuron's optimizer state is when it trains again: see ``neq.optim.Guard``.
-        warmup: How many epochs train all neurons. With 0 the policy chooses before the first epoch;
-            so it does for a compact model, in which all neurons can't train.
+        warmup: How many epochs train all neurons; 0 for a compact model. With 0 the policy chooses
+            before the first.
         every: After how many steps of its first optimizer the Controller measures and chooses by
             itself. An epoch is then this many steps. By default it does so when ``step`` is called.
             Steps that a GradScaler skips do not count, and while gradients are accumulated there
@@ -148,7 +149,6 @@ class Controller:
         self.loss: float | None = None
         self.record: EpochRecord | None = None
         self.scores: dict[str, Tensor] = {}
-
         self.layers = chosen_for(self.model, leave_alone)
         self.warmup = 0 if any(g.is_compact for g in self.layers.values()) else warmup
         self._granule = check_granule(granule) if self.policy.by_granule else 1
@@ -174,7 +174,7 @@ class Controller:
         if self.optimizers:
             self._count = StepCount(self.optimizers[0], every, self._measure_and_choose)
         self.policy.attach(self)
-        self._samples = _on_host(self._observe())
+        self._samples = on_host(self._observe())
         if self.warmup == 0:
             self._decide(self._active())
         self._since = time.perf_counter()
@@ -209,7 +209,7 @@ class Controller:
         samples = self._observe()
         sums = self._ranks.sum_(self.measure.sums()).cpu()  # the host waits here for the device
         trained, depth = self._active(), self._depth
-        if not torch.equal(_on_host(samples), self._samples):
+        if not torch.equal(on_host(samples), self._samples):
             raise ValueError(
                 f"the probe's samples are not those of the epoch before (epoch {self.epoch}), so "
                 "outputs can't be compared: a loader must give the same samples in the same order "
@@ -280,20 +280,23 @@ class Controller:
         if not self._ended:
             self._end("remove() was called")
 
-    def state_dict(self, *, outputs: bool = True) -> dict[str, Any]:
+    def state_dict(self, *, outputs: bool | None = None) -> dict[str, Any]:
         """What ``load_state_dict`` needs to continue with the same bits.
 
         Args:
             outputs: Include the previous outputs, which are most of the state. Without them, the
-                model is measured when the state is loaded. That gives the same outputs if the
-                model then has the weights that it has now, and had at the end of the epoch.
+                model is measured when the state is loaded: the same if it has the weights that it
+                had at the epoch's end. By default, unless the one optimizer hasn't stepped since.
         """
+        if outputs is None:
+            outputs = len(self.optimizers) != 1 or self._count is None or self._count.steps > 0
         masks = dict(zip(self.layers, self._active().split(self._sizes), strict=True))
         return {
             "epoch": self.epoch,
             "steps": self._count.steps if self._count else 0,
             "masks": {name: mask.clone() for name, mask in masks.items()},
             "depth": self._depth,
+            "loss": self.loss,
             "scores": {name: values.clone() for name, values in self.scores.items()},
             "samples": self._samples.clone(),
             "measure": self.measure.state_dict(outputs),
@@ -319,7 +322,7 @@ class Controller:
                 f"this is no state of a Controller of neq {__version__}: it lacks {missing}"
             )
         check_masks(self.layers, state["masks"])
-        self.epoch = state["epoch"]
+        self.epoch, self.loss = state["epoch"], state["loss"]
         if self.prefix is not None:
             self.prefix.freeze(state["depth"])
         if self._count is not None:
@@ -377,7 +380,9 @@ class Controller:
         if self.probe is None:
             return []
         self.measure.start()
-        return self.probe.run(self.model, list(self.layers.values()), self.measure.observe)
+        groups = list(self.layers.values())
+        of_output = self.measure.observe_output if self.measure.by_gradient else None
+        return self.probe.run(self.model, groups, self.measure.observe, of_output)
 
     def _decide(self, active: Tensor) -> None:
         """Ask the policy, and set what it chose. ``active``: bool [all neurons], as now."""
@@ -392,7 +397,3 @@ class Controller:
         """Which neurons are active: bool [all neurons], group after group, on the CPU."""
         masks = [group.first.active_mask for group in self.layers.values()]
         return torch.cat([mask.to(masks[0].device) for mask in masks]).cpu()
-
-
-def _on_host(marks: list[Tensor]) -> Tensor:
-    return torch.cat([torch.zeros(0, dtype=torch.float64), *(mark.cpu() for mark in marks)])

@@ -155,6 +155,19 @@ class EpochRecord:
         """
         return None if self.dense else time_saved(self.seconds, self.dense_seconds)
 
+    @property
+    def figures(self) -> dict[str, float]:
+        """The main figures by name, for a logger. What the clock can't tell is left out."""
+        figures = {
+            "neq/frozen_share": self.frozen_share,
+            "neq/wgrad_saved": self.wgrad_saved,
+            "neq/step_saved": self.step_saved,
+            "neq/probe_seconds": self.probe_seconds,
+        }
+        if self.time_saved is not None:
+            figures["neq/time_saved"] = self.time_saved
+        return figures
+
     def would_freeze(self, eps: float) -> float:
         """The share of all neurons that were slower than ``eps``: what it would freeze.
 
@@ -270,14 +283,7 @@ class History:
             self._write(record)
 
     def _write(self, record: EpochRecord) -> None:
-        figures = {
-            "neq/frozen_share": record.frozen_share,
-            "neq/wgrad_saved": record.wgrad_saved,
-            "neq/step_saved": record.step_saved,
-            "neq/probe_seconds": record.probe_seconds,
-        }
-        if record.time_saved is not None:
-            figures["neq/time_saved"] = record.time_saved
+        figures = record.figures
         for layer in record.layers:
             figures[f"neq/frozen_share/{layer.name}"] = 1 - layer.active / layer.neurons
         if hasattr(self.writer, "add_scalar"):

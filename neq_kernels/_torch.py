@@ -22,6 +22,12 @@ profiler_enabled = torch._C._autograd._profiler_enabled
 any_autocast = torch._C._is_any_autocast_enabled
 # Add to each tensor of a list, in place and at once.
 foreach_add_ = torch._foreach_add_
+# Of each tensor of a list its absolute values; the others work in place.
+foreach_abs = torch._foreach_abs
+foreach_sub_ = torch._foreach_sub_
+foreach_div_ = torch._foreach_div_
+foreach_clamp_max_ = torch._foreach_clamp_max_
+foreach_addcmul_ = torch._foreach_addcmul_
 # Can the data of one tensor be exchanged for that of another?
 is_exchangeable = torch._has_compatible_shallow_copy_type
 # A decorator: compilers leave the function alone. Unlike torch.compiler.disable it loads none.

@@ -28,6 +28,8 @@ POLICIES = {
     "adaptive": lambda: neq.AdaptiveEps(0.03, rate=1e-3),
     "random": lambda: neq.Random(0.5),
     "slowest": lambda: neq.LowestVelocity(0.5),
+    "bottom up": lambda: neq.BottomUp(0.5, 0.5, 1, anneal=1, above=neq.Random(0.5)),
+    "scheduled": lambda: neq.BottomUp.scheduled([0.3, 0.7], epochs=6, anneal=0.5),
 }
 
 PROBES = {
@@ -87,7 +89,7 @@ def test_stop_and_resume_is_the_same_run_bit_for_bit(
     assert [r.epoch for r in again] == [1, 2, 3, 4, 5]
     assert [r.layers for r in again] == [r.layers for r in records]
     exactly = {"rtol": 0, "atol": 0, "equal_nan": True}
-    states = other.state_dict(), control.state_dict()
+    states = other.state_dict(outputs=True), control.state_dict(outputs=True)
     times = [state["policy"].pop("times", None) for state in states]  # have text in them
     assert times[0] == times[1]
     torch.testing.assert_close(*states, **exactly)
@@ -97,14 +99,18 @@ def test_stop_and_resume_is_the_same_run_bit_for_bit(
 
 
 def test_state_without_outputs_is_small():
-    *_, control = build()
+    model, optimizer, control = build()
 
     def size(**options):
         buffer = io.BytesIO()
         torch.save(control.state_dict(**options), buffer)
         return buffer.tell()
 
-    assert size(outputs=False) < size() / 2
+    assert size() == size(outputs=False) < size(outputs=True) / 2
+    train(model, optimizer)  # now the outputs can't be measured again
+    assert size() == size(outputs=True)
+    control.step()
+    assert size() == size(outputs=False)
 
 
 @pytest.mark.parametrize("change", [{"probe": data()[0][6:12]}, {"memory": "sketch"}], ids=list)

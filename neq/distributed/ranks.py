@@ -35,6 +35,12 @@ class Ranks:
             dist.all_reduce(values, group=self._group)
         return values
 
+    def max_(self, values: Tensor) -> Tensor:
+        """Take the maximum over all ranks, in place."""
+        if self.several:
+            dist.all_reduce(values, dist.ReduceOp.MAX, group=self._group)
+        return values
+
     def from_first(self, mask: Tensor, device: torch.device) -> Tensor:
         """The bool ``mask`` of rank 0, on every rank. It is sent from ``device``."""
         if not self.several:

@@ -1,1 +1,1 @@
-"""Other libraries that train models."""
+"""Callbacks for libraries that train models. Importing neq imports none of these libraries."""

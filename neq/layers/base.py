@@ -208,16 +208,19 @@ class NeuronLayer(CompactForm):
         """
         active, compact = self.active, self.leaves is not None
         compiling = torch.compiler.is_compiling()
+        records = torch.is_grad_enabled() or _beyond_backward()
         if compiling:
-            # a graph that depends on this layer's own mask would be recompiled at each change
+            # A graph that depended on this layer's own mask would be recompiled at each change.
+            # Only that of a norm in a frozen prefix, which is in eval mode, depends on it.
             everything = not (compact or active.ever_masked)
-            nothing = self.has_statistics and active.nothing
+            keeps = self.has_statistics and self.training
+            nothing = self.has_statistics and records and not self.training and active.nothing
         else:
             everything, nothing = active.k == active.neurons and not compact, active.nothing
+            keeps = nothing
             if compact and not self.make_current():
                 return self._through_others(*args, **kwargs)
-        records = torch.is_grad_enabled() or _beyond_backward()
-        if everything or not (records or nothing):
+        if everything or not (records or keeps):
             out: Tensor = super().forward(*args, **kwargs)
             return out
         weight, bias = self.weight, self.bias

@@ -46,6 +46,11 @@ class Group(list[NeuronLayer]):
         return self.first.n_neurons
 
     @property
+    def multiplies(self) -> bool:
+        """Are there linear or convolutional layers among them, by whose weights inputs go?"""
+        return any(layer.by_rows and not layer.looks_up for layer in self)
+
+    @property
     def trains(self) -> bool:
         """Does a parameter of a layer require a gradient? If not, no neuron of it trains."""
         return any(layer.trains for layer in self)
@@ -129,7 +134,10 @@ def check_masks(groups: dict[str, Group], masks: Mapping[str, Tensor]) -> None:
 
 
 def groups_of(model: nn.Module) -> dict[str, Group]:
-    """The groups of a model by name, in the model's order."""
+    """The groups of a model by name, in the model's order.
+
+    Converts the model if none of its layers is converted yet.
+    """
     if not any(isinstance(m, NeuronLayer) for m in model.modules()):
         convert(model)
     layers: dict[int, list[NeuronLayer]] = {}

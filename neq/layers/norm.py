@@ -1,12 +1,12 @@
 """Norms with affine parameters."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neq.layers.autograd import is_one_node, mask_node
+from neq.layers.autograd import detach, is_one_node, mask_node
 from neq.layers.base import NeuronLayer, samples_first, shaped_like
 
 
@@ -65,6 +65,25 @@ class StatisticsNorm(NEqNorm):
             return super()._none_active(weight, bias, input)
         self._check_input_dim(input)  # type: ignore[operator]
         return F.batch_norm(input, mean, variance, weight, bias, eps=cast(float, self.eps))
+
+    def _element_wise(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self.running_mean is None or not (self.training and torch.compiler.is_compiling()):
+            return super()._element_wise(*args, **kwargs)
+        # One graph for all masks: it computes both outputs, and takes one. Backward reads the
+        # statistics, so each has a copy of its own.
+        own: Any = self._buffers
+        before: Any = {k: None if b is None else b.clone() for k, b in own.items()}
+        after: Any = {k: None if b is None else b.clone() for k, b in own.items()}
+        self._buffers = before
+        still = self._none_active(self.weight.detach(), detach(self.bias), *args, **kwargs)
+        self._buffers = after
+        y = super()._element_wise(*args, **kwargs)
+        self._buffers = own
+        nothing = ~self.active.mask.any()
+        for name, buffer in own.items():
+            if buffer is not None and name not in ("weight", "bias"):  # as in the compact form
+                buffer.copy_(torch.where(nothing, before[name], after[name]))
+        return torch.where(nothing, still, y)
 
 
 class NEqInstanceNorm(StatisticsNorm, nn.modules.instancenorm._InstanceNorm):

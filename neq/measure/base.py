@@ -91,6 +91,23 @@ class Measure(ABC):
             channel_dim: The dimension of ``y`` that counts the neurons.
         """
 
+    @property
+    def by_gradient(self) -> bool:
+        """Does the next pass look at gradients? If so, the model runs with a graph."""
+        return False
+
+    def observe_output(self, output: Any) -> None:
+        """Take what the model gave for a batch, while its graph is there.
+
+        Only called if ``by_gradient``, after all outputs of the layers for that batch.
+
+        Args:
+            output: What the model returned.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} looks at gradients, so it must define observe_output(output)"
+        )
+
     @abstractmethod
     def sums(self) -> Tensor:
         """What the pass found: a float64 vector on a device, which adds up over ranks."""

@@ -83,7 +83,7 @@ def forgetting() -> saved_tensors_hooks:
 
 
 @contextmanager
-def hooked(hooks: Mapping[Module, Callable[..., None]]) -> Iterator[None]:
+def hooked(hooks: Mapping[Module, Callable[..., Any]]) -> Iterator[None]:
     """Inside, each layer has its hook: ``hook(layer, args, kwargs, output)``."""
     with ExitStack() as stack:
         for layer, hook in hooks.items():
@@ -122,7 +122,7 @@ def as_inputs(model: nn.Module, batch: Any) -> Inputs:
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
-    """Call the model with arguments that ``as_inputs`` made. Returns its output."""
+    """What the model gives for arguments that ``as_inputs`` made."""
     return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
 
 

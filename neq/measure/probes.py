@@ -90,7 +90,11 @@ class Probe:
         return self.data  # type: ignore[no-any-return]
 
     def run(
-        self, model: nn.Module, groups: Sequence[Sequence[NeuronLayer]], observe: Observe
+        self,
+        model: nn.Module,
+        groups: Sequence[Sequence[NeuronLayer]],
+        observe: Observe,
+        observe_output: Callable[[Any], None] | None = None,
     ) -> list[Tensor]:
         """Run the model, and show each output of each layer in the order of computation.
 
@@ -101,6 +105,8 @@ class Probe:
             groups: The groups of layers in the model.
             observe: Called as ``observe(group, y, channel_dim)``: the number of the group, an
                 output [samples, ...], and its dimension that counts the neurons.
+            observe_output: Called with what the model returned for each batch. If given, the model
+                runs with a graph, in which each layer's output has a gradient.
 
         Returns:
             Marks that tell these samples from others: float64 vectors, on any device.
@@ -109,13 +115,17 @@ class Probe:
             TypeError: If there is no tensor in a batch.
             ValueError: If there is no batch.
         """
+        with_graph = observe_output is not None
         real: Tensor | None = None  # bool [samples, positions] of the batch: no padding
 
-        def show(number: int, layer: NeuronLayer, args: Any, kwargs: Any, output: Tensor) -> None:
-            y, channel_dim = layer.by_neuron(output)
-            if real is not None and channel_dim == 2 and y.dim() == 3 and y.shape[:2] == real.shape:
-                y = y.masked_fill(~real.unsqueeze(2), 0)
-            observe(number, y, channel_dim)
+        def show(number: int, layer: NeuronLayer, args: Any, kwargs: Any, output: Tensor) -> Any:
+            if not with_graph:
+                shown, _, channel_dim = _without_padding(layer, output, real)
+                return observe(number, shown, channel_dim)
+            output = _with_gradient(output)
+            shown, goes_on, channel_dim = _without_padding(layer, output, real)
+            observe(number, shown, channel_dim)
+            return output if goes_on is output else goes_on.reshape(output.shape)
 
         hooks = {
             layer: partial(show, number)
@@ -124,11 +134,13 @@ class Probe:
             if not layer.looks_up
         }
         marks = []
-        with evaluating(model), hooked(hooks):
+        with evaluating(model), hooked(hooks), torch.set_grad_enabled(with_graph):
             for batch in self.batches(model):
                 marks.append(_mark(batch))
                 real = self._not_padding(model, batch)
-                self.feed(model, batch)
+                output = self.feed(model, batch)
+                if observe_output is not None:
+                    observe_output(output)
         if not marks:
             raise ValueError("the probe gave no batch: a loader must have at least one")
         for number, layers in enumerate(groups):
@@ -137,17 +149,16 @@ class Probe:
                     _show_parameters(observe, number, layer)
         return marks
 
-    def feed(self, model: nn.Module, batch: Any) -> None:
-        """Call the model on a batch.
+    def feed(self, model: nn.Module, batch: Any) -> Any:
+        """What the model gives for a batch.
 
         Args:
             model: The model.
             batch: One of ``batches``.
         """
         if self.forward is None:
-            call(model, _inputs(model, batch))
-        else:
-            self.forward(model, to_device(batch, device_of(model)))
+            return call(model, _inputs(model, batch))
+        return self.forward(model, to_device(batch, device_of(model)))
 
     def example(self, model: nn.Module) -> Inputs | None:
         """The model's arguments for the first batch; None if ``forward`` makes them.
@@ -222,14 +233,28 @@ class WeightProbe(Probe):
         super().__init__(())
 
     def run(
-        self, model: nn.Module, groups: Sequence[Sequence[NeuronLayer]], observe: Observe
+        self,
+        model: nn.Module,
+        groups: Sequence[Sequence[NeuronLayer]],
+        observe: Observe,
+        observe_output: Callable[[Any], None] | None = None,
     ) -> list[Tensor]:
+        if observe_output is not None:
+            raise ValueError(
+                "this measure looks at the model's outputs, and a WeightProbe has none: give "
+                "samples as the probe"
+            )
         for number, (layer, *_) in enumerate(groups):
             _show_parameters(observe, number, layer)
         return []
 
     def example(self, model: nn.Module) -> None:
         return None
+
+
+def on_host(marks: Iterable[Tensor]) -> Tensor:
+    """float64: the marks that ``run`` returned, one after the other, on the CPU."""
+    return torch.cat([torch.zeros(0, dtype=torch.float64), *(mark.cpu() for mark in marks)])
 
 
 def _mark(batch: Any) -> Tensor:
@@ -244,6 +269,29 @@ def _mark(batch: Any) -> Tensor:
         parts = [_mark(part) for part in batch]
         return torch.cat([part.to(parts[0].device) for part in parts]) if parts else torch.zeros(0)
     return torch.zeros(0)
+
+
+def _without_padding(
+    layer: NeuronLayer, output: Tensor, real: Tensor | None
+) -> tuple[Tensor, Tensor, int]:
+    """The output by neuron, zero at padding; what the model goes on with; the neurons' dimension.
+
+    The model goes on with the same values, of which those that are shown may have a gradient.
+    """
+    y, channel_dim = layer.by_neuron(output)
+    if real is None or channel_dim != 2 or y.dim() != 3 or y.shape[:2] != real.shape:
+        return y, y, channel_dim
+    padding = ~real.unsqueeze(2)
+    shown = y.masked_fill(padding, 0)
+    return shown, torch.where(padding, y.detach(), shown), channel_dim
+
+
+def _with_gradient(output: Tensor) -> Tensor:
+    """The output, with a gradient also where nothing trains."""
+    if output.requires_grad:
+        return output
+    # a copy: what follows may work in place, which a leaf forbids
+    return output.detach().requires_grad_().clone()
 
 
 def _inputs(model: nn.Module, batch: Any) -> Inputs:

@@ -17,7 +17,8 @@ class Annealing:
     parameters that are being annealed.
 
     Time is counted in epochs. Within an epoch it passes by steps, as many as the last epoch had; in
-    the first epoch it stands still.
+    the first epoch it stands still. When a span is over, its parameters are no concern of this any
+    more: they are to be frozen then.
 
     Args:
         optimizers: The optimizers.
@@ -29,7 +30,7 @@ class Annealing:
     def __init__(self, optimizers: Iterable[Optimizer]) -> None:
         self.spans: dict[Tensor, tuple[float, float]] = {}
         self.epoch = 0
-        self._steps, self._steps_per_epoch = 0, 0
+        self._steps, self._steps_per_epoch = 0, 0.0
         self._before: dict[Optimizer, list[tuple[Tensor, Tensor]]] = {}
         self._first: Optimizer | None = None
         self._handles = []
@@ -45,19 +46,24 @@ class Annealing:
         for handle in self._handles:
             handle.remove()
 
-    def next_epoch(self) -> None:
-        """An epoch is over."""
-        self.epoch += 1
-        self._steps, self._steps_per_epoch = 0, self._steps
+    def begin(self, epoch: int) -> None:
+        """An epoch begins.
+
+        Args:
+            epoch: How many are over. Some may have passed since the last call, a warm-up say.
+        """
+        if passed := epoch - self.epoch:
+            self._steps, self._steps_per_epoch = 0, self._steps / passed
+        self.epoch = epoch
 
     def rate(self, p: Tensor) -> float:
         """By how much the next step of a parameter is multiplied: in [0, 1]."""
         if p not in self.spans:
             return 1.0
         start, end = self.spans[p]
-        now = self.epoch + min(1.0, self._steps / max(1, self._steps_per_epoch))
-        if not self._steps_per_epoch:
-            now = float(self.epoch)
+        now = float(self.epoch)
+        if self._steps_per_epoch:
+            now += min(1.0, self._steps / self._steps_per_epoch)
         passed = 1.0 if now >= end else max(0.0, (now - start) / (end - start))
         return 0.5 * (1 + math.cos(math.pi * passed))
 
@@ -81,7 +87,8 @@ class Annealing:
     @torch.no_grad()
     def _keep(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         owned = (p for group in optimizer.param_groups for p in group["params"])
-        self._before[optimizer] = [(p, p.clone()) for p in owned if self.rate(p) < 1]
+        under_way = (p for p in owned if p in self.spans and self.epoch < self.spans[p][1])
+        self._before[optimizer] = [(p, p.clone()) for p in under_way if self.rate(p) < 1]
 
     @torch.no_grad()
     def _shorten(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Adagrad, Optimizer, Rprop
 
-from neq.integrations.wrapped import optimizer_in
 from neq.optim.frozen import Frozen, frozen_in, modules_in
+from neq.wrapped import optimizer_in
 
 OnThaw = Literal["keep", "reset"]
 """What a neuron's optimizer state is when it trains again: see ``Guard``."""

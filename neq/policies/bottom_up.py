@@ -109,7 +109,7 @@ class BottomUp(FromBelow):
         self._ends: list[int] = []  # at which epochs the lowest blocks are frozen, once annealed
 
     def depth(self, layers: Sequence[Motion], epoch: int) -> int:
-        self._annealing.next_epoch()
+        self._annealing.begin(epoch)
         count = len(self._training.blocks)
         frozen = sum(end <= epoch for end in self._ends)
         if self._thaw.applies(self._training, layers, frozen):
@@ -231,10 +231,13 @@ class Scheduled(FromBelow):
             )
         for block, share in enumerate(self.shares):
             if self.annealed:
-                end = share * self.epochs
+                end = self._end(share)
                 self._anneal(block, end * (1 - self.annealed), end)
 
     def depth(self, layers: Sequence[Motion], epoch: int) -> int:
-        if epoch:
-            self._annealing.next_epoch()
-        return sum(share * self.epochs <= epoch for share in self.shares)
+        self._annealing.begin(epoch)
+        return sum(self._end(share) <= epoch for share in self.shares)
+
+    def _end(self, share: float) -> float:
+        """At which epoch a block is frozen."""
+        return round(share * self.epochs, 6)  # .07 of 100 are more than 7

@@ -1,6 +1,7 @@
 """When a frozen prefix has to train again."""
 
 from collections.abc import Sequence
+from math import isfinite
 from typing import Any
 
 import torch
@@ -13,10 +14,10 @@ class ThawRule:
     """Says that a frozen prefix has to train again, when one of three things has happened.
 
     - A learning rate has risen by more than a tenth since the last decision.
-    - The neurons above the prefix move ``surge`` times as fast as at the last decision: the data
-      have changed.
-    - The validation loss, if the Controller is given it, exceeds its best by more than three times
-      its usual change from one decision to the next.
+    - The layers above the prefix move ``surge`` times as fast as at the last decision, by the
+      median of their factors: the data have changed.
+    - A validation loss, if the Controller is given one, exceeds the best since the last thaw by
+      more than three times the usual change from one to the next.
 
     Args:
         surge: By which factor speeds have to rise.
@@ -27,7 +28,7 @@ class ThawRule:
             raise ValueError(f"surge must be above 1, got {surge}")
         self.surge = surge
         self._rates: list[float] = []
-        self._speed = float("nan")
+        self._speeds: dict[str, float] = {}  # the median |v| of each layer
         self._losses: list[float] = []
 
     def applies(self, training: Training, layers: Sequence[Motion], depth: int) -> bool:
@@ -39,24 +40,41 @@ class ThawRule:
             depth: How many blocks are frozen.
         """
         rates = [float(g["lr"]) for o in training.optimizers for g in o.param_groups]
-        speed = median_speed([one for one in layers if one.block is None or one.block >= depth])
         rose = any(now > 1.1 * then for now, then in zip(rates, self._rates, strict=False))
-        surged = speed > self.surge * self._speed  # not if one of them is NaN
-        self._rates, self._speed = rates, speed
-        if training.loss is not None:
-            self._losses.append(training.loss)
-        return rose or (depth > 0 and (surged or self._regressed()))
+        self._rates = rates
+        surged = self._surged(layers, depth)
+        regressed = self._regressed(training.loss)
+        thaws = rose or (depth > 0 and (surged or regressed))
+        if thaws:
+            del self._losses[:-1]
+        return thaws
 
-    def _regressed(self) -> bool:
-        losses = torch.tensor(self._losses, dtype=torch.float64)
-        if len(losses) < 4:
+    def _surged(self, layers: Sequence[Motion], depth: int) -> bool:
+        # layer by layer: the one that was frozen last may have been the slowest
+        before = self._speeds
+        self._speeds = {one.name: median_speed([one]) for one in layers}
+        above = [one.name for one in layers if one.block is None or one.block >= depth]
+        factors = [self._speeds[n] / before[n] for n in above if before.get(n, 0) > 0]
+        return bool(torch.tensor(factors).nanmedian() > self.surge)
+
+    def _regressed(self, loss: float | None) -> bool:
+        """Is this a new loss that is worse beyond noise?"""
+        if loss is None or not isfinite(loss) or loss in self._losses[-1:]:
             return False
-        noise = losses[:-1].diff().abs().median()
-        return bool(losses[-1] > losses[:-1].min() + 3 * noise)
+        before = torch.tensor(self._losses, dtype=torch.float64)
+        self._losses.append(loss)
+        if len(before) < 3:
+            return False
+        noise = before.diff().abs().median()
+        return bool(loss > before.min() + 3 * noise)
 
     def state_dict(self) -> dict[str, Any]:
         """What ``load_state_dict`` needs to continue."""
-        return {"rates": self._rates, "speed": self._speed, "losses": list(self._losses)}
+        return {
+            "rates": list(self._rates),
+            "speeds": dict(self._speeds),
+            "losses": list(self._losses),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state.
@@ -64,7 +82,7 @@ class ThawRule:
         Args:
             state: What ``state_dict`` returned.
         """
-        self._rates, self._speed = state["rates"], state["speed"]
+        self._rates, self._speeds = list(state["rates"]), dict(state["speeds"])
         self._losses = list(state["losses"])
 
 

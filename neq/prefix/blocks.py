@@ -1,6 +1,6 @@
 """The blocks of a network, from the input up: what can be frozen whole."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -29,6 +29,8 @@ class Block:
         modules: The names of the modules that run in it, or run in it for the last time.
         unseen: The names of those of them that return something without a gradient, a mask say.
             Later blocks may use it.
+        open: The names of the modules that have begun by its end, and go on or run again: those
+            that contain its end, and those that later blocks share.
         parameters: The names of the parameters that come in with it. A parameter that a later block
             uses too is here only.
     """
@@ -37,6 +39,7 @@ class Block:
     end: str
     modules: tuple[str, ...]
     unseen: tuple[str, ...]
+    open: tuple[str, ...]
     parameters: tuple[str, ...]
 
 
@@ -67,7 +70,9 @@ def blocks(
     found = crossings(model, as_inputs(model, example_inputs))
     names = {p: name for name, p in model.named_parameters()}
     everything = frozenset().union(*(one.parameters for one in found))
-    cuts = [one for one in _cuts(found, _multiplied(model)) if one.parameters < everything]
+    # of modules that hand on one tensor, the first: a dropout after a block is no part of it
+    places = [*{one.place: one for one in reversed(found)}.values()][::-1]
+    cuts = [one for one in _cuts(places, _multiplied(model)) if one.parameters < everything]
     if at is not None:
         cuts = _chosen(found, cuts, at, everything)
     if not cuts:
@@ -75,14 +80,18 @@ def blocks(
             f"{type(model).__name__} has no place to cut: no module below its last layer has an "
             "output that every path crosses (a shortcut leads past each, or blocks are no modules)"
         )
-    result, before = [], Crossing("", frozenset(), frozenset(), frozenset())
+    order = [name for name, _ in model.named_modules()]
+    result: list[Block] = []
+    known, done = frozenset[Tensor](), frozenset[str]()
     for cut in cuts:
-        new = cut.parameters - before.parameters
+        new = cut.parameters - known
         owned = tuple(name for p, name in names.items() if p in new)
-        modules = tuple(n for n, _ in model.named_modules() if n in cut.complete - before.complete)
+        modules = tuple(n for n in order if n in cut.complete - done)
         unseen = tuple(n for n in modules if n in cut.unseen)
-        result.append(Block(_name(owned, cut), cut.module, modules, unseen, owned))
-        before = cut
+        still_open = tuple(n for n in order if n in cut.open)
+        name = _name(model, owned, cut)
+        result.append(Block(name, cut.module, modules, unseen, still_open, owned))
+        known, done = cut.parameters, cut.complete
     return result
 
 
@@ -125,13 +134,19 @@ def _chosen(
     return [one for name, one in by_name.items() if name in at]
 
 
-def _name(parameters: Sequence[str], cut: Crossing) -> str:
-    owners = [name.rpartition(".")[0] for name in parameters]
-    if not owners:
-        return cut.module
-    common = owners[0]
-    while not all(f"{owner}.".startswith(f"{common}." if common else "") for owner in owners):
-        common = common.rpartition(".")[0]
-    if common in cut.complete:
-        return common
-    return f"{owners[0]} … {owners[-1]}"
+def _name(model: nn.Module, parameters: Sequence[str], cut: Crossing) -> str:
+    """The largest modules that have no other parameters: one, or the first and the last."""
+    own = set(map(model.get_parameter, parameters))
+    owners = [owner for owner in (name.rpartition(".")[0] for name in parameters) if owner]
+    names = []
+    for name in (*owners[:1], *owners[-1:]):
+        wide = (n for n in containers(name) if own.issuperset(model.get_submodule(n).parameters()))
+        names.append(next((n for n in reversed([*wide]) if n in cut.complete), name))
+    return " … ".join(dict.fromkeys(names)) or cut.module
+
+
+def containers(name: str) -> Iterator[str]:
+    """The names of the modules that contain this one, the nearest first; without the model."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name

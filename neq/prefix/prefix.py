@@ -2,7 +2,8 @@
 
 From the model's first line to the end of the last frozen block, autograd is off. So nothing is
 recorded and nothing saved there, and backward ends at that block. The modules inside are in eval
-mode: dropout is off, and norms normalise by their running statistics.
+mode: dropout is off, and norms normalise by their running statistics. So are, as long as a forward
+is in there, the modules that contain the end of the prefix, and those that later layers share.
 """
 
 import threading
@@ -17,21 +18,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from neq.integrations.wrapped import model_in
 from neq.layers.base import NeuronLayer
 from neq.optim.frozen import freeze_whole, thaw_whole
-from neq.prefix.blocks import Block, blocks
+from neq.prefix.blocks import blocks, containers
 from neq.prefix.fingerprint import fingerprint
+from neq.prefix.marks import marks
 from neq.prefix.statistics import recompute_statistics
+from neq.wrapped import model_in
 from neq_kernels import _torch
 from neq_kernels.device.ranks import in_process_group
 
 
 class _UnderWay(threading.local):
-    """The forwards of this thread that are inside a frozen prefix, innermost last."""
+    """The forwards of this thread that are inside a frozen prefix, innermost last.
+
+    With each, the modules that were put into eval mode for as long.
+    """
 
     def __init__(self) -> None:
-        self.prefixes: list[Prefix] = []
+        self.prefixes: list[tuple[Prefix, list[nn.Module]]] = []
 
 
 _under_way = _UnderWay()
@@ -57,7 +62,8 @@ class Prefix:
     """The blocks of a network, of which the first ``depth`` are frozen whole.
 
     The output of a frozen prefix has the same bits for the same input, whatever is trained. A
-    parameter that a later layer shares with the prefix is frozen there too.
+    parameter that a later layer shares with the prefix is frozen there too. The model's inputs get
+    no gradients.
 
     A Controller has one, which its policy moves. On its own it needs no converted model. Plain
     optimizers then leave the prefix alone, as long as its gradients are None and none of its
@@ -118,12 +124,15 @@ class Prefix:
         self._handles: list[RemovableHandle] = []
         # the frozen ones, each with the neurons that trained before: bool [n]
         self._layers: dict[NeuronLayer, Tensor] = {}
+        self._open: list[nn.Module] = []  # in eval mode as long as a forward is in the prefix
+        self._training: dict[nn.Module, bool] = {}  # the flags of the frozen modules before
+        self._modes: dict[nn.Module, bool] = {}  # calls of their ``train`` since, the latest last
         self._marked: dict[str, Tensor] = {}
 
     def freeze(self, depth: int, *, statistics: Iterable[Any] | None = None) -> None:
-        """Freeze the first ``depth`` blocks whole. All neurons of those that thaw train.
+        """Freeze the first ``depth`` blocks whole. Those that were frozen beyond train again.
 
-        In the compact form, those train that trained before.
+        In the compact form, of those the neurons that trained before.
 
         Args:
             depth: How many blocks.
@@ -143,7 +152,7 @@ class Prefix:
                 "them"
             )
         if statistics is not None and depth > self.depth:
-            new = self._outermost(_modules(self.blocks[self.depth : depth]))
+            new = self._outermost(self._frozen_names(depth) - self._frozen_names(self.depth))
             recompute_statistics(self.model, new.values(), statistics)
         self._release()
         self.depth = depth
@@ -226,9 +235,11 @@ class Prefix:
             end.register_forward_hook(self._leave),
             self.model.register_forward_hook(self._finish, always_call=True),
         ]
-        for module in self._frozen().values():
-            module.eval()
-            vars(module)["train"] = partial(_stay_in_eval, module)
+        self._open = [*map(self.model.get_submodule, self.blocks[self.depth - 1].open)]
+        for module in {m: None for frozen in self._frozen().values() for m in frozen.modules()}:
+            self._training[module] = module.training
+            module.training = False
+            vars(module)["train"] = partial(self._stay_in_eval, module)
         for name, owner in self._owners():
             if isinstance(owner, NeuronLayer):
                 self._layers.setdefault(owner, owner.active_mask)
@@ -240,24 +251,43 @@ class Prefix:
     def _release(self) -> None:
         for handle in self._handles:
             handle.remove()
-        for module in self._frozen().values():
+        for module, flag in self._training.items():
             vars(module).pop("train", None)
-            module.train(self.model.training)
+            module.training = flag
+        for module, mode in self._modes.items():
+            module.train(mode)
         for _, owner in self._owners():
             if isinstance(owner, NeuronLayer):
                 # the compact form has room for what trained before
                 owner.set_active(None if owner.leaves is None else self._layers[owner])
             else:
                 thaw_whole(owner)
-        self._handles, self._layers, self._marked = [], {}, {}
+        self._handles, self._layers, self._open = [], {}, []
+        self._training, self._modes, self._marked = {}, {}, {}
+
+    def _stay_in_eval(self, module: nn.Module, mode: bool = True) -> nn.Module:
+        """The ``train`` of a frozen module: it is called when the module thaws."""
+        self._modes.pop(module, None)
+        self._modes[module] = mode
+        return module
 
     def _frozen(self) -> dict[str, nn.Module]:
-        """The modules of the frozen blocks that lie in no other of them, by name."""
-        return self._outermost(_modules(self.blocks[: self.depth]))
+        """The frozen modules that lie in no other of them, by name."""
+        return self._outermost(self._frozen_names(self.depth))
+
+    def _frozen_names(self, depth: int) -> set[str]:
+        """The names of the modules of so many blocks, and of norms that later blocks share."""
+        frozen = self.blocks[:depth]
+        shared = (
+            name
+            for name in (frozen[-1].open if frozen else ())
+            if getattr(self.model.get_submodule(name), "running_mean", None) is not None
+        )
+        return {name for block in frozen for name in block.modules} | {*shared}
 
     def _outermost(self, names: Collection[str]) -> dict[str, nn.Module]:
         """The modules that lie in no other of them."""
-        outer = [name for name in names if not any(n in names for n in _containers(name))]
+        outer = [name for name in names if not any(n in names for n in containers(name))]
         return {name: self.model.get_submodule(name) for name in outer}
 
     def _owners(self) -> Iterator[tuple[str, nn.Module]]:
@@ -269,16 +299,15 @@ class Prefix:
 
     def _marks(self) -> dict[str, Tensor]:
         """Of each frozen tensor, by name, what nearly surely changes if one of its bits does."""
-        return {name: _mark(t) for name, t in self._tensors().items()}
+        return {name: marks(t.unsqueeze(0), 1) for name, t in self._tensors().items()}
 
     def _tensors(self) -> dict[str, Tensor]:
         """The frozen parameters and buffers, by name."""
         tensors: dict[str, Tensor] = {}
         for block in self.blocks[: self.depth]:
             tensors |= {name: self.model.get_parameter(name) for name in block.parameters}
-            for name in block.modules:
-                module = self.model.get_submodule(name)
-                tensors |= dict(module.named_buffers(name, recurse=False))
+        for name in sorted(self._frozen_names(self.depth)):
+            tensors |= dict(self.model.get_submodule(name).named_buffers(name, recurse=False))
         return {name: t.detach() for name, t in tensors.items()}
 
     # -- what happens in a forward --------------------------------------------------------------
@@ -286,22 +315,23 @@ class Prefix:
     def _enter(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         # not if someone has set neurons of these layers active again
         if torch.is_grad_enabled() and all(layer.active.nothing for layer in self._layers):
-            _under_way.prefixes.append(self)
+            opened = [module for module in self._open if module.training]
+            for module in opened:
+                module.training = False
+            _under_way.prefixes.append((self, opened))
             torch.set_grad_enabled(False)
             if self.source is not None:
                 self.source.enter(args, kwargs)
 
     def _leave(self, end: nn.Module, args: Any, output: Any) -> None:
         if self._is_under_way():
-            _under_way.prefixes.pop()
-            torch.set_grad_enabled(True)
+            self._end_eval()
             if self.source is not None:
                 self.source.leave(output)
 
     def _finish(self, model: nn.Module, args: Any, output: Any) -> Any:
         if self._is_under_way():  # the forward raised an exception, or took another way
-            _under_way.prefixes.pop()
-            torch.set_grad_enabled(True)
+            self._end_eval()
             if self.source is not None:
                 self.source.finish()
             if output is not None:
@@ -315,31 +345,13 @@ class Prefix:
         return output
 
     def _is_under_way(self) -> bool:
-        return bool(_under_way.prefixes) and _under_way.prefixes[-1] is self
+        return bool(_under_way.prefixes) and _under_way.prefixes[-1][0] is self
 
-
-def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
-    """The ``train`` of a frozen module."""
-    return module
-
-
-def _modules(blocks: Iterable[Block]) -> set[str]:
-    """The names of all modules of some blocks."""
-    return {name for block in blocks for name in block.modules}
-
-
-def _containers(name: str) -> Iterator[str]:
-    """The names of the modules that contain this one."""
-    while "." in name:
-        name = name.rpartition(".")[0]
-        yield name
-
-
-def _mark(t: Tensor) -> Tensor:
-    """int64 [2]: the sum of the bytes of t, and one in which their places count."""
-    flat = t.contiguous().flatten().view(torch.uint8).to(torch.int64)
-    places = torch.arange(1, 1 + len(flat), device=flat.device)
-    return torch.stack([flat.sum(), (flat * places).sum()])
+    def _end_eval(self) -> None:
+        """The forward has left the prefix."""
+        for module in _under_way.prefixes.pop()[1]:
+            module.training = True
+        torch.set_grad_enabled(True)
 
 
 def _reached(output: Any, parameters: list[Tensor]) -> Any:

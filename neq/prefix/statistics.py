@@ -1,9 +1,10 @@
 """Running statistics of norms, computed anew with the weights that they keep."""
 
-from collections.abc import Iterable
-from typing import Any, cast
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import chain, count
+from typing import Any
 
-import torch
 from torch import nn
 
 from neq.layers.groups import all_active
@@ -30,19 +31,33 @@ def recompute_statistics(
     norms = [m for m in inside if getattr(m, "running_mean", None) is not None]
     if not norms:
         return
-    momenta = [cast(float | None, m.momentum) for m in norms]
-    count = 0
-    with evaluating(model), all_active(model), torch.no_grad():
-        try:
-            for m in norms:
-                cast(nn.BatchNorm1d, m).reset_running_stats()
-                m.momentum = None  # type: ignore[assignment]  # the plain average
-                m.training = True
-            for batch in batches:
-                call(model, as_inputs(model, batch))
-                count += 1
-        finally:
-            for m, momentum in zip(norms, momenta, strict=True):
-                m.momentum = momentum  # type: ignore[assignment]
-    if not count:
-        raise ValueError("statistics: there must be at least one batch, got none")
+    batches = iter(batches)
+    if (first := next(batches, None)) is None:
+        raise ValueError(
+            "statistics: there must be at least one batch, got none (a generator gives its batches "
+            "only once: give a list or a loader)"
+        )
+    with evaluating(model), all_active(model), ExitStack() as stack:
+        for m in norms:
+            stack.enter_context(_averaging(m))
+        for batch in chain([first], batches):
+            call(model, as_inputs(model, batch))
+
+
+@contextmanager
+def _averaging(norm: Any) -> Iterator[None]:
+    """Inside, the running statistics are averages over all calls since the beginning."""
+    calls, momentum = count(1), norm.momentum
+
+    def share_of_this_call(norm: Any, args: Any) -> None:
+        # momentum=None is this for batch norms only
+        norm.momentum = 1 / next(calls)
+
+    handle = norm.register_forward_pre_hook(share_of_this_call)
+    norm.reset_running_stats()
+    norm.training = True
+    try:
+        yield
+    finally:
+        handle.remove()
+        norm.momentum = momentum

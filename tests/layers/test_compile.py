@@ -164,15 +164,20 @@ def test_each_layer(case):
     layer.set_active([0])
     call, count = compiled(layer)
     x = case.input()
-    expected = plain(x, **case.forward)
-    expected.square().sum().backward()
     for rows in [0], random_mask(layer.n_neurons), [], None:
         layer.set_active(rows)
         layer.zero_grad()
+        plain.zero_grad()
+        plain.load_state_dict(layer.state_dict())
+        stands = layer.has_statistics and rows == []  # then the output is that of eval mode
+        expected = plain.train(not stands)(x, **case.forward)
+        expected.square().sum().backward()
         y = call(x, **case.forward)
         y.square().sum().backward()
         torch.testing.assert_close(y, expected)
         assert_gradients_of_active_rows(layer, plain)
+        for name, buffer in plain.named_buffers():
+            torch.testing.assert_close(layer.get_buffer(name), buffer)
     assert count.frame_count == 1
 
 

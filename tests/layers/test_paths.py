@@ -34,9 +34,13 @@ def test_no_active_row(case):
     if case in MATRIX:  # the norms need their input for dX
         assert not saved.has(x)
         assert saved.bytes <= layer.weight.nbytes, "nor a copy of it"
+    # of a norm with statistics the output is frozen too: that of eval mode
+    plain.train(not (layer.has_statistics and layer.running_mean is not None))
     expected, dx = run(plain, x.detach(), torch.ones_like(y), **case.forward)
     assert torch.equal(y, expected)
     assert torch.equal(x.grad, dx)
+    for name, buffer in plain.named_buffers():
+        assert torch.equal(layer.get_buffer(name), buffer)
 
 
 @each("case", ALL, ids=repr)

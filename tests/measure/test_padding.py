@@ -135,3 +135,21 @@ def test_a_loader_that_shuffles_by_the_global_random_state_gives_the_same_sample
         torch.manual_seed(seed)
         control.step()
         assert (control.scores["phi"] == 1).all()
+
+
+@pytest.mark.parametrize("kind", ["lower-bound", "full"])
+def test_sensitivity_does_not_depend_on_padding(kind):
+    """But for the count of positions, in which the mean is taken."""
+
+    def found(batch):
+        torch.manual_seed(0)
+        return neq.sensitivity(bert(), batch, kind=kind)
+
+    short, long = found(padded(5)), found(padded(11, junk=7))
+    for name, s in short.items():
+        if s.isnan().all():
+            assert "embeddings" in name
+            continue
+        of_tokens = "pooler" not in name and "classifier" not in name
+        expected = s * 5 / 11 if of_tokens else s
+        torch.testing.assert_close(long[name], expected, rtol=0, atol=1e-12)

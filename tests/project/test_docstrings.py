@@ -12,6 +12,7 @@ import neq
 import neq.history
 import neq_kernels
 from neq.cost.step_times import Segment, StepTimes
+from neq.integrations import accelerate, lightning, transformers
 from neq.layers.groups import Group
 from neq.measure.base import Measure
 from neq.measure.update_gain import UpdateGain
@@ -24,13 +25,15 @@ PLANNER = planner.choose, planner.load, planner.only, planner.save, planner.tuni
 
 def public() -> Iterator[tuple[str, object]]:
     """What the API pages show: names, and the public members of classes of ours."""
-    for module in (neq, neq.optim, neq_kernels, reference):
+    for module in (neq, neq.optim, neq.prune, neq_kernels, reference):
         for name in module.__all__:
             if name not in ("__version__", "OnThaw"):  # no docstring can be theirs
                 yield from with_members(f"{module.__name__}.{name}", getattr(module, name))
     for name, thing in vars(neq.history).items():
         if getattr(thing, "__module__", None) == "neq.history" and not name.startswith("_"):
             yield from with_members(f"neq.history.{name}", thing)
+    for thing in (lightning.NEqCallback, transformers.NEqCallback, accelerate.prepare_controller):
+        yield f"{thing.__module__}.{thing.__name__}", thing
     for thing in (Group, Measure, StepTimes, Segment, Training, UpdateGain, *PLANNER):
         yield from with_members(f"{thing.__module__}.{thing.__name__}", thing)
 

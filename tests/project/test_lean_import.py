@@ -17,7 +17,9 @@ import {package}
 print(json.dumps(dict(
     started=started,
     cuda=torch.cuda.is_initialized(),
-    modules=sorted(sys.modules.keys() & {{"triton", "transformers", "torch._inductor"}}),
+    modules=sorted(sys.modules.keys() & {{
+        "triton", "torch._inductor", "transformers", "accelerate", "lightning", "lightning.pytorch"
+    }}),
 )))
 """
 

@@ -295,6 +295,46 @@ def flatten_compact(rank: int, use_orig_params: bool) -> None:
         parallel(torch.randn(BATCH, 3, 5, 5))
 
 
+def regularise(rank: int) -> None:
+    """Every rank decays by the sensitivities on the samples of all."""
+    for kind, *options in (
+        (neq.LOBSTER,),
+        (neq.NeuronLOBSTER,),
+        *((neq.SeReNe, kind) for kind in ("lower-bound", "full", "local")),
+    ):
+        models = model_and_twin()
+        for model in models:
+            parallel = model is models[0]
+            call = DistributedDataParallel(model) if parallel else model
+            optimizer = torch.optim.SGD(call.parameters(), lr=0.05)
+            alone = {"process_group": dist.new_group([rank], use_local_synchronization=True)}
+            group = alone if kind is neq.SeReNe and not parallel else {}
+            regulariser = kind(call, optimizer, 0.25, *options, **group)
+            for step in range(2):
+                torch.manual_seed(step)
+                x = torch.randn(WORLD * BATCH, 3, 5, 5)
+                output = call(x[rank * BATCH : (rank + 1) * BATCH] if parallel else x)
+                if kind is neq.SeReNe:
+                    regulariser.observe(output)
+                optimizer.zero_grad()
+                output.square().sum(1).mean().backward()
+                optimizer.step()
+        for mine, theirs in zip(*(model.parameters() for model in models), strict=True):
+            torch.testing.assert_close(mine, theirs, msg=f"{kind.__name__} {options}")
+
+
+def entropy(rank: int) -> None:
+    """The counts of all ranks, also of a class that only one of them has seen."""
+    model, _ = model_and_twin()
+    torch.manual_seed(0)
+    x, labels = torch.randn(6, 3, 5, 5), torch.tensor([0, 0, 1, 0, 1, 2])
+    mine = slice(3 * rank, 3 * rank + 3)
+    found = neq.psp_entropy(model, [(x[mine], labels[mine])])
+    alone = dist.new_group([rank], use_local_synchronization=True)
+    whole = neq.psp_entropy(model, [(x, labels)], process_group=alone)
+    assert all(torch.equal(found[name], bits) for name, bits in whole.items())
+
+
 SCENARIOS = {
     "plain": train,
     "by rows": train_by_rows,
@@ -306,6 +346,8 @@ SCENARIOS = {
     "embeddings, static_graph": partial(look_up, static_graph=True),
     "sparse embeddings": partial(look_up, sparse=True),
     "gradient accumulation": accumulate,
+    "regularisers": regularise,
+    "entropy": entropy,
     "tuning": tune,
     "cache of a prefix": share_a_cache,
     "fully_shard": shard,

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import neq
-from neq.integrations.wrapped import model_in, optimizer_in
+from neq.wrapped import model_in, optimizer_in
 
 
 def of(module, **attributes):
@@ -38,6 +38,24 @@ def test_no_other_is_opened():
     assert optimizer_in(optimizer) is optimizer
     other = of("somebodys.library", optimizer=optimizer, _optimizer=optimizer)
     assert optimizer_in(other) is other
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_deepspeeds_optimizer_is_refused(inside):
+    zero = of("deepspeed.runtime.zero.stage_1_and_2")
+    given = of("accelerate.utils.deepspeed", optimizer=zero) if inside else zero
+    with pytest.raises(ValueError, match=r"optimizer: Wrapper is DeepSpeed's.*DDP or fully_shard"):
+        neq.Controller(
+            nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)),
+            optimizer=given,
+            policy=neq.Everything(),
+        )
+
+
+def test_an_optimizer_of_deepspeed_that_is_torchs_is_taken():
+    kind = type("FusedAdam", (torch.optim.Adam,), {"__module__": "deepspeed.ops.adam"})
+    optimizer = kind([torch.ones(1, requires_grad=True)])
+    assert optimizer_in(optimizer) is optimizer
 
 
 def test_a_model_is_found_in_wrappers_of_torch():

@@ -1,0 +1,159 @@
+"""Train the network of airbench94 or airbench93 on CIFAR-10, whole or by parts.
+
+    python examples/airbench.py --epochs 2 --width 0.25              # made-up images, no download
+    python examples/airbench.py --data cifar-10-batches-py           # airbench94's recipe
+    python examples/airbench.py --data FOLDER --net 93 --epochs 11 --seeds 0 1 2 --jobs 2
+    python examples/airbench.py --data FOLDER --arm scheduled --freeze 0.4 0.7
+    python examples/airbench.py --data FOLDER --task second-half --images 500 --batch 50 --lr 0.3
+    python examples/airbench.py --data FOLDER --arm policy --policy BottomUp --options eps=0.1
+
+Each run writes a JSON file to --output, named after the arm and the seed. A run that was stopped
+goes on from its last epoch; one that has ended is not made again. Seconds are the processor's on a
+CPU, the device's on a GPU, and evaluating is not among them.
+"""
+
+import argparse
+import multiprocessing
+import signal
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.lib import cli
+from examples.airbench_arms import ARMS, POLICIES
+from examples.airbench_net import PARTS, WIDTHS
+from examples.airbench_run import Result, Run, Settings, Where, finished
+from examples.airbench_tasks import TASKS
+from examples.cifar_data import load
+
+
+def run_all(
+    wanted: list[Settings], where: Where, data: Path | None, cache: Path | None, jobs: int
+) -> list[Result]:
+    """The results of these runs. Those that are missing are made, so many side by side in
+    processes of their own.
+    """
+    missing = [settings for settings in wanted if not finished(settings, where.output)]
+    if missing and data and cache:
+        load(data, cache=cache)  # decoded once, before several processes would do it
+    begin = where._replace(output=where.pretrained)
+    starts = dict.fromkeys(start for settings in missing if (start := settings.before()))
+    starts = [start for start in starts if not finished(start, begin.output)]
+    for runs, place in ((starts, begin), (missing, where)):
+        place.output.mkdir(parents=True, exist_ok=True)
+        for settings, accuracy in _each(runs, place, data, cache, jobs):
+            tqdm.write(f"{settings.title}: {settings.split} {accuracy:.2%}")
+    results = [finished(settings, where.output) for settings in wanted]
+    return [result for result in results if result is not None]
+
+
+def _each(
+    runs: list[Settings], where: Where, data: Path | None, cache: Path | None, jobs: int
+) -> Iterator[tuple[Settings, float]]:
+    todo = [(settings, where, data, cache, i % jobs) for i, settings in enumerate(runs)]
+    if jobs == 1:
+        yield from map(_one, todo)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    # an executor tells when a process was killed; a Pool would wait for its run for ever
+    with ProcessPoolExecutor(jobs, spawn, tqdm.set_lock, (spawn.RLock(),)) as pool:
+        try:
+            yield from pool.map(_one, todo)
+        except BaseException:  # Ctrl-C, a kill, an error: don't wait for the other runs
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+
+
+def _one(todo: tuple[Settings, Where, Path | None, Path | None, int]) -> tuple[Settings, float]:
+    settings, where, path, cache, position = todo
+    if where.device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+    result = Run(settings, load(path, cache=cache), where).go(position)
+    return settings, result["accuracy"]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = new_parser()
+    given = parser.parse_args(arguments)
+    amp = given.device.type == "cuda" if given.amp is None else given.amp
+    values = {key: value for key, value in vars(given).items() if key in vars(Settings())}
+    values |= {key: tuple(values[key]) for key in ("freeze", "parts", "options")}
+    base = Settings(**values)
+    wanted = [replace(base, seed=seed) for seed in given.seeds]
+    where = Where(given.output, given.output / "pretrained", given.device, amp)
+    try:
+        for result in run_all(wanted, where, given.data, given.cache, given.jobs):
+            seconds = sum(result["seconds"].values())
+            print(
+                f"{Settings(**result['settings']).title}: {result['settings']['split']} "
+                f"{result['accuracy']:.2%}, {result['accuracy_of_one_view']:.2%} of one view, "
+                f"{seconds:.1f} s"
+            )
+    except (ValueError, ImportError, OSError) as error:
+        parser.error(str(error))
+
+
+def option(text: str) -> tuple[str, float | str]:
+    """NAME=VALUE; a value that is no number is a word."""
+    name, _, value = text.partition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        return name, value
+
+
+def new_parser() -> argparse.ArgumentParser:
+    parser = cli.new_parser(__doc__)
+    add, default = parser.add_argument, Settings()
+    add("--arm", choices=ARMS, default="dense", help=f"one of {', '.join(ARMS)}")
+    add("--task", choices=TASKS, default="scratch", help=f"one of {', '.join(TASKS)}")
+    add("--pretrain-epochs", type=cli.positive, default=default.pretrain_epochs)
+    add("--pretrain-images", type=cli.whole, metavar="N", help="(default: all)")
+    add("--name", default="", help="of the result's file (default: the arm)")
+    add("--seeds", type=int, nargs="+", default=[0], metavar="SEED")
+    add("--net", choices=WIDTHS, default=default.net)
+    add("--width", type=cli.positive, default=1.0, help="a factor for the channels")
+    add("--images", type=cli.whole, metavar="N", help="to train on (default: all)")
+    add("--epochs", type=cli.positive, default=default.epochs, help="also parts of one")
+    add("--batch", type=cli.whole, default=default.batch)
+    add("--lr", type=cli.positive, default=1.0, help="a factor for the recipe's rate")
+    add("--augment", action=argparse.BooleanOptionalAction, default=True)
+    add("--split", choices=("test", "validation"), default="test", help="to evaluate")
+    add("--evaluated", type=cli.whole, metavar="N", help="images of that split (default: all)")
+    add("--curve", action="store_true", help="evaluate after each epoch")
+    add(
+        "--freeze", type=cli.share, nargs="+", default=default.freeze, metavar="SHARE",
+        help="scheduled: the shares of the run at which one more block is frozen",
+    )  # fmt: skip
+    add(
+        "--parts", nargs="+", choices=PARTS, default=default.parts, metavar="PART",
+        help=f"only: those that train, of {', '.join(PARTS)}",
+    )  # fmt: skip
+    add("--policy", choices=POLICIES, default=default.policy, help="policy: which one of neq")
+    add(
+        "--options", nargs="+", type=option, default=default.options, metavar="NAME=VALUE",
+        help="policy: its options, such as eps=0.1, and warmup=0",
+    )  # fmt: skip
+    add("--cached", action="store_true", help="policy: with a cache of the frozen prefix")
+    add("--bank", type=cli.whole, default=default.bank, metavar="N", help="draws in the cache")
+    add("--stop", type=cli.share, default=default.stop, help="end after this share of the schedule")
+    add("--data", type=Path, metavar="FOLDER", help="see examples/cifar_data.py")
+    add("--cache", type=Path, metavar="FOLDER", help="keeps the images decoded")
+    add("--output", type=Path, default=Path("runs/airbench"), metavar="FOLDER")
+    add("--jobs", type=cli.whole, default=1, metavar="N", help="runs side by side")
+    cli.add_device(parser)
+    add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 (default: on a GPU)")
+    return parser
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that kill ends the runs too
+    main()

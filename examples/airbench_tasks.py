@@ -1,0 +1,70 @@
+"""What a run of examples/airbench.py learns: from scratch, or from what another one has learned."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from examples.cifar_data import Data, Images
+
+
+class Task(NamedTuple):
+    """The images and labels that a run learns from, and the task that it learned before."""
+
+    data: Callable[[Data], Data]
+    before: str | None = None
+    fresh_head: bool = False  # the labels are others, so the head starts anew
+
+
+class Start(NamedTuple):
+    """What a run leaves to those that start from it."""
+
+    model: dict[str, Tensor]  # a state_dict
+    mean: Tensor  # of the pixels that it saw, by channel
+    deviation: Tensor
+
+
+def all_of_it(data: Data) -> Data:
+    return data
+
+
+def first_half(data: Data) -> Data:
+    """Half of the classes."""
+    return _classes(data, 0, len(data.classes) // 2)
+
+
+def second_half(data: Data) -> Data:
+    """The other classes."""
+    return _classes(data, len(data.classes) // 2, len(data.classes))
+
+
+def _classes(data: Data, first: int, end: int) -> Data:
+    def chosen(images: Images) -> Images:
+        here = torch.nonzero((first <= images.labels) & (images.labels < end)).flatten()
+        return Images(images.pixels[here], images.labels[here] - first)
+
+    train, test = map(chosen, (data.train, data.test))
+    return data._replace(classes=data.classes[first:end], train=train, test=test)
+
+
+def corrupted(data: Data) -> Data:
+    """Negatives with the colours in another order: the first block can undo it."""
+    train, test = (Images(255 - part.pixels.roll(1, 1), part.labels) for part in data[2:])
+    return data._replace(train=train, test=test)
+
+
+def relabelled(data: Data) -> Data:
+    """Each class under the label of the next one: the head can learn it alone."""
+    count = len(data.classes)
+    train, test = (Images(part.pixels, (part.labels + 1) % count) for part in data[2:])
+    return data._replace(train=train, test=test)
+
+
+TASKS = {
+    "scratch": Task(all_of_it),
+    "first-half": Task(first_half),
+    "second-half": Task(second_half, before="first-half", fresh_head=True),
+    "corrupted": Task(corrupted, before="scratch"),
+    "relabelled": Task(relabelled, before="scratch"),
+}

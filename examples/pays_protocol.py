@@ -1,0 +1,90 @@
+"""A protocol file: which runs a study is made of, and what is asked of them."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from examples.airbench_run import Settings
+
+OF_A_STEP = "net", "width", "batch", "augment"  # settings that its time depends on
+
+
+@dataclass(frozen=True)
+class Study:
+    """Arms on one task, with the same seeds.
+
+    Attributes:
+        name: Its key in the protocol, and the folder of its results.
+        arms: The settings of each arm, by its name, without the seed.
+        seeds: All arms have the same.
+        against: For each arm that is tested, the arm that it is tested against.
+        margin: The accuracy, in points, that an arm may lose and still be called not worse.
+        level: The p below which it is called so.
+        target: The accuracy in % to reach, for the seconds that it takes; None: the mean of dense.
+    """
+
+    name: str
+    arms: Mapping[str, Settings]
+    seeds: range
+    against: Mapping[str, str]
+    margin: float
+    level: float
+    target: float | None
+
+    def runs(self) -> list[Settings]:
+        """Seed by seed, so that arms have equally many runs at any time."""
+        return [self.run(arm, seed) for seed in self.seeds for arm in self.arms]
+
+    def run(self, arm: str, seed: int) -> Settings:
+        return Settings(**{**vars(self.arms[arm]), "name": arm, "seed": seed})
+
+
+def read(file: Path) -> dict[str, Study]:
+    """The studies of a protocol, by name."""
+    try:
+        found = json.loads(file.read_text())["studies"]
+        return {name: _study(name, **entry) for name, entry in found.items()}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} is no protocol: {error}") from error
+
+
+def _study(
+    name: str,
+    settings: dict[str, Any],
+    arms: dict[str, dict[str, Any]],
+    seeds: tuple[int, int],
+    against: dict[str, str],
+    margin: float = math.inf,
+    level: float = 0.01,
+    target: float | None = None,
+    why: str = "",
+) -> Study:
+    """why: for readers of the file. seeds: the first, and how many."""
+    first, count = seeds
+    unknown = {*against, *against.values()} - {*arms}
+    if unknown:
+        raise ValueError(f"{name}: against names {', '.join(sorted(unknown))}, which is no arm")
+    made = {arm: _settings(f"{name}, {arm}", {**settings, **own}) for arm, own in arms.items()}
+    for key in OF_A_STEP:
+        if len({getattr(arm, key) for arm in made.values()}) > 1:
+            raise ValueError(f"{name}: {key} changes a step's time: all arms must have the same")
+    return Study(name, made, range(first, first + count), against, margin, level, target)
+
+
+def _settings(place: str, values: dict[str, Any]) -> Settings:
+    known = {field.name for field in fields(Settings)} - {"name", "seed", "keep"}
+    if unknown := values.keys() - known:
+        raise ValueError(
+            f"{place}: {', '.join(sorted(unknown))}: settings are {', '.join(sorted(known))}"
+        )
+    return Settings(**{key: _frozen(value) for key, value in values.items()})
+
+
+def _frozen(value: Any) -> Any:
+    """Tuples in place of JSON's lists and objects."""
+    if isinstance(value, dict):
+        value = sorted(value.items())
+    return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,143 @@
+"""The table and the picture of examples/pays.py, from the results of runs alone."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any
+
+from rich.table import Table
+
+from bench.lib.results import Result, cell, new_table
+from examples.pays_protocol import Study
+from examples.pays_statistics import Difference, quantile
+
+Runs = Mapping[str, Sequence[Result]]  # of each arm, those that have ended
+StepTimes = Mapping[str, float]  # milliseconds of a step, by what trains in it
+
+
+def summary(study: Study, runs: Runs, times: StepTimes) -> list[Result]:
+    """One line for each arm."""
+    aim = study.target
+    if aim is None and runs.get("dense"):
+        aim = mean(_accuracies(runs["dense"]))
+    return [
+        {
+            "arm": arm,
+            "n": len(runs[arm]),
+            "aim": aim,
+            **_own(runs[arm], times, aim),
+            **_tested(study, arm, runs),
+        }
+        for arm in study.arms
+        if runs[arm]
+    ]
+
+
+def _own(runs: Sequence[Result], times: StepTimes, aim: float | None) -> Result:
+    accuracies, seconds = _accuracies(runs), [seconds_of(run, times) for run in runs]
+    # a run that misses the aim never gets there; half of them, and the median is infinite
+    reach = [s if a >= (aim or 0) else math.inf for a, s in zip(accuracies, seconds, strict=True)]
+    return {
+        "accuracy": mean(accuracies),
+        "deviation": stdev(accuracies) if len(runs) > 1 else None,
+        "one_view": mean(100 * run["accuracy_of_one_view"] for run in runs),
+        "seconds": mean(seconds),
+        "seconds_deviation": stdev(seconds) if len(runs) > 1 else None,
+        "reached": sum(map(math.isfinite, reach)),
+        "seconds_to_aim": median(reach),
+    }
+
+
+def _tested(study: Study, arm: str, runs: Runs) -> Result:
+    opponent = study.against.get(arm)
+    if opponent is None or min(len(runs[arm]), len(runs[opponent])) < 2:
+        return {"against": opponent, "difference": None}
+    difference = Difference.of(_accuracies(runs[arm]), _accuracies(runs[opponent]))
+    return {
+        "against": opponent,
+        "difference": difference.mean,
+        "interval": difference.interval(),
+        "p_not_worse": difference.p_above(-study.margin),
+        "p_better": difference.p_above(0.0),
+        "not_worse": difference.p_above(-study.margin) < study.level,
+        "better": difference.p_above(0.0) < study.level,
+    }
+
+
+def _accuracies(runs: Sequence[Result]) -> list[float]:
+    return [100 * run["accuracy"] for run in runs]
+
+
+def seconds_of(run: Result, times: StepTimes) -> float:
+    """Its steps by their times as they were measured side by side; else by the run's own clock."""
+    if run["steps"].keys() <= times.keys():
+        steps = sum(times[state] * count for state, count in run["steps"].items()) / 1e3
+        return steps + float(run["seconds"]["freeze"])  # what it takes to decide and to freeze
+    return float(sum(run["seconds"].values()))
+
+
+def table(study: Study, lines: Sequence[Result]) -> Table:
+    cells = [_cells(study, line) for line in lines]
+    arm, *figures = cells[0]
+    out = new_table((arm,), figures)
+    for each in cells:
+        out.add_row(*each.values())
+    return out
+
+
+def _cells(study: Study, line: Result) -> dict[str, str]:
+    tested = line["difference"] is not None
+    low, high = line["interval"] if tested else (None, None)
+    verdict = "better" if line.get("better") else "not worse" if line.get("not_worse") else "open"
+    return {
+        "arm": line["arm"],
+        "n": str(line["n"]),
+        "accuracy %": _with_deviation(line["accuracy"], line["deviation"], ".2f"),
+        "of one view": cell(line["one_view"]),
+        "seconds": _with_deviation(line["seconds"], line["seconds_deviation"], ".1f"),
+        f"s to {cell(line['aim'])} %": f"{line['seconds_to_aim']:.1f}",
+        "reached": f"{line['reached']}/{line['n']}",
+        "against": line["against"] or "-",
+        "difference": f"{cell(line['difference'], '+.2f')}",
+        "95 % interval": f"{low:+.2f} to {high:+.2f}" if tested else "-",
+        f"p: worse by {study.margin:g}": cell(line.get("p_not_worse"), ".2g"),
+        "p: not better": cell(line.get("p_better"), ".2g"),
+        f"p < {study.level:g}": verdict if tested else "-",
+    }
+
+
+def _with_deviation(value: float, deviation: float | None, form: str) -> str:
+    return format(value, form) + ("" if deviation is None else f" ± {deviation:{form}}")
+
+
+def plot(study: Study, lines: Sequence[Result], file: Path) -> None:
+    """Accuracy against seconds; bars: the 95 % interval of the mean. Dense runs are one curve."""
+    from matplotlib.figure import Figure  # takes a second, and only this function needs it
+
+    figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    dense = sorted(
+        (line for line in lines if study.arms[line["arm"]].arm == "dense"),
+        key=lambda line: line["seconds"],
+    )
+    if dense:
+        _draw(axes, dense, label="dense, its whole schedule in this time", color="black", ls="-")
+    for line in lines:
+        if line not in dense:
+            _draw(axes, [line], label=line["arm"])
+    axes.set(xlabel="seconds of training", ylabel="test accuracy, %", title=study.name)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(file)
+
+
+def _draw(axes: Any, lines: Sequence[Result], **style: Any) -> None:
+    bars = [
+        quantile(0.975, line["n"] - 1) * line["deviation"] / math.sqrt(line["n"])
+        if line["n"] > 1
+        else 0.0
+        for line in lines
+    ]
+    x, y = ([line[key] for line in lines] for key in ("seconds", "accuracy"))
+    axes.errorbar(x, y, yerr=bars, marker="o", capsize=3, **style)
