@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = cli.new_parser(__doc__)
     cli.add_device(parser)
     cli.add_only(parser, "minilm")
-    cli.add_active(parser, ".5,.25,.1,.03")
+    cli.add_active(parser, ".5,.25,.1,.03,.015625")
     cli.add_seconds(parser, 60, "model")
     cli.add_json(parser)
     cli.add_plot(parser)
@@ -145,7 +145,7 @@ def _with_adamw(model: nn.Module) -> Way:
 def _freeze(share: float, model: nn.Module) -> None:
     _freeze_embeddings(model)
     for layer in neq.convert(model).modules():
-        if isinstance(layer, neq.NeuronLayer):
+        if isinstance(layer, neq.NeuronLayer) and layer.trains:
             layer.set_active(torch.randperm(layer.n_neurons)[: round(share * layer.n_neurons)])
 
 

@@ -56,8 +56,8 @@ class Controller:
             does not measure. Under ``torch.distributed`` each rank may hold its own part.
         policy: Chooses the neurons that train; by default ``Equilibrium()``.
         on_thaw: What a neuron's optimizer state is when it trains again: see ``neq.optim.Guard``.
-        warmup: How many epochs train all neurons. With 0 the policy chooses before the first epoch;
-            so it does for a compact model, in which all neurons can't train.
+        warmup: How many epochs train all neurons; 0 for a compact model. With 0 the policy chooses
+            before the first.
         every: After how many steps of its first optimizer the Controller measures and chooses by
             itself. An epoch is then this many steps. By default it does so when ``step`` is called.
             Steps that a GradScaler skips do not count, and while gradients are accumulated there
@@ -149,7 +149,6 @@ class Controller:
         self.loss: float | None = None
         self.record: EpochRecord | None = None
         self.scores: dict[str, Tensor] = {}
-
         self.layers = chosen_for(self.model, leave_alone)
         self.warmup = 0 if any(g.is_compact for g in self.layers.values()) else warmup
         self._granule = check_granule(granule) if self.policy.by_granule else 1

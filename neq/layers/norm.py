@@ -81,7 +81,7 @@ class StatisticsNorm(NEqNorm):
         self._buffers = own
         nothing = ~self.active.mask.any()
         for name, buffer in own.items():
-            if buffer is not None:
+            if buffer is not None and name not in ("weight", "bias"):  # as in the compact form
                 buffer.copy_(torch.where(nothing, before[name], after[name]))
         return torch.where(nothing, still, y)
 
