@@ -285,8 +285,8 @@ class Controller:
 
         Args:
             outputs: Include the previous outputs, which are most of the state. Without them, the
-                model is measured when the state is loaded: the same if it has the weights that it
-                had at the epoch's end. By default, unless the one optimizer hasn't stepped since.
+                model is measured on loading: the same if it has the weights of the epoch's end. By
+                default, unless the one optimizer hasn't stepped since.
         """
         if outputs is None:
             outputs = len(self.optimizers) != 1 or self._count is None or self._count.steps > 0
@@ -306,8 +306,8 @@ class Controller:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state. Load model and optimizers first.
 
-        Previous outputs can't be used if they are of other samples than this probe's (those of
-        another rank, say), or if only one side is a sketch. Then the model is measured instead.
+        Previous outputs can't be used if on some rank they are of other samples than the probe's,
+        or if only one side is a sketch. Then the model is measured instead. All ranks call this.
 
         Args:
             state: What ``state_dict`` returned.
@@ -318,9 +318,7 @@ class Controller:
         """
         self._check_in_charge()
         if missing := sorted(_STATE - state.keys()):
-            raise ValueError(
-                f"this is no state of a Controller of neq {__version__}: it lacks {missing}"
-            )
+            raise ValueError(f"this is no state of neq {__version__}: it lacks {missing}")
         check_masks(self.layers, state["masks"])
         self.epoch, self.loss = state["epoch"], state["loss"]
         if self.prefix is not None:
@@ -331,8 +329,9 @@ class Controller:
             self.layers[name].set_active(mask)
         self.scores = {name: values.cpu().clone() for name, values in state["scores"].items()}
         self.policy.load_state_dict(state["policy"])
-        same_samples = torch.equal(state["samples"].cpu(), self._samples)
-        if not self.measure.load_state_dict(state["measure"], outputs=same_samples):
+        same = torch.equal(state["samples"].cpu(), self._samples)
+        same = self._ranks.all(same, self._device)  # fully_shard: a forward takes all ranks
+        if not self.measure.load_state_dict(state["measure"], outputs=same):
             self._observe()
         self._since = time.perf_counter()
 

@@ -41,6 +41,10 @@ class Ranks:
             dist.all_reduce(values, dist.ReduceOp.MAX, group=self._group)
         return values
 
+    def all(self, here: bool, device: torch.device) -> bool:
+        """Is it so on all ranks? It is sent from ``device``."""
+        return self.sum_(torch.tensor(float(not here), device=device)).item() == 0
+
     def from_first(self, mask: Tensor, device: torch.device) -> Tensor:
         """The bool ``mask`` of rank 0, on every rank. It is sent from ``device``."""
         if not self.several:

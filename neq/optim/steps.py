@@ -1,11 +1,25 @@
 """How many steps an optimizer has made, and how many make an epoch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+_counting = True
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Inside, steps do not count: those that only make an optimizer's state."""
+    global _counting
+    before, _counting = _counting, False
+    try:
+        yield
+    finally:
+        _counting = before
 
 
 class StepCount:
@@ -59,7 +73,7 @@ class StepCount:
     @torch.no_grad()
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._depth -= 1
-        if self._depth > 0:
+        if self._depth > 0 or not _counting:
             return
         self._calls += 1
         found = getattr(optimizer, "found_inf", None)  # a fused optimizer skips inside its step

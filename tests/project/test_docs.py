@@ -98,8 +98,12 @@ def test_choosing_which_neurons_train(capsys, tmp_path, monkeypatch):
     setting["epochs"] = 2
     setting.run(schedule)
     assert setting["control"].epoch == 3 + 2
-    (resume,) = blocks("docs/training.md", "Stop and resume")
+    resume, by_processes = blocks("docs/training.md", "Stop and resume")
     setting.run(resume)
+    setting["step"] = 3
+    setting.run(by_processes)
+    assert neq.distributed.latest_checkpoint("checkpoints").name == "3"
+    setting.run(by_processes)
 
 
 def test_several_processes():
