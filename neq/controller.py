@@ -318,7 +318,7 @@ class Controller:
         """
         self._check_in_charge()
         if missing := sorted(_STATE - state.keys()):
-            raise ValueError(f"this is no state of neq {__version__}: it lacks {missing}")
+            raise ValueError(f"no state of a Controller of neq {__version__}: it lacks {missing}")
         check_masks(self.layers, state["masks"])
         self.epoch, self.loss = state["epoch"], state["loss"]
         if self.prefix is not None:
