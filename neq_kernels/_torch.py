@@ -63,6 +63,11 @@ def saved_tensors_hooks_forbidden() -> bool:
     return torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is not None
 
 
+def saved_tensors_hooks() -> Any:
+    """The pair of hooks on saved tensors that is active here; None if there is none."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
 def will_execute(node: Any) -> bool:
     """Is this node part of the present backward pass? To be called inside of one."""
     try:
@@ -79,12 +84,6 @@ def exchange_data(p: Tensor, data: Tensor) -> None:
     """
     p.data = data.new_empty(0, dtype=torch.float64 if data.dtype != torch.float64 else torch.float)
     p.data = data
-
-
-def storage_key(t: Tensor) -> int:
-    """A number that tensors of the same storage share, on every device, as long as it lives."""
-    key: int = t.untyped_storage()._cdata
-    return key
 
 
 def current_stream(device: int) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import is_lazy
 from torch.optim import SGD, Adam, Optimizer
 
@@ -71,21 +72,24 @@ def held(
 def saving() -> Iterator[Callable[[nn.Module], int]]:
     """Inside, notes what autograd saves. Yields a function that counts its bytes.
 
-    What belongs to a model's parameters or buffers does not count.
+    What belongs to a model's parameters or buffers does not count. Hooks around this decide what
+    is kept, as without it.
     """
-    saved: list[Tensor] = []
+    outer_pack, unpack = _torch.saved_tensors_hooks() or (lambda t: t, lambda t: t)
+    # as long as there is a weak reference, no other storage is equal to it
+    sizes: dict[StorageWeakRef, int] = {}
 
-    def pack(t: Tensor) -> Tensor:
-        saved.append(t.detach())
-        return t
+    def pack(t: Tensor) -> Any:
+        storage = t.untyped_storage()
+        sizes[StorageWeakRef(storage)] = storage.nbytes()
+        return outer_pack(t)
 
     def count(model: nn.Module) -> int:
-        own = [*model.parameters(), *model.buffers()]
-        known = {_torch.storage_key(t) for t in own if not is_lazy(t)}
-        sizes = {_torch.storage_key(t): t.untyped_storage().nbytes() for t in saved}
-        return sum(size for key, size in sizes.items() if key not in known)
+        tensors = [t for t in (*model.parameters(), *model.buffers()) if not is_lazy(t)]
+        own = {StorageWeakRef(t.untyped_storage()) for t in tensors}
+        return sum(size for ref, size in sizes.items() if ref not in own)
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield count
 
 
