@@ -89,7 +89,7 @@ def in_whole(mask, granule):
         neq.Random(0.5),
         neq.Budget(share=0.5),
     ],
-    ids=repr,
+    ids=lambda policy: getattr(policy, "__name__", type(policy).__name__),
 )
 @pytest.mark.parametrize("granule", [4, 5, 100])
 def test_every_policy_chooses_whole_granules(policy, granule):
