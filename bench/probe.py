@@ -64,7 +64,9 @@ class Watching(neq.Equilibrium):
     """Freezes no neuron; ``frozen`` are those that it would freeze."""
 
     def choose(self, layers: Sequence[neq.Motion], epoch: int) -> list[None]:
-        self.frozen = ~torch.cat([self._active(layer) for layer in layers])
+        self.frozen = ~torch.cat(
+            [self._active(layer.velocity.abs(), layer.active) for layer in layers]
+        )
         return [None] * len(layers)
 
 

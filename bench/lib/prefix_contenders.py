@@ -100,7 +100,7 @@ class PrefixStep(Step):
             inside = f"{layer}.weight" in cut.parameters
             self.active_sets[layer] = ActiveSet(module.n_neurons, self.bench.device)
             self.active_sets[layer].set(torch.full((module.n_neurons,), not inside))
-            frozen += wgrads[layer] * inside
+            frozen += wgrads.get(layer, 0.0) * inside  # a lookup has none
         self.active = 1 - frozen / sum(wgrads.values())
         by_hand = name == "by hand"
         self.model = self.bench.plain if by_hand else self.bench.converted
@@ -135,7 +135,7 @@ class PrefixStep(Step):
 
 
 def steps(bench: Bench, share: float, wgrads: Mapping[str, int]) -> dict[Step, Gate]:
-    """The contenders of a network, each with what admits it; none if it can't be cut.
+    """The contenders of a network, each with its gate; none if nothing can be cut or saved.
 
     Args:
         bench: The network.
@@ -143,7 +143,7 @@ def steps(bench: Bench, share: float, wgrads: Mapping[str, int]) -> dict[Step, G
         wgrads: The FLOPs of the weight gradient of each layer.
     """
     cut = Cut(bench, share)
-    if not cut.depth:
+    if not cut.depth or not any(wgrads.values()):
         return {}
     found = [PrefixStep(cut, name, wgrads) for name in NAMES]
     gate = Gate(bench, found[0])

@@ -46,10 +46,10 @@ def _run_all(rank: int, module: str, world: int, folder: str) -> None:
     for name, scenario in import_module(module).SCENARIOS[world].items():
         dist.init_process_group(
             "gloo",
-            init_method=f"file://{folder}/store of {name}",
+            init_method=f"file://{folder}/store of {name} on {world}",
             rank=rank,
             world_size=world,
-            timeout=timedelta(seconds=20),
+            timeout=timedelta(seconds=60),
         )
         # A scenario without a collective call could close a group that the other rank still joins.
         dist.barrier()
