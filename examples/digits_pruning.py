@@ -22,15 +22,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import neq
+from examples.digits import Data, load
 
 BATCH, RATE, TWT, PWE = 100, 0.1, 0.05, 5
-Data = dict[str, tuple[Tensor, Tensor]]
 Result = dict[str, Any]
 REGULARISERS: dict[str, Callable[..., Any] | None] = {
     "magnitude": None,
@@ -59,16 +58,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def data(seed: int) -> Data:
-    """60 % to train, 20 % to decide by, 20 % to test, drawn anew for each seed."""
-    images, labels = load_digits(return_X_y=True)
-    x, y = torch.tensor(images, dtype=torch.float32) / 16, torch.tensor(labels)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    ends = int(0.6 * len(x)), int(0.8 * len(x))
-    parts = order[: ends[0]], order[ends[0] : ends[1]], order[ends[1] :]
-    return {
-        name: (x[part], y[part])
-        for name, part in zip(("train", "valid", "test"), parts, strict=True)
-    }
+    """60 % to train, 20 % to decide by, 20 % to test."""
+    return load(seed, train=0.6, valid=0.8, test=1)
 
 
 def lenet300() -> nn.Sequential:

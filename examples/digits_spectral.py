@@ -21,17 +21,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import neq
+from examples.digits import Data, load
 
 RATES = {"dense": 0.002, "one": 0.015, "two": 0.015, "svd": 0.015, "qr": 0.003}
 SPARSE = "dense", "two", "qr"
 SHARES = 0.5, 0.8, 0.9, 0.95, 0.98
-Data = dict[str, tuple[Tensor, Tensor]]
 Result = dict[str, Any]
 
 
@@ -67,15 +66,6 @@ def main(arguments: list[str] | None = None) -> None:
     draw(found, given.output / "accuracy.png")
 
 
-def data(seed: int) -> Data:
-    """80 % to train, 20 % to test, drawn anew for each seed."""
-    images, labels = load_digits(return_X_y=True)
-    x, y = torch.tensor(images, dtype=torch.float32) / 16, torch.tensor(labels)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    parts = order[: int(0.8 * len(x))], order[int(0.8 * len(x)) :]
-    return {name: (x[p], y[p]) for name, p in zip(("train", "test"), parts, strict=True)}
-
-
 def network(kind: Any, sparsity: float, width: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise((64, width, width, 10)):
@@ -90,7 +80,7 @@ def network(kind: Any, sparsity: float, width: int) -> nn.Sequential:
 
 
 def run(kind: str, sparsity: float, seed: int, given: argparse.Namespace) -> Result:
-    parts = data(seed)
+    parts = load(seed, train=0.8, test=1)  # 80 % to train
     torch.manual_seed(seed)
     model = network(kind, sparsity, given.width)
     optimizer = torch.optim.Adamax(model.parameters(), RATES[kind])

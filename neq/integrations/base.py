@@ -95,7 +95,11 @@ class ControllerCallback:
 
     def _step(self) -> None:
         """Measure and choose after an epoch."""
-        assert self.controller is not None  # training has started
+        if self.controller is None:
+            raise RuntimeError(
+                "NEqCallback: an epoch ended before training started, when the Controller is made: "
+                "give the callback to the trainer, which calls it at the start too"
+            )
         self.controller.step(self.controller.loss)
 
     def _state(self) -> dict[str, Any]:

@@ -118,8 +118,12 @@ class Cohorts:
             return known[1]
         owner = owner_of(p)
         layer = None if owner is None else owner.layer
-        assert owner is not None
-        assert layer is not None
+        if owner is None or layer is None:
+            raise ValueError(
+                f"the optimizer's state of a parameter {list(p.shape)} is that of a leaf, whose "
+                "rows came at different steps, but the parameter belongs to no compact model: load "
+                "such a state into the optimizer of a model that neq.compact has made"
+            )
         layout = layer.layout(owner.name)
         places = index(layout.rows, layout, torch.device("cpu"))
         steps = torch.tensor(since, dtype=torch.float64)

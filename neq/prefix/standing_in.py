@@ -32,7 +32,8 @@ class Outline:
         self._modules, self._end = modules, end
         # of each module a list of calls: makers of the leaves, and how to put them together
         self._calls: dict[str, list[tuple[list[_Make | None], Any]]] = {n: [] for n in modules}
-        self._end_output: tuple[list[Any], Any] | None = None  # where tensors belong is a Tensor
+        # the end's leaves, with ``Tensor`` where tensors belong, and how to put them together
+        self._end_output: tuple[list[Any], Any] | None = None
         self._devices: list[torch.device] = []  # of the end's tensors
         self._seen: list[tuple[Tensor, int, list[_Make | None], int]] = []  # versions and places
         self._handles: list[RemovableHandle] = []
@@ -111,11 +112,15 @@ class Outline:
 
         Args:
             tensors: What the end's output is made of, on any device.
+
+        Raises:
+            RuntimeError: If the end has returned nothing yet.
         """
-        assert self._end_output is not None
+        if self._end_output is None:
+            raise RuntimeError(f"it is not known yet what {self._end!r} returns: run it first")
+        form, structure = self._end_output
         kept = (t.to(device) for t, device in zip(tensors, self._devices, strict=True))
-        structure = self._end_output[1]
-        leaves = [next(kept) if x is Tensor else x for x in self._end_output[0]]
+        leaves = [next(kept) if x is Tensor else x for x in form]
         self._output = _torch.tree_unflatten(leaves, structure)
         self._count, self._origin = Counter(), Origin(self._end)
         for name, module in self._modules.items():

@@ -17,3 +17,8 @@ def test_every_is_an_epoch_or_a_number_of_steps(every):
 def test_options_are_those_of_a_controller(name):
     with pytest.raises(TypeError, match=re.escape(f"'warmup'], not ['{name}']")):
         ControllerCallback(None, "epoch", {name: 1})
+
+
+def test_an_epoch_of_no_training_is_an_error():
+    with pytest.raises(RuntimeError, match="an epoch ended before training started"):
+        ControllerCallback(None, "epoch", {})._step()

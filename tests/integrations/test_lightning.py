@@ -7,7 +7,7 @@ from lightning.pytorch.loggers import Logger
 
 import neq
 from tests.support.layers import layers_of
-from tests.support.trainers import EPOCHS, bits, fit, lightning_parts
+from tests.support.trainers import EPOCHS, Losses, bits, fit, lightning_parts
 
 
 @pytest.mark.parametrize("every", ["epoch", 3])  # 3: between two choices when it is stopped
@@ -97,20 +97,6 @@ def test_lets_go_after_an_exception(tmp_path):
     with pytest.raises(OSError, match="disk"):
         fit(tmp_path, callbacks=[fails])
     assert all(layer.active_fraction == 1 for layer in layers_of(fails.module))
-
-
-class Losses(neq.Policy):
-    measures = False
-
-    def __init__(self):
-        self.seen = []
-
-    def attach(self, control):
-        self.control = control
-
-    def choose(self, layers, epoch):
-        self.seen.append(self.control.loss)
-        return [torch.ones(len(layer), dtype=torch.bool) for layer in layers]
 
 
 def test_the_policy_gets_the_monitored_loss(tmp_path):

@@ -7,7 +7,7 @@ from transformers import TrainerCallback, set_seed
 import neq
 from neq.wrapped import optimizer_in
 from tests.support.layers import layers_of
-from tests.support.trainers import EPOCHS, bits, trainer_of, transformers_parts
+from tests.support.trainers import EPOCHS, Losses, bits, trainer_of, transformers_parts
 
 BY_STEPS = {"save_strategy": "steps", "save_steps": 2}
 
@@ -119,20 +119,6 @@ def test_an_epoch_may_end_early(tmp_path):
     trainer, neurons = trainer_of(tmp_path, 2, callbacks=[Stops()])
     trainer.train()
     assert [record.steps for record in neurons.controller.history.records] == [3, 4]
-
-
-class Losses(neq.Policy):
-    measures = False
-
-    def __init__(self):
-        self.seen = []
-
-    def attach(self, control):
-        self.control = control
-
-    def choose(self, layers, epoch):
-        self.seen.append(self.control.loss)
-        return [torch.ones(len(layer), dtype=torch.bool) for layer in layers]
 
 
 @pytest.mark.parametrize("every", ["epoch", 4])

@@ -9,6 +9,7 @@ import neq
 from tests.support.compact import (
     OTHER,
     ROWS,
+    Net,
     assert_same_weights,
     batch,
     loss_of,
@@ -310,3 +311,17 @@ def test_a_state_without_row_numbers_is_refused():
     optimizer.load_state_dict(state)
     with pytest.raises(ValueError, match=r"'conv': .* has 16 rows of 32 neurons, and no entry"):
         step(compact, optimizer)
+
+
+def test_a_state_of_leaves_is_refused_where_there_are_none():
+    _, compact = twins(capacity=20, on_thaw="keep")
+    optimizer = neq.optim.AdamW(compact.parameters(), layers=compact)
+    for rows in ROWS, OTHER:  # so that rows have come at different steps
+        set_rows(compact, rows)
+        step(compact, optimizer)
+    plain = neq.convert(Net())
+    other = neq.optim.AdamW(plain.parameters(), layers=plain)
+    other.load_state_dict(optimizer.state_dict())
+    loss_of(plain).backward()
+    with pytest.raises(ValueError, match=r"of a parameter \[32, 16.* is that of a leaf, whose"):
+        other.step()

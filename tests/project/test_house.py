@@ -63,6 +63,14 @@ def long_functions(file: Path) -> list[str]:
     ]
 
 
+def bare_asserts(file: Path) -> list[str]:
+    return [
+        place(file, node.lineno)
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Assert)
+    ]
+
+
 def retired_words(file: Path) -> list[str]:
     words = "|".join(word.replace(" ", r"\s+") for word in RETIRED)
     text = file.read_text()
@@ -86,6 +94,14 @@ def test_no_file_is_long():
 def test_no_function_is_long_without_its_reason():
     long = [function for file in tracked(".py") for function in long_functions(file)]
     assert not long, "\n".join(['say why above it, as "# long: ...", or shorten it:', *long])
+
+
+def test_users_get_exceptions_and_no_asserts():
+    packages = ROOT / "neq", ROOT / "neq_kernels"
+    files = [file for file in tracked(".py") if any(map(file.is_relative_to, packages))]
+    assert len(files) > 100
+    found = [assertion for file in files for assertion in bare_asserts(file)]
+    assert not found, "\n".join(["raise an exception with a message instead:", *found])
 
 
 def test_no_retired_word_is_used():

@@ -3,12 +3,8 @@
 import torch
 import transformers
 
-SIZES = {
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-}
+from tests.support.transformers_models import SIZES
+
 TEXT = {"vocab_size": 40, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 
 

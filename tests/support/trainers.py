@@ -255,3 +255,19 @@ def main(library: str, folder: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+
+
+class Losses(neq.Policy):
+    """Notes the loss that the Controller was told, at each choice."""
+
+    measures = False
+
+    def __init__(self):
+        self.seen = []
+
+    def attach(self, control):
+        self.control = control
+
+    def choose(self, layers, epoch):
+        self.seen.append(self.control.loss)
+        return [torch.ones(len(layer), dtype=torch.bool) for layer in layers]
