@@ -58,7 +58,10 @@ def native(args, isa):
 def assert_exact_on(case, isa, dtype=torch.float32):
     dy, x, weight, *rest = case.args()
     sums = torch.float64 if dtype is torch.float64 else torch.float32
-    expected = reference.conv_wgrad(dy.to(sums), x.to(sums), weight.to(sums), *rest)
+    # In float32, oneDNN's gradients of some volumes are wrong, as torch's are then: those of a
+    # (4, 1, 1) kernel, stride 2 and padding 3, read what is not theirs. It has none in float64.
+    exact = reference.conv_wgrad(dy.double(), x.double(), weight.double(), *rest)
+    expected = tuple(t.to(sums) for t in exact)
     assert_same(native((dy.to(dtype), x.to(dtype), weight.to(sums), *rest), isa), expected, isa)
 
 
