@@ -175,6 +175,10 @@ def conv_cases(draw) -> Case:
     assume(case.terms <= 256)  # bfloat16 counts to 256
     # oneDNN 3.12 forgets taps in depth that meet the input in few steps (bfloat16, channels_last)
     assume(not (spatial == 3 and groups == inputs == neurons and padding[0] > 0))
+    # and of a padded volume that is less deep than the kernel it reads and writes, now and then,
+    # what is not its own: in float32 too, up to a crash. test_native has such volumes
+    deep = (case.dy if transposed else case.x)[2] if spatial == 3 else kernel[0]
+    assume(padding[0] == 0 or kernel[0] <= deep)
     # torch 2.13 itself refuses one image for one neuron whose weight has strides of several formats
     assume(not (case.x[0] == case.neurons == 1 and case.layouts[2] == "reversed"))
     return case

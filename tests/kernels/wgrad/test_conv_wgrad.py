@@ -61,7 +61,7 @@ def exact_vendor():
 
 def has_lines_shorter_than_a_stride(case):
     pixels = case.dy if case.conv.transposed else case.x
-    return pixels[-1] < case.conv.stride[-1]
+    return any(n < step for n, step in zip(pixels[2:], case.conv.stride, strict=True))
 
 
 @exactly
