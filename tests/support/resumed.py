@@ -4,6 +4,7 @@
 random points of a step or of a save, and goes on from its latest checkpoint.
 """
 
+import gc
 import os
 import random
 import signal
@@ -133,6 +134,9 @@ def until_killed(folder: Path, kills: int) -> None:
     outcome = training.outcome()
     if training.rank == 0:
         torch.save({**outcome, "restarts": torch.tensor(done)}, folder / "outcome.pt")
+    # the model holds groups of its own, and one that outlives the interpreter aborts the process
+    del training
+    gc.collect()
     dist.destroy_process_group()
 
 
