@@ -23,6 +23,10 @@ and with a share of the blocks frozen as a prefix (--prefix):
     cached     with a neq.PrefixCache that has the batch's outputs
     rest       the rest of the network alone
 
+and for a share of the dense step's time (--budget):
+
+    budget     what neq.Budget(unit="step_ms") freezes to have such a step
+
 bench/lib/step_contenders.py and prefix_contenders.py define them. Each contender runs in its
 fastest layout. A step is forward, backward and the optimizer's update; the update is also timed
 apart. Peak memory is that of the tensors which a step takes beyond parameters, batch and the
@@ -166,9 +170,9 @@ def checked(
         for one in contenders(given)
     }
     if not given.compile and not given.graphs:
-        steps |= prefix_contenders.steps(bench, given.prefix, shares.wgrads)
+        steps |= prefix_contenders.steps(bench, given.prefix, given.budget, shares.wgrads)
     for step, gate in steps.items():
-        entry = Entry(step.name, step.active, bench.layout)
+        entry = Entry(step.name, step.active, bench.layout, step.requested)
         stage(f"checking {entry.name}")
         with nullcontext("") if given.compile else Backends(step) as asked:
             wrong = fault(gate, step)
@@ -176,6 +180,7 @@ def checked(
             "parameters": sum(p.numel() for p in bench.parameters.values()),
             "contender": entry.name,
             "active": entry.active,
+            "requested": entry.requested,
             "dtype": given.dtype,
             "layout": entry.layout,
             "mode": given.mode,
@@ -201,6 +206,7 @@ class Entry(NamedTuple):
     name: str
     active: float
     layout: str
+    requested: float | None = None  # the share of the dense step's time
 
 
 Steps = dict[Entry, Step]
@@ -316,6 +322,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     cli.add_active(parser, ".75,.5,.25,.1,0")
     cli.add_only(parser, "resnet50 or swin")
     add("--prefix", type=cli.share, default=0.5, metavar="S", help="share of the blocks frozen")
+    add(
+        "--budget",
+        type=cli.fractions,
+        default=".75,.5",
+        metavar="S,S,...",
+        help="shares of the dense step's time that a budget asks for",
+    )
     add("--compile", action="store_true", help="compile every model with torch.compile")
     add("--graphs", action="store_true", help="replay each step as CUDA graphs")
     cli.add_table(parser)

@@ -122,6 +122,9 @@ class Step:
     def __init__(self, bench: Bench, name: str, active: float, wgrads: Mapping[str, int]) -> None:
         """wgrads: the FLOPs of each layer's weight gradient."""
         self.bench, self.name, self.active = bench, name, active
+        self.requested: float | None = (
+            None  # the share of a dense step's time, if one was asked for
+        )
         self.active_sets: dict[str, ActiveSet] = {}
         frozen = _whole_layers(wgrads, 1 - active) if name == "layers" else ()
         for seed, (layer, module) in enumerate(bench.layers.items()):
@@ -309,7 +312,7 @@ class Backends(TorchDispatchMode):
         others = NEqNorm | NEqEmbedding
         matrices = {n: m for n, m in step.bench.layers.items() if not isinstance(m, others)}
         some = (0 < step.active_sets[name].k < m.n_neurons for name, m in matrices.items())
-        self.layers = sum(some) if step.name in BY_ROWS else 0
+        self.layers = sum(some) if step.model is step.bench.converted else 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

@@ -49,10 +49,9 @@ def table(results: Sequence[Result]) -> Table:
             faster = r | {"faster": r["ratio"] and 1 / r["ratio"]}
             times = ("wrong" if r["wrong"] else milliseconds(r[name]) for name in TIMES)
             ratios = (cell(faster[name]) for name in RATIOS)
+            name = r["contender"] + (f" {r['requested']:g}" if r.get("requested") else "")
             cells = f"{r['active']:.3g}", *times, *ratios, cell(r["peak_mib"], ".0f")
-            out.add_row(
-                *(heading, r["contender"], r["layout"]), *cells, r["optimizer"], r["backends"]
-            )
+            out.add_row(*(heading, name, r["layout"]), *cells, r["optimizer"], r["backends"])
             heading = ""
         out.add_section()
     return out
@@ -79,7 +78,27 @@ def verdict(results: Sequence[Result], device: str) -> str:
             )
     for pair in (("prefix", "by hand"), ("cached", "rest")):
         lines += _beside(results, *pair)
-    return "\n".join(lines)
+    return "\n".join(lines + _requested(results))
+
+
+def _requested(results: Sequence[Result]) -> list[str]:
+    """The line to quote of steps for which a time was asked."""
+    off = []
+    for network, group in groupby(results, key=title):
+        its = [r for r in group if r["ratio"] is not None]
+        dense = {r.get("layout"): r["ratio"] for r in its if r["contender"] == "dense"}
+        off += [
+            (abs(r["ratio"] / dense[r["layout"]] / r["requested"] - 1), network, r["requested"])
+            for r in its
+            if r.get("requested")
+        ]
+    if not off:
+        return []
+    worst, network, share = max(off)
+    return [
+        f"budget: off by {median(one[0] for one in off):.1%} of the time that was asked for, "
+        f"median, {worst:.1%} worst ({network}, {share:g} of a dense step)"
+    ]
 
 
 def _beside(results: Sequence[Result], contender: str, other: str) -> list[str]:

@@ -16,13 +16,17 @@ from bench.lib.step_contenders import Step
 from bench.lib.timing import Times
 from tests.support.benches import CPU, IMAGES, TEXT, assert_refused, results_of, tiny_gpt2
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # of networks as small as these, little can be saved
+    pytest.mark.filterwarnings("ignore:Budget. .* do not last for a step"),
+]
 
 TIMED = {f"{part}_{p}" for part in ("step", "gradients", "update") for p in ("p20", "ms", "p80")}
 FACTS = {
     *("network", "samples", "parameters", "contender", "active", "dtype", "layout", "mode"),
     *("optimizer", "wrong", "backends", "peak_mib", "ratio", "realised", "realised_gradients"),
-    *("ceiling", "ceiling_of_thirds"),
+    *("ceiling", "ceiling_of_thirds", "requested"),
 }
 
 
@@ -52,7 +56,11 @@ def test_json(results, tmp_path, capsys):
         assert [row["layout"] for row in dense] == [*layouts]
         found = [(row["contender"], row["active"]) for row in its[len(dense) :]]
         assert found[: len(others)] == others
-        assert [name for name, _ in found[len(others) :]] == ["by hand", "prefix", "cached", "rest"]
+        rest = its[len(dense) + len(others) :]
+        names = ["by hand", "prefix", "cached", "rest", "budget", "budget"]
+        assert [row["contender"] for row in rest] == names
+        assert [row["requested"] for row in rest[4:]] == [0.75, 0.5]
+        assert all(row["requested"] is None for row in its if row["contender"] != "budget")
         assert all(row["layout"] in layouts for row in its)
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
@@ -92,7 +100,7 @@ def test_which_optimizer_steps_and_which_backends_compute(results):
         elif row["contender"] == "neq":
             counts = (part.split()[1] for part in row["backends"].split(", "))
             assert sum(map(int, counts)) == matrices
-        else:
+        elif row["contender"] != "budget":
             assert row["backends"] == ""
 
 
@@ -133,6 +141,7 @@ def test_compile(results, monkeypatch):
     ("arguments", "message"),
     [
         (["--active", "1,2"], "--active: must be fractions from 0 to 1"),
+        (["--budget", "2"], "--budget: must be fractions from 0 to 1"),
         (["--only", "alexnet"], "matches no network of the full suite, which has images, text"),
         (["--device", "toaster"], "--device: must be cpu, cuda or cuda:N, got 'toaster'"),
         (["--dtype", "float16"], "--dtype: invalid choice: 'float16'"),
@@ -245,7 +254,7 @@ def test_each_contender_has_its_best_layout(fake):
         ("neq", 0.5, "channels_last"): 6,
     }
     chosen = in_best_layout({Entry(*key): fake(t, 0) for key, t in takes.items()}, CPU)
-    assert [tuple(entry) for entry in chosen] == [
+    assert [entry[:3] for entry in chosen] == [
         ("dense", 1, "contiguous"),
         ("dense", 1, "channels_last"),
         ("neq", 0.1, "channels_last"),

@@ -3,9 +3,12 @@
 import pytest
 import torch
 
+import neq
 from bench.lib import prefix_contenders
 from bench.lib.step_contenders import Bench, Gate, Step
 from bench.lib.wgrad_contenders import WrongResultError
+from neq.cost.step_times import Segment, StepTimes
+from neq.layers.active import ActiveSet
 from tests.support.benches import CPU, IMAGES, TEXT, TinyClassifier, tiny_gpt2
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -21,7 +24,7 @@ def bench():
 
 @pytest.fixture
 def steps(bench):
-    return prefix_contenders.steps(bench, 0.3, WGRADS)
+    return prefix_contenders.steps(bench, 0.3, (), WGRADS)
 
 
 def named(steps):
@@ -96,16 +99,50 @@ def test_a_wrong_output_is_not_timed(bench, steps):
             gate.admit(step)
 
 
+TIMES = StepTimes(  # of a dense step, 61 ms
+    (
+        Segment("conv1", "conv1", 0, frozen=1, forward=1, dgrad=1, wgrad=10),
+        Segment("bn1", "bn1", 0, frozen=1, forward=1, dgrad=1),
+        Segment("conv2", "conv2", 1, frozen=1, forward=1, dgrad=15, wgrad=15),
+        Segment("bn2", "bn2", 1, frozen=1, forward=1, dgrad=1),
+        Segment("hidden", "hidden", 2, frozen=1, forward=1, dgrad=1, wgrad=10),
+    ),
+    head=1,
+)
+
+
+def test_a_budget_freezes_blocks_and_rows_above(bench, monkeypatch):
+    monkeypatch.setattr(neq.Controller, "step_times", lambda self: TIMES)
+    steps = prefix_contenders.steps(bench, 0, (1.0, 0.5), WGRADS)
+    assert [(step.name, step.requested) for step in steps] == [("budget", 1.0), ("budget", 0.5)]
+    everything, some = steps
+    assert everything.active == 1
+    assert [some.active_sets[name].k for name in ("conv1", "bn1")] == [0, 0]
+    assert 0 < some.active < 0.7
+    for step, gate in steps.items():
+        gate.admit(step)
+    assert 0 < some.active_sets["conv2"].k < 8
+    prepared = some.prepare
+
+    def all_active():
+        prepared()
+        bench.layers["conv2"].active = ActiveSet(8, CPU)
+
+    monkeypatch.setattr(some, "prepare", all_active)
+    with pytest.raises(WrongResultError, match=r"budget is wrong .* not zero for frozen neurons"):
+        steps[some].admit(some)
+
+
 def test_text_and_networks_without_a_cut():
     bench = Bench("text", TEXT, tiny_gpt2(), "contiguous", 2, CPU, torch.float32)
     wgrads = dict.fromkeys(bench.layers, 1)
-    steps = prefix_contenders.steps(bench, 0.5, wgrads)
+    steps = prefix_contenders.steps(bench, 0.5, (), wgrads)
     for step, gate in steps.items():
         gate.admit(step)
     assert len(steps) == 4
-    assert prefix_contenders.steps(bench, 0, wgrads) == {}
+    assert prefix_contenders.steps(bench, 0, (), wgrads) == {}
     one = Bench("one", TEXT, Whole(), "contiguous", 2, CPU, torch.float32)
-    assert prefix_contenders.steps(one, 0.5, {}) == {}
+    assert prefix_contenders.steps(one, 0.5, (0.5,), {}) == {}
 
 
 class Whole(torch.nn.Module):

@@ -66,3 +66,30 @@ def test_a_prefix_is_judged_beside_the_step_by_hand():
         "cached: 1.250 x the time of rest median, 1.250 x worst (jam); 1.250 x its memory median, "
         "1.250 x worst",
     ]
+
+
+def test_a_budget_is_judged_beside_dense_in_its_own_layout():
+    def row(contender, layout, ratio, requested=None):
+        return {
+            "network": "toast",
+            "mode": "eager",
+            "dtype": "float32",
+            "contender": contender,
+            "layout": layout,
+            "active": 0.6,
+            "ratio": ratio,
+            "requested": requested,
+            "realised": 1.0,
+        }
+
+    rows = [
+        row("dense", "contiguous", 1.0),
+        row("dense", "channels_last", 2.0),
+        row("budget", "channels_last", 1.5, 0.75),
+        row("budget", "channels_last", 1.2, 0.5),
+        row("budget", "channels_last", None, 0.25),  # it was wrong
+    ]
+    assert step_report.verdict(rows, "toaster").splitlines()[1:] == [
+        "budget: off by 10.0% of the time that was asked for, median, 20.0% worst "
+        "(toast, 0.5 of a dense step)"
+    ]
