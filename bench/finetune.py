@@ -10,12 +10,16 @@ layer's neurons is active. Ways to train:
     masked f     neq.convert, neq.optim.AdamW
     compact f    neq.compact, torch's fused AdamW
     layers f     the last layers that have the share f of all weights, fused AdamW
+    half         requires_grad=False on the lower half of the blocks, by hand, fused AdamW
+    budget s     what neq.Budget(unit="step_ms") freezes for the share s of full's time,
+                 neq.optim.AdamW
     lora         peft's, of rank 16 on every linear layer, fused AdamW
 
-Embeddings train in full only, and so does GPT-2's head, which shares their weight. Bytes are those
-of the tensors that are there after a step: weights (with leaves or adapters), gradients, optimizer.
-The peak is that of a step: weights, optimizer, and the most that torch allocates during the step.
-The times are taken in turns, in units of full's; with one thread they are the processor's.
+Embeddings train in full, or if a budget lasts for them, and so does GPT-2's head, which shares
+their weight. Bytes are those of the tensors that are there after a step: weights (with leaves or
+adapters), gradients, optimizer. The peak is that of a step: weights, optimizer, and the most that
+torch allocates during the step. The times are taken in turns, in units of full's; with one thread
+they are the processor's.
 """
 
 import argparse
@@ -89,6 +93,9 @@ def main(arguments: list[str] | None = None) -> None:
     cli.add_device(parser)
     cli.add_only(parser, "minilm")
     cli.add_active(parser, ".5,.25,.1,.03,.015625")
+    text = "shares of full's time that a budget asks for"
+    add = parser.add_argument
+    add("--budget", type=cli.fractions, default=".75,.6,.5", metavar="S,S,...", help=text)
     cli.add_seconds(parser, 60, "model")
     cli.add_json(parser)
     cli.add_plot(parser)
@@ -111,7 +118,7 @@ def measure(name: str, network: Network, given: argparse.Namespace) -> list[Resu
     batch = {key: t.to(device) for key, t in network.batch(samples).items()}
     ways: dict[str, Way] = {}
     rows = []
-    for label, make in makers(given.active).items():
+    for label, make in makers(given.active, given.budget, batch).items():
         torch.manual_seed(0)
         way = ways[label] = make(network.build().to(device))
         for _ in range(2):
@@ -130,11 +137,14 @@ def measure(name: str, network: Network, given: argparse.Namespace) -> list[Resu
     return rows
 
 
-def makers(shares: list[float]) -> dict[str, Callable[[nn.Module], Way]]:
+def makers(
+    shares: list[float], budgets: list[float], batch: Batch
+) -> dict[str, Callable[[nn.Module], Way]]:
     ways: dict[str, Callable[[nn.Module], Way]] = {"full": _with_adamw}
     for kind, make in (("masked", _masked), ("compact", _compact), ("layers", _layers)):
         ways |= {f"{kind} {share:g}": partial(make, share) for share in shares}
-    return ways | {"lora": _lora}
+    ways |= {"lora": _lora, "half": partial(_half, batch)}
+    return ways | {f"budget {share:g}": partial(_budget, share, batch) for share in budgets}
 
 
 def _with_adamw(model: nn.Module) -> Way:
@@ -167,6 +177,20 @@ def _layers(share: float, model: nn.Module) -> Way:
         p.requires_grad_(trained < wanted)
         trained += p.numel() * p.requires_grad
     return _with_adamw(model)
+
+
+def _half(batch: Batch, model: nn.Module) -> Way:
+    blocks = neq.blocks(model, batch)
+    for name in (n for block in blocks[: (len(blocks) + 1) // 2] for n in block.parameters):
+        model.get_parameter(name).requires_grad_(False)
+    return _with_adamw(model)
+
+
+def _budget(share: float, batch: Batch, model: nn.Module) -> Way:
+    optimizer = neq.optim.AdamW(model.parameters(), lr=1e-4)
+    policy = neq.Budget(share=share, unit="step_ms", importance="gradient")
+    neq.Controller(model, optimizer=optimizer, policy=policy, example_inputs=batch, warmup=0)
+    return Way(model, optimizer)
 
 
 def _freeze_embeddings(model: nn.Module) -> None:
