@@ -111,7 +111,6 @@ class Setting:
             self.control.blocks,
             self.batch,
             [self.optimizer],
-            CLOCK,
         )
         self.seconds = time.perf_counter() - start
         self.control.step()

@@ -11,7 +11,6 @@ from contextlib import ExitStack
 from functools import partial
 from itertools import pairwise
 from statistics import median
-from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from neq.cost.step_times import Segment, StepTimes
+from neq.cost.units import clock_of
 from neq.cost.updates import update_ms
 from neq.layers.base import NeuronLayer
 from neq.layers.groups import Group, all_active, all_frozen
@@ -48,7 +48,6 @@ def rehearse(
     blocks: Sequence[Block],
     inputs: Inputs,
     optimizers: Sequence[Optimizer],
-    clock: Clock = perf_counter,
 ) -> StepTimes:
     """Measure what a step takes, part by part. The model is left as it was.
 
@@ -58,7 +57,6 @@ def rehearse(
         blocks: The blocks that can be frozen.
         inputs: The model's arguments: a batch like those of training.
         optimizers: Those that step the model.
-        clock: Of a CPU, in seconds; a GPU has its own.
 
     Raises:
         ValueError: If no output of the model has a gradient.
@@ -73,11 +71,11 @@ def rehearse(
     passes: dict[str, list[_Spans]] = {"dense": [], "none": [], "frozen": []}
     for _ in range(1 + ROUNDS):  # the first warms up
         for kind, spans in passes.items():
-            spans.append(_Pass(model, watched, kind, clock).run(inputs))
+            spans.append(_Pass(model, watched, kind).run(inputs))
     middle = {kind: _medians(spans[1:]) for kind, spans in passes.items()}
     dense, none, frozen = middle["dense"], middle["none"], middle["frozen"]
     groups = _groups(owners, layers)
-    updates = _updates(owners, update_ms(optimizers, clock))
+    updates = _updates(owners, update_ms(optimizers))
     segments = []
     numbers = _blocks(dense.forward, blocks)
     for key, number in zip(dense.forward, numbers, strict=True):
@@ -133,11 +131,9 @@ def _blocks(
 class _Pass:
     """One step, or one forward, and when its parts ended."""
 
-    def __init__(
-        self, model: nn.Module, watched: Mapping[str, nn.Module], kind: str, clock: Clock
-    ) -> None:
+    def __init__(self, model: nn.Module, watched: Mapping[str, nn.Module], kind: str) -> None:
         self.model, self.watched, self.kind = model, watched, kind
-        self.now, self.between = _moments(next(iter(watched.values())), clock)
+        self.now, self.between = _moments(next(iter(watched.values())))
         self.ended: dict[Key, Any] = {}
         self.arrived: dict[Key, Any] = {}
         self.start = torch.zeros((), requires_grad=True)  # where backward ends: below all layers
@@ -218,11 +214,11 @@ class _Passage(torch.autograd.Function):
         return dy, None
 
 
-def _moments(module: nn.Module, clock: Clock) -> tuple[Clock, Callable[[Any, Any], float]]:
+def _moments(module: nn.Module) -> tuple[Clock, Callable[[Any, Any], float]]:
     """What notes a moment, and the milliseconds between two."""
     device = next(module.parameters()).device
     if device.type != "cuda":
-        return clock, lambda one, other: 1e3 * (other - one)
+        return clock_of(device), lambda one, other: 1e3 * (other - one)
 
     def now() -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)

@@ -1,24 +1,21 @@
 """What an optimizer's step takes."""
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
-from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from neq.cost.units import wait
+from neq.cost.units import clock_of, wait
 
 MOST = 1 << 24  # elements of the copies that are stepped
 ROUNDS = 7
 
 
-def update_ms(
-    optimizers: Sequence[Optimizer], clock: Callable[[], float] = perf_counter
-) -> Mapping[Tensor, float]:
+def update_ms(optimizers: Sequence[Optimizer]) -> Mapping[Tensor, float]:
     """Milliseconds of each parameter's part of a step, by its size.
 
     Copies of the parameters are stepped: of each group of an optimizer as many as are small
@@ -26,7 +23,6 @@ def update_ms(
 
     Args:
         optimizers: The optimizers. They are left as they are.
-        clock: In seconds.
 
     Raises:
         ValueError: If the step of an optimizer can't be made on copies.
@@ -42,7 +38,7 @@ def update_ms(
                     sample.append(p)
                     elements += p.numel()
             if sample:
-                rate = _step_ms(optimizer, group, sample, clock) / max(1, elements)
+                rate = _step_ms(optimizer, group, sample) / max(1, elements)
                 each |= {p: rate * p.numel() for p in trained}
     return each
 
@@ -51,7 +47,6 @@ def _step_ms(
     optimizer: Optimizer,
     group: Mapping[str, Any],
     sample: Sequence[Tensor],
-    clock: Callable[[], float],
 ) -> float:
     copies = [torch.nn.Parameter(p.detach().clone()) for p in sample]
     for copy in copies:
@@ -63,7 +58,7 @@ def _step_ms(
     for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
         own[hooks] = OrderedDict()  # those of a Guard or a Controller
     vars(twin).update(own)
-    times = []
+    times, clock = [], clock_of(copies[0].device)
     for _ in range(1 + ROUNDS):  # the first makes the state
         wait(copies[0].device)
         start = clock()
