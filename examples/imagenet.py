@@ -145,7 +145,7 @@ class Run:
 
     @torch.no_grad()
     def share_statistics(self) -> None:
-        """Norms of all processes get the mean of their running statistics, which are saved once."""
+        """Norms of all processes get the mean of their running statistics, to be tested alike."""
         for name, buffer in self.inner.named_buffers():
             if name.endswith(("running_mean", "running_var")):
                 dist.all_reduce(buffer)

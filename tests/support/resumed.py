@@ -95,6 +95,32 @@ def load(rank: int, at: int, exact: bool, replicated: bool = False) -> None:
     torch.testing.assert_close(training.outcome(), theirs, **(exactly if exact else roughly))
 
 
+def statistics(rank: int, replicated: bool) -> None:
+    """Each process goes on with the running statistics that it had."""
+    torch.manual_seed(0)
+    norms = (nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6)) for _ in range(3))
+    model = neq.convert(nn.Sequential(*norms, nn.Linear(6, 2)))
+    if replicated:
+        model = DistributedDataParallel(model)
+    else:
+        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    optimizer = neq.optim.SGD(model.parameters(), lr=0.05)
+    control = neq.Controller(model, optimizer=optimizer, policy=neq.Random(0.5), every=2)
+    state = {"training": neq.distributed.TrainingState(model, optimizer, control)}
+    folder = Path(os.environ[FOLDER]) / f"statistics {replicated}"
+    outcomes = []
+    for number in (*range(6), *range(3, 6)):
+        if number == 3:
+            (dcp.load if outcomes else dcp.save)(state, checkpoint_id=folder)
+        x = torch.randn(BATCH, 6, generator=torch.Generator().manual_seed(10 * number + rank))
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if number == 5:
+            outcomes.append([whole(t).clone() for t in model.state_dict().values()])
+    assert all(map(torch.equal, *outcomes))
+
+
 def _load(exact: bool, *places: int, **options: bool) -> dict[str, object]:
     return {f"from {at} {options}": partial(load, at=at, exact=exact, **options) for at in places}
 
@@ -102,7 +128,13 @@ def _load(exact: bool, *places: int, **options: bool) -> dict[str, object]:
 # Between two choices the outputs of the other processes are not those of this one's samples.
 SCENARIOS = {
     1: _load(False, 8) | _load(False, 8, replicated=True),
-    2: {"whole": save, **_load(True, *SAVED), **_load(False, 8, replicated=True)},
+    2: {
+        "whole": save,
+        **_load(True, *SAVED),
+        **_load(False, 8, replicated=True),
+        "statistics, replicated": partial(statistics, replicated=True),
+        "statistics, divided": partial(statistics, replicated=False),
+    },
     4: _load(False, 8),
 }
 
