@@ -7,7 +7,8 @@ import pytest
 from tests.support.launch import TORCHRUN, launch
 
 # --multi_gpu: with --cpu alone it starts a single process; the script asks for the CPU itself
-LAUNCH = "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0"
+LAUNCH = "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"
+LAUNCH += ("--main_process_port=0",)
 
 
 @pytest.mark.parametrize(

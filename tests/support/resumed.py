@@ -1,7 +1,8 @@
 """A training that ``torch.distributed.checkpoint`` saves, and that any number of processes resume.
 
 ``torchrun`` runs this file with a folder and a number: the training is killed as many times, at
-random points of a step or of a save, and goes on from its latest checkpoint.
+random points of a step or of a save, and goes on from its latest checkpoint. Without ``torchrun``
+it does the same by itself, and forks processes, which need not import torch each time.
 """
 
 import gc
@@ -18,12 +19,14 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.nn.parallel import DistributedDataParallel
 
 import neq
 from neq.sharding import whole
 
 BATCH, STEPS, EVERY, SAVED = 8, 12, 4, (3, 6, 8)  # 8 is right after a choice
+LONG = 40  # steps of the training that is killed
 FOLDER = "NEQ_TEST_FOLDER"  # where it is saved
 
 
@@ -154,8 +157,8 @@ def until_killed(folder: Path, kills: int) -> None:
         start = int(latest.name)
     chance = random.Random(done)
     dies = done < kills and training.rank == chance.randrange(training.world)
-    step, in_save = min(start + chance.randrange(4), STEPS - 1), chance.random() < 0.5
-    for number in range(start, STEPS):
+    step, in_save = min(start + chance.randrange(4), LONG - 1), chance.random() < 0.5
+    for number in range(start, LONG):
         if dies and number == step and not in_save:
             os.kill(os.getpid(), signal.SIGKILL)
         training.step(number)
@@ -186,6 +189,21 @@ def killed_while_saving() -> None:
     filesystem.FileSystem.create_stream = dies  # type: ignore[method-assign]
 
 
+def restarted(folder: Path, kills: int) -> None:
+    """As ``torchrun`` does it, with forked processes."""
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=kills,
+        start_method="fork",
+    )
+    elastic_launch(config, until_killed)(folder, kills)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    until_killed(Path(sys.argv[1]), int(sys.argv[2]))
+    run = until_killed if "RANK" in os.environ else restarted
+    run(Path(sys.argv[1]), int(sys.argv[2]))
