@@ -348,9 +348,9 @@ SCENARIOS = {
         "rows measured": measure_rows,
     },
     4: {
-        "four": partial(train, name="tiny", mesh=(4,)),
+        **{f"four, {model}": partial(train, name=model, mesh=(4,)) for model in MODELS},
         "four, by rows": partial(train, name="perceptron", optimizer="neq AdamW", mesh=(4,)),
-        "replicas": partial(train, name="tiny", mesh=(2, 2)),
+        **{f"replicas, {model}": partial(train, name=model, mesh=(2, 2)) for model in MODELS},
         "replicas, by rows": partial(train, name="gpt2", optimizer="neq AdamW", mesh=(2, 2)),
         "measured": measure,
     },
