@@ -18,6 +18,7 @@ and results.json. Several processes train copies of the model (DDP).
 """
 
 import argparse
+import gc
 import os
 import random
 import sys
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
@@ -50,14 +52,6 @@ class Blocks(NamedTuple):
     test: list[dict[str, Tensor]]
 
 
-def _full(model: nn.Module, given: argparse.Namespace) -> nn.Module:
-    return model
-
-
-def _masked(model: nn.Module, given: argparse.Namespace) -> nn.Module:
-    return neq.convert(model)
-
-
 def _compact(model: nn.Module, given: argparse.Namespace) -> nn.Module:
     return neq.compact(neq.convert(model), capacity=given.active)
 
@@ -71,8 +65,8 @@ def _lora(model: nn.Module, given: argparse.Namespace) -> nn.Module:
 
 
 WAYS: dict[str, Callable[[nn.Module, argparse.Namespace], nn.Module]] = {
-    "full": _full,
-    "masked": _masked,
+    "full": lambda model, given: model,
+    "masked": lambda model, given: neq.convert(model),
     "compact": _compact,
     "lora": _lora,
 }
@@ -201,6 +195,9 @@ def main(arguments: list[str] | None = None) -> None:
     if os.environ.get("RANK", "0") == "0":
         results.save(rows, environment(given.device), given.output / "results.json")
         show(rows)
+    if dist.is_initialized():
+        gc.collect()  # a group that garbage holds beyond the interpreter's end aborts the process
+        dist.destroy_process_group()
 
 
 def show(rows: list[Result]) -> None:
