@@ -1,5 +1,6 @@
 """Checkpoints by ``torch.distributed.checkpoint``, saved by some processes and loaded by others."""
 
+import hashlib
 import io
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,11 +8,12 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from neq.optim.steps import uncounted
-from neq.wrapped import optimizer_in
+from neq.sharding import is_dtensor
+from neq.wrapped import model_in, optimizer_in
 from neq_kernels.device.ranks import in_process_group
 
 
@@ -27,8 +29,10 @@ class TrainingState:
 
     All processes save and load together. The model may be divided between them (``fully_shard``)
     or replicated (DDP), and as many or fewer or more processes may load it. The same processes
-    continue with the same bits. Others do so from a checkpoint that was saved right after an
-    epoch; from one in between, with the outputs that the model has when it is loaded.
+    continue with the same bits, each with its own buffers, such as the running statistics of a
+    batch norm. Others take those of rank 0, and continue with the same bits from a checkpoint that
+    was saved right after an epoch; from one in between, with the outputs that the model has when it
+    is loaded.
 
     Args:
         model: The model, wrapped or not.
@@ -64,13 +68,13 @@ class TrainingState:
 
         with uncounted():  # for lack of any state, torch makes a step that moves nothing
             model, optimizer = get_state_dict(self.model, self.optimizers)
-        states: list[Any] = [self.control.state_dict()]
-        if in_process_group():
-            states *= dist.get_world_size()
-            dist.all_gather_object(states, states[dist.get_rank()])
+        # of what is not divided, torch saves any rank's
+        buffers = self._buffers()
+        digests = _of_all({name: _digest(buffer) for name, buffer in buffers.items()})
+        own = {name: b.cpu() for name, b in buffers.items() if len({d[name] for d in digests}) > 1}
         packed = io.BytesIO()
-        torch.save(states, packed)
-        return {"model": model, "optimizer": optimizer, "control": packed.getvalue()}
+        torch.save(_of_all({"control": self.control.state_dict(), "buffers": own}), packed)
+        return {"model": model, "optimizer": optimizer, "ranks": packed.getvalue()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from what ``torch.distributed.checkpoint`` has loaded.
@@ -85,9 +89,35 @@ class TrainingState:
             set_state_dict(
                 self.model, self.optimizers, model_state_dict=model, optim_state_dict=optimizer
             )
-        states = torch.load(io.BytesIO(state_dict["control"]), weights_only=True)
+        states = torch.load(io.BytesIO(state_dict["ranks"]), weights_only=True)
         rank, world = (dist.get_rank(), dist.get_world_size()) if in_process_group() else (0, 1)
-        self.control.load_state_dict(states[rank if len(states) == world else 0])
+        own, buffers = states[rank if len(states) == world else 0], self._buffers()
+        for name, values in own["buffers"].items():
+            buffers[name].copy_(values)
+        self.control.load_state_dict(own["control"])
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """What is saved of the model and is no parameter."""
+        named = model_in(self.model).state_dict(keep_vars=True)
+        return {
+            name: t
+            for name, t in named.items()
+            if isinstance(t, Tensor) and not isinstance(t, nn.Parameter) and not is_dtensor(t)
+        }
+
+
+def _of_all(here: Any) -> list[Any]:
+    """What each rank has."""
+    if not in_process_group():
+        return [here]
+    everywhere = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, here)
+    return everywhere
+
+
+def _digest(t: Tensor) -> bytes:
+    values = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(values.numpy().tobytes()).digest()
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:

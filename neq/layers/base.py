@@ -267,14 +267,24 @@ class NeuronLayer(CompactForm):
         bias = None if bias is None else _freeze(bias, shaped_like(bias, mask))
         return self._vendor(weight, bias, *args, **kwargs)
 
-    def _through_others(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The forward with leaves that are not the layer's own."""
-        if in_process_group() and not _beyond_backward():
+    def check_leaves(self) -> None:
+        """Between several processes, leaves have to be the layer's own.
+
+        Raises:
+            TypeError: If they are not.
+        """
+        if self.leaves is not None and in_process_group() and not self.make_current():
             raise TypeError(
                 f"{self._described()}: active_weight is not the Parameter that neq.compact made of "
                 "its weight: of a compact model, no wrapper may exchange or flatten parameters "
-                "(FullyShardedDataParallel); DistributedDataParallel keeps them"
+                "(fully_shard, FullyShardedDataParallel). Train it under DistributedDataParallel, "
+                "or do without neq.compact: fully_shard takes the masked form"
             )
+
+    def _through_others(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The forward with leaves that are not the layer's own."""
+        if not _beyond_backward():
+            self.check_leaves()
         self.active.on(self.weight.device)
         return self._element_wise(*args, **kwargs)
 

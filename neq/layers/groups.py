@@ -96,6 +96,7 @@ def chosen_for(model: nn.Module, leave_alone: LeaveAlone) -> dict[str, Group]:
 
     Raises:
         ValueError: If there is no such group.
+        TypeError: If another wrapper than DDP divides a compact layer between processes.
     """
     groups = groups_of(model)
     alone = left_alone(model, groups, leave_alone)
@@ -104,6 +105,9 @@ def chosen_for(model: nn.Module, leave_alone: LeaveAlone) -> dict[str, Group]:
     if not chosen:
         untrained = f": {', '.join(map(repr, left))} do not train (requires_grad=False)"
         raise ValueError("leave_alone: no layer is left to decide on" + untrained * bool(left))
+    for group in chosen.values():
+        for layer in group:
+            layer.check_leaves()
     return chosen
 
 

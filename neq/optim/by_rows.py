@@ -219,8 +219,10 @@ class SGD(RowOptimizer, torch.optim.SGD):
         for some, first in ((new, True), (old, False)):
             if not some:
                 continue
-            grads_, state = [p.grad for p in some], [self.state[p] for p in some]
-            buffers = [s["momentum_buffer"] for s in state] if group["momentum"] else []
+            grads_ = [p.grad for p in some]
+            # without momentum there is no state, as in torch: not even an empty one
+            keeps = some if group["momentum"] else []
+            buffers = [self.state[p]["momentum_buffer"] for p in keeps]
             sgd_rows_(
                 *SGDLists(*self._by_neuron(some, grads_, buffers)),
                 _scalar(group["lr"]),

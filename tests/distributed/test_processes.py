@@ -5,11 +5,12 @@ import pytest
 from tests.support import processes
 
 SECONDS = 240
+MODULES = "sending", "sharded", "replicated"
 
 
 @pytest.mark.parametrize(
     ("module", "world"),
-    [("ranks", 2), ("sending", 2), ("sending", 4), ("sharded", 2), ("sharded", 4)],
+    [("ranks", 2), *((module, world) for module in MODULES for world in (2, 4))],
     ids=str,
 )
 def test_every_scenario(module, world, tmp_path):

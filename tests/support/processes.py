@@ -4,6 +4,7 @@ The scenarios lie in modules of their own, apart from the tests, which the proce
 import. A group of processes runs all of a module, since each spends seconds on importing torch.
 """
 
+import gc
 import os
 import time
 import traceback
@@ -59,4 +60,5 @@ def _run_all(rank: int, module: str, world: int, folder: str) -> None:
         except Exception:
             result = traceback.format_exc()
         Path(folder, f"{name} {rank}").write_text(result)
+        gc.collect()  # a group that garbage holds beyond the interpreter's end aborts the process
         dist.destroy_process_group()

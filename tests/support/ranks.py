@@ -264,8 +264,10 @@ def shard_compact(rank: int) -> None:
     for layer in layers_of(neq.convert(other)):
         layer.set_active([0, 1])
     fully_shard(neq.compact(other), mesh=init_device_mesh("cpu", (WORLD,)))
-    with pytest.raises(TypeError, match="no wrapper may exchange or flatten parameters"):
+    with pytest.raises(TypeError, match=r"exchange or flatten .*fully_shard takes the masked form"):
         other(torch.randn(BATCH, 3, 5, 5))
+    with pytest.raises(TypeError, match=r"exchange or flatten .*fully_shard takes the masked form"):
+        neq.Controller(other, optimizer=(), policy=neq.Random(0.1))
 
 
 def flatten_compact(rank: int, use_orig_params: bool) -> None:

@@ -1,7 +1,8 @@
 """A training that ``torch.distributed.checkpoint`` saves, and that any number of processes resume.
 
 ``torchrun`` runs this file with a folder and a number: the training is killed as many times, at
-random points of a step or of a save, and goes on from its latest checkpoint.
+random points of a step or of a save, and goes on from its latest checkpoint. Without ``torchrun``
+it does the same by itself, and forks processes, which need not import torch each time.
 """
 
 import gc
@@ -18,12 +19,14 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.nn.parallel import DistributedDataParallel
 
 import neq
 from neq.sharding import whole
 
 BATCH, STEPS, EVERY, SAVED = 8, 12, 4, (3, 6, 8)  # 8 is right after a choice
+LONG = 40  # steps of the training that is killed
 FOLDER = "NEQ_TEST_FOLDER"  # where it is saved
 
 
@@ -95,6 +98,32 @@ def load(rank: int, at: int, exact: bool, replicated: bool = False) -> None:
     torch.testing.assert_close(training.outcome(), theirs, **(exactly if exact else roughly))
 
 
+def statistics(rank: int, replicated: bool) -> None:
+    """Each process goes on with the running statistics that it had."""
+    torch.manual_seed(0)
+    norms = (nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6)) for _ in range(3))
+    model = neq.convert(nn.Sequential(*norms, nn.Linear(6, 2)))
+    if replicated:
+        model = DistributedDataParallel(model)
+    else:
+        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    optimizer = neq.optim.SGD(model.parameters(), lr=0.05)
+    control = neq.Controller(model, optimizer=optimizer, policy=neq.Random(0.5), every=2)
+    state = {"training": neq.distributed.TrainingState(model, optimizer, control)}
+    folder = Path(os.environ[FOLDER]) / f"statistics {replicated}"
+    outcomes = []
+    for number in (*range(6), *range(3, 6)):
+        if number == 3:
+            (dcp.load if outcomes else dcp.save)(state, checkpoint_id=folder)
+        x = torch.randn(BATCH, 6, generator=torch.Generator().manual_seed(10 * number + rank))
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if number == 5:
+            outcomes.append([whole(t).clone() for t in model.state_dict().values()])
+    assert all(map(torch.equal, *outcomes))
+
+
 def _load(exact: bool, *places: int, **options: bool) -> dict[str, object]:
     return {f"from {at} {options}": partial(load, at=at, exact=exact, **options) for at in places}
 
@@ -102,7 +131,13 @@ def _load(exact: bool, *places: int, **options: bool) -> dict[str, object]:
 # Between two choices the outputs of the other processes are not those of this one's samples.
 SCENARIOS = {
     1: _load(False, 8) | _load(False, 8, replicated=True),
-    2: {"whole": save, **_load(True, *SAVED), **_load(False, 8, replicated=True)},
+    2: {
+        "whole": save,
+        **_load(True, *SAVED),
+        **_load(False, 8, replicated=True),
+        "statistics, replicated": partial(statistics, replicated=True),
+        "statistics, divided": partial(statistics, replicated=False),
+    },
     4: _load(False, 8),
 }
 
@@ -122,8 +157,8 @@ def until_killed(folder: Path, kills: int) -> None:
         start = int(latest.name)
     chance = random.Random(done)
     dies = done < kills and training.rank == chance.randrange(training.world)
-    step, in_save = min(start + chance.randrange(4), STEPS - 1), chance.random() < 0.5
-    for number in range(start, STEPS):
+    step, in_save = min(start + chance.randrange(4), LONG - 1), chance.random() < 0.5
+    for number in range(start, LONG):
         if dies and number == step and not in_save:
             os.kill(os.getpid(), signal.SIGKILL)
         training.step(number)
@@ -154,6 +189,21 @@ def killed_while_saving() -> None:
     filesystem.FileSystem.create_stream = dies  # type: ignore[method-assign]
 
 
+def restarted(folder: Path, kills: int) -> None:
+    """As ``torchrun`` does it, with forked processes."""
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=kills,
+        start_method="fork",
+    )
+    elastic_launch(config, until_killed)(folder, kills)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    until_killed(Path(sys.argv[1]), int(sys.argv[2]))
+    run = until_killed if "RANK" in os.environ else restarted
+    run(Path(sys.argv[1]), int(sys.argv[2]))

@@ -14,7 +14,12 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     checkpoint_wrapper,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -317,6 +322,7 @@ def refuse(rank: int) -> None:
 
 ROUGH = {"rtol": 0.05, "atol": 0.02}
 HALF = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+HOST = CPUOffloadPolicy(pin_memory=False)  # only a GPU pins
 EXACT = "SGD", "AdamW", "neq SGD", "neq AdamW"
 SCENARIOS = {
     2: {
@@ -328,6 +334,10 @@ SCENARIOS = {
         "kept whole after forward": partial(train, name="tiny", reshard_after_forward=False),
         "divided after forward": partial(train, name="gpt2", reshard_after_forward=True),
         "mixed precision": partial(train, name="tiny", mp_policy=HALF, tolerances=ROUGH),
+        **{
+            f"offloaded, {one}": partial(train, name="tiny", optimizer=one, offload_policy=HOST)
+            for one in EXACT
+        },
         "checkpoint": partial(train, name="tiny", checkpoint=True),
         "gradient accumulation": partial(train, name="tiny", parts=2),
         "compiled": partial(train, name="tiny", compiled=True),
@@ -338,9 +348,9 @@ SCENARIOS = {
         "rows measured": measure_rows,
     },
     4: {
-        "four": partial(train, name="tiny", mesh=(4,)),
+        **{f"four, {model}": partial(train, name=model, mesh=(4,)) for model in MODELS},
         "four, by rows": partial(train, name="perceptron", optimizer="neq AdamW", mesh=(4,)),
-        "replicas": partial(train, name="tiny", mesh=(2, 2)),
+        **{f"replicas, {model}": partial(train, name=model, mesh=(2, 2)) for model in MODELS},
         "replicas, by rows": partial(train, name="gpt2", optimizer="neq AdamW", mesh=(2, 2)),
         "measured": measure,
     },

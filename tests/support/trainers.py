@@ -4,6 +4,7 @@
 each process leaves a file that says what came of it.
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -251,6 +253,9 @@ def main(library: str, folder: str) -> None:
     torch.set_num_threads(1)
     found = [bits(model) for model in PARTS[library](Path(folder))]
     Path(folder, f"rank {os.environ['RANK']}").write_text(json.dumps(found))
+    gc.collect()  # a group that garbage holds beyond the interpreter's end aborts the process
+    if dist.is_initialized():  # Lightning has ended its own
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
