@@ -66,8 +66,10 @@ class ActiveRows:
         layers = (module for module in self._modules if isinstance(module, NeuronLayer))
         self._layers = list({id(layer.active): layer for layer in layers}.values())
         # masks are compared between processors, so that none of these waits for its GPU
-        ranks = dist.get_process_group_ranks(self.group)
-        self._compares = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        self._compares = self.group
+        if dist.get_backend(self.group) != "gloo":
+            ranks = dist.get_process_group_ranks(self.group)
+            self._compares = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
         self._frozen: dict[Tensor, Frozen] = {}
 
     def begin(self) -> None:
