@@ -199,6 +199,26 @@ def test_a_cache_for_a_frozen_prefix(capsys):
     assert "batches read, 4 computed" in capsys.readouterr().out
 
 
+def test_fine_tuning():
+    page, setting = "docs/fine-tuning.md", Setting(perceptron())
+    lower, cached, budget = (
+        blocks(page, heading)[0]
+        for heading in (
+            "The lower blocks, from the start",
+            "Without running them",
+            "In a given time",
+        )
+    )
+    start = copy.deepcopy(setting["model"].state_dict())
+    setting.run(lower)
+    setting.run(cached)
+    moved = {n for n, t in setting["model"].state_dict().items() if not torch.equal(t, start[n])}
+    assert moved == {"4.weight", "4.bias"}
+    assert setting["cache"].misses == 4  # for a network as small as this one it does not pay
+    setting.run(budget)
+    assert setting["control"].epoch == 1
+
+
 @pytest.fixture
 def quiet():
     """Libraries that say a lot."""
