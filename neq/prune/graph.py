@@ -44,14 +44,53 @@ class Graph:
             raise ValueError(
                 f"Torch-Pruning can't trace {type(model).__name__} on this example: {error}"
             ) from error
-        for node in self._graph.module2node.values():
+        nodes = self._graph.module2node.values()
+        self._steps = _Steps(2 * len(nodes) + 100)
+        for node in nodes:
             _follow_split(node)
+            node.dependencies = _Dependencies(node.dependencies)
+            node.dependencies.steps = self._steps
         torch_pruning.dependency.shape_infer.init_shape_information(self._graph)
 
     def group(self, layer: nn.Module, neurons: list[int]) -> Any:
-        """All that has to lose channels along with some neurons of a layer."""
+        """All that has to lose channels along with some neurons of a layer.
+
+        Nothing where there is no end of it: Torch-Pruning goes around in circles where channels are
+        shifted and put together again, as in rotary embeddings.
+
+        Args:
+            layer: The layer.
+            neurons: Some of its neurons.
+        """
         prune = self._graph.get_pruner_of_module(layer).prune_out_channels
-        return self._graph.get_pruning_group(layer, prune, neurons)
+        self._steps.left = self._steps.most
+        try:
+            return self._graph.get_pruning_group(layer, prune, neurons)
+        except _EndlessError:
+            return []
+
+
+class _EndlessError(Exception):
+    pass
+
+
+class _Steps:
+    """How far Torch-Pruning may go from layer to layer."""
+
+    def __init__(self, most: int) -> None:
+        self.most = self.left = most
+
+
+class _Dependencies(list[Any]):
+    """Those of a node, each look at which is a step."""
+
+    steps: _Steps
+
+    def __iter__(self) -> Iterator[Any]:
+        self.steps.left -= 1
+        if self.steps.left < 0:
+            raise _EndlessError
+        return super().__iter__()
 
 
 def column_major() -> tuple[type[nn.Module], ...]:

@@ -28,8 +28,11 @@ def shrink(model: Model, example: Any) -> Model:
     have to lose it as well: those that read it, batch norms, and the other ends of residual
     connections, whose neurons have to be gone too.
 
+    A head of attention goes with its queries and keys if all of its values are gone, and modules
+    learn how many are left: where it is torch's ``scaled_dot_product_attention``.
+
     What would change the outputs stays: neurons that an activation or a batch norm turns into
-    another constant, neurons before a LayerNorm or in attention, and the last of a layer.
+    another constant, neurons before a LayerNorm, single ones in attention, and the last of a layer.
 
     The layers are torch's own afterwards, with new parameters: make optimizers, Controllers, Zeros
     and what else holds the old ones anew.

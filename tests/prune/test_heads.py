@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import neq
-from tests.support.transformers_models import bert, gpt2, vit
+from tests.support.transformers_models import bert, gpt2, llama, vit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZE = 8  # channels of a head; there are 2
@@ -171,3 +171,21 @@ def test_parts_of_the_last_dimension_lose_the_same_neurons():
     neq.prune.shrink(model, x)
     torch.testing.assert_close(model(x), outputs)
     assert torch.equal(model.both.weight, weight[[0, 2, 3, 4, 5, 6, 8, 9, 10, 11]])
+
+
+@pytest.mark.parametrize("which", ["q", "k", "v"])
+def test_heads_of_grouped_queries_and_rotary_embeddings_stay(which):
+    """Torch-Pruning goes around in circles there."""
+    torch.manual_seed(0)
+    model, inputs = llama()
+    nn.init.zeros_(getattr(model.model.layers[0].self_attn, f"{which}_proj").weight)
+    block = model.model.layers[1].mlp
+    for layer in (block.gate_proj, block.up_proj):
+        nn.init.zeros_(layer.weight[:5])
+    before = sizes(model)
+    outputs = model.eval()(**inputs).logits
+    neq.prune.shrink(model, inputs)
+    torch.testing.assert_close(model(**inputs).logits, outputs, rtol=1e-4, atol=1e-4)
+    changed = {name: shape for name, shape in sizes(model).items() if shape != before[name]}
+    mlp = {"gate_proj": (19, 16), "up_proj": (19, 16), "down_proj": (16, 19)}
+    assert changed == {f"model.layers.1.mlp.{name}.weight": size for name, size in mlp.items()}
