@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 import neq
+from tests.support.layers import active_elements, layers_of
+from tests.support.transformers_models import bert, gpt2, resnet, vit
 from tests.support.velocities import NAN, chosen_rows, controller, motion
 
 
@@ -257,3 +259,27 @@ def test_adaptive_eps_resumes():
         chosen_rows(policy, motion([0.0]))
     assert second.eps == whole.eps
     assert whole.eps != 0.25
+
+
+@pytest.mark.parametrize("make", [resnet, vit, bert, gpt2], ids=lambda make: make.__name__)
+def test_adaptive_eps_at_each_step_of_models_of_transformers(make):
+    torch.manual_seed(0)
+    model, inputs = make()
+    optimizer = torch.optim.AdamW(model.train().parameters(), 1e-2)
+    policy = neq.AdaptiveEps(0.1, rate=1e-2, every="step")
+    control = neq.Controller(model, optimizer=optimizer, probe=inputs, policy=policy, warmup=0)
+    for _ in range(2):
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(**inputs).logits.square().mean().backward()
+            frozen = [
+                (getattr(layer, key), ~active, getattr(layer, key).detach().clone())
+                for layer in layers_of(model)
+                for key, active in active_elements(layer).items()
+            ]
+            optimizer.step()
+            for p, elements, before in frozen:
+                assert torch.equal(p[elements], before[elements])
+        record = control.step()
+    assert policy.eps != 0.1
+    assert 0 < record.active < record.neurons
