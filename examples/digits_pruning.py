@@ -10,8 +10,8 @@ how many parameters are left then, and how much of the time of a forward? The fo
 results.json and accuracy.png; a stopped command goes on.
 
 The recipe is the published one, scaled down: SGD without momentum, learning rate 0.1, batches of
-100, and a larger λ for fewer steps. Of 1e-3, 2e-3 and 4e-3 SeReNe's ResNet-20 has the one that did
-best on seed 0: with 4e-3, which LOBSTER has, it no longer learns.
+100, and a larger λ for fewer steps. For the ResNet-20 λ and pwe were chosen after a first look:
+with 1e-3 SeReNe prunes little, and with 4e-3, which LOBSTER has, its network no longer learns.
 """
 
 import argparse
