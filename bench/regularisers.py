@@ -1,4 +1,4 @@
-"""What the regularisers cost beside a training step, and LOBSTER beside the optimizer's step alone.
+"""What regularisers, and SCoTTi's ε, cost beside a training step, and beside the optimizer's alone.
 
     python bench/regularisers.py
 
@@ -29,6 +29,13 @@ from bench.lib.optimizers import OPTIONS
 from bench.lib.results import Result
 from bench.lib.timing import Times, each_round
 
+
+def scotti(model: nn.Module, optimizer: torch.optim.Optimizer, lam: float) -> neq.Controller:
+    """Every neuron trains throughout: what remains is to follow ε."""
+    policy = neq.AdaptiveEps(eps=0.0, rate=lam, every="step")
+    return neq.Controller(model, optimizer=optimizer, probe=neq.WeightProbe(), policy=policy)
+
+
 SAMPLES = {"resnet18": 4, "vit-s": 2, "gpt2": 1}
 REGULARISERS: dict[str, Callable[..., Any]] = {
     "LOBSTER": neq.LOBSTER,
@@ -36,6 +43,7 @@ REGULARISERS: dict[str, Callable[..., Any]] = {
     "NeuronLOBSTER": neq.NeuronLOBSTER,
     "SeReNe, lower-bound": neq.SeReNe,
     "SeReNe, local": partial(neq.SeReNe, kind="local"),
+    "SCoTTi": scotti,
 }
 RELU = {"resnet18"}  # the networks with ReLUs, which "local" needs
 

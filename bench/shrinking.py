@@ -2,8 +2,9 @@
 
     python bench/shrinking.py
 
-Half of the neurons of each network are pruned at once, then removed. The pruned network and the
-shrunk one take turns on one batch, on one thread. The time is the thread's own.
+Half of the neurons of each network are pruned at once, or half of the heads of each attention, then
+removed. The pruned network and the shrunk one take turns on one batch, on one thread. The time is
+the thread's own.
 """
 
 import argparse
@@ -27,7 +28,8 @@ from bench.lib.results import Result
 from bench.lib.timing import Times, each_round
 
 SAMPLES = {"resnet18": 4, "vit-s": 2}
-SHARE = 0.5  # of the neurons
+SHARE = 0.5  # of what is pruned
+PRUNED = [("resnet18", "neurons"), ("vit-s", "neurons"), ("vit-s", "heads")]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -35,17 +37,21 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     facts = environment(torch.device("cpu"))
     results.show_environment(facts)
-    found = [r for network in given.networks for r in measure(network, given.seconds)]
+    chosen = [(network, what) for network, what in PRUNED if network in given.networks]
+    found = [r for case in chosen for r in measure(*case, given.seconds)]
     results.show_table(table(found))
     results.save(found, facts, given.json)
 
 
-def measure(network: str, seconds: float) -> list[Result]:
+def measure(network: str, what: str, seconds: float) -> list[Result]:
     torch.manual_seed(0)
     plan = NETWORKS[network]
     pruned, batch = plan.build(), plan.batch(SAMPLES[network])
-    neq.prune.one_shot(pruned, (), SHARE, per="neuron")
     images = {"pixel_values": batch["pixel_values"]}
+    if what == "heads":
+        prune_heads(pruned)
+    else:
+        neq.prune.one_shot(pruned, (), SHARE, per="neuron", example=images)
     shrunk = neq.prune.shrink(copy.deepcopy(pruned), images)
     models = {"pruned": neq.revert(pruned), "shrunk": shrunk}
     sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
@@ -58,6 +64,7 @@ def measure(network: str, seconds: float) -> list[Result]:
         found.append(
             {
                 "network": network,
+                "pruned": what,
                 "of": of,
                 "pruned_ms": Times.of(taken["pruned"]).p50,
                 "parameters": sizes["shrunk"] / sizes["pruned"],
@@ -65,6 +72,15 @@ def measure(network: str, seconds: float) -> list[Result]:
             }
         )
     return found
+
+
+@torch.no_grad()
+def prune_heads(model: nn.Module) -> None:
+    """Set the values of the first heads to zero."""
+    for name, layer in model.named_modules():
+        if name.endswith("v_proj"):
+            for p in layer.parameters():
+                p[: round(SHARE * len(p))] = 0
 
 
 @torch.no_grad()
@@ -80,11 +96,16 @@ def step(model: nn.Module, batch: Batch) -> None:
 
 def table(found: list[Result]) -> Table:
     figures = ["parameters", "pruned ms", "p50", "p20", "p80"]
-    out = results.new_table(("network", "time of"), figures)
+    out = results.new_table(("network", "pruned", "time of"), figures)
     for r in found:
         spread = (f"{r[f'ratio_{at}']:.2f}" for at in ("p50", "p20", "p80"))
         out.add_row(
-            r["network"], r["of"], f"{r['parameters']:.2f}", f"{r['pruned_ms']:.1f}", *spread
+            r["network"],
+            r["pruned"],
+            r["of"],
+            f"{r['parameters']:.2f}",
+            f"{r['pruned_ms']:.1f}",
+            *spread,
         )
     return out
 

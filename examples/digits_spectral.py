@@ -5,15 +5,15 @@
 A network of two hidden layers is trained dense, by one set of eigenvalues, by two, with singular
 values, and with a triangle. Then the dense network, two sets and the triangle are trained so that
 a share of their weights is zero: in each forward the smallest. The folder gets results.json and
-accuracy.png.
+accuracy.png; a stopped command goes on.
 
 The recipe is the published one, scaled down: Adamax, ReLU, batches of 100, and the published
 learning rates of each kind. Nothing was tuned.
 """
 
 import argparse
-import json
 import sys
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
@@ -22,16 +22,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import neq
 from examples.digits import Data, load
+from examples.kept import Kept, Result
 
 RATES = {"dense": 0.002, "one": 0.015, "two": 0.015, "svd": 0.015, "qr": 0.003}
 SPARSE = "dense", "two", "qr"
 SHARES = 0.5, 0.8, 0.9, 0.95, 0.98
-Result = dict[str, Any]
 
 
 class SparseLinear(nn.Linear):
@@ -53,17 +54,16 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     cases = [(kind, 0.0) for kind in RATES]
     cases += [(kind, share) for share in SHARES for kind in SPARSE]
-    found: list[Result] = []
-    for seed in range(given.seeds):
-        for kind, share in cases:
-            found.append(run(kind, share, seed, given))
-            print(line(found[-1]), flush=True)
-    print("\n".join(summary(found)))
-    given.output.mkdir(parents=True, exist_ok=True)
-    facts = {"epochs": given.epochs, "width": given.width, "rates": RATES}
-    text = json.dumps({"recipe": facts, "results": found}, indent=1) + "\n"
-    (given.output / "results.json").write_text(text)
-    draw(found, given.output / "accuracy.png")
+    kept = Kept(given.output, {"epochs": given.epochs, "width": given.width, "rates": RATES})
+    total = given.seeds * len(cases) * given.epochs
+    with tqdm(total=total, unit="epoch", disable=None) as bar:
+        for seed in range(given.seeds):
+            for kind, share in cases:
+                case = {"kind": kind, "sparsity": share, "seed": seed}
+                tqdm.write(line(kept.of(case, partial(run, kind, share, seed, given))))
+                bar.update(given.epochs)
+    print("\n".join(summary(kept.results)))
+    draw(kept.results, given.output / "accuracy.png")
 
 
 def network(kind: Any, sparsity: float, width: int) -> nn.Sequential:
@@ -91,8 +91,7 @@ def run(kind: str, sparsity: float, seed: int, given: argparse.Namespace) -> Res
             F.cross_entropy(model(x[batch]), y[batch]).backward()
             optimizer.step()
     parameters = sum(p.numel() for p in model.parameters())
-    facts = {"kind": kind, "sparsity": sparsity, "seed": seed, "parameters": parameters}
-    return {**facts, "accuracy": accuracy(model, parts)}
+    return {"parameters": parameters, "accuracy": accuracy(model, parts)}
 
 
 @torch.no_grad()

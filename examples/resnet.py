@@ -1,4 +1,4 @@
-"""ResNet-32 for CIFAR, as He et al. published it in 2015."""
+"""ResNets for small images, as He et al. published them in 2015."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,12 +24,18 @@ class Block(nn.Module):
 
 def resnet32(classes: int = 10) -> nn.Sequential:
     """31 convolutions of 3x3 and a linear layer."""
+    return resnet(32, 3, classes)
+
+
+def resnet(depth: int, channels: int, classes: int) -> nn.Sequential:
+    """depth: 6 n + 2, of three stages of n blocks. channels: of an image."""
+    more = (depth - 2) // 6 - 1  # blocks of a stage behind its first
     model = nn.Sequential()
-    model.conv1, model.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
+    model.conv1, model.bn1 = nn.Conv2d(channels, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
     model.relu = nn.ReLU()
-    model.layer1 = nn.Sequential(Block(16, 16, 1), *(Block(16, 16, 1) for _ in range(4)))
-    model.layer2 = nn.Sequential(Block(16, 32, 2), *(Block(32, 32, 1) for _ in range(4)))
-    model.layer3 = nn.Sequential(Block(32, 64, 2), *(Block(64, 64, 1) for _ in range(4)))
+    model.layer1 = nn.Sequential(Block(16, 16, 1), *(Block(16, 16, 1) for _ in range(more)))
+    model.layer2 = nn.Sequential(Block(16, 32, 2), *(Block(32, 32, 1) for _ in range(more)))
+    model.layer3 = nn.Sequential(Block(32, 64, 2), *(Block(64, 64, 1) for _ in range(more)))
     model.pool, model.flatten = nn.AdaptiveAvgPool2d(1), nn.Flatten()
     model.fc = nn.Linear(64, classes)
     for module in model.modules():

@@ -1,11 +1,13 @@
 """Pruning at once: by magnitude, or what neither learns nor matters."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from neq.layers.groups import LeaveAlone, groups_of
+from neq.measure.evaluating import as_inputs, call, evaluating
 from neq.prune.magnitude import Magnitudes, Per, lowest, neurons_of
 from neq.prune.zeros import Zeros
 from neq.wrapped import model_in
@@ -18,6 +20,7 @@ def one_shot(
     *,
     per: Per = "element",
     leave_alone: LeaveAlone = None,
+    example: Any = None,
 ) -> Zeros:
     """Prune the smallest weights of a model at once, by one threshold for all layers.
 
@@ -33,6 +36,8 @@ def one_shot(
             w², with their biases.
         leave_alone: Layers that are not pruned, as for ``neq.Controller``. By default none, and
             with ``"neuron"`` the model's last Linear, whose neurons are the outputs.
+        example: A batch, as for ``neq.Probe``. It shows which batch norm lies behind a layer. With
+            ``"neuron"`` that norm's neurons go too: else they make constants of gone neurons.
 
     Returns:
         What keeps the zeros.
@@ -50,7 +55,11 @@ def one_shot(
     """
     if not 0 <= sparsity <= 1:
         raise ValueError(f"sparsity must lie in [0, 1], got {sparsity}")
-    magnitudes = Magnitudes(model_in(model), per, leave_alone)
+    model = model_in(model)
+    magnitudes = Magnitudes(model, per, leave_alone)
+    if example is not None:
+        with evaluating(model), magnitudes.watching():
+            call(model, as_inputs(model, example))
     scores = magnitudes.scores()
     zeros = Zeros(model, optimizer)
     zeros.prune(magnitudes.elements(lowest(scores, round(sparsity * len(scores)))))

@@ -156,7 +156,7 @@ class Gradual:
         return self.rounds[-1]
 
     def _loss(self) -> float:
-        with evaluating(self.model):
+        with evaluating(self.model), self._magnitudes.watching():
             loss = float(self._evaluate(self.model))
         device = device_of(self.model)  # where ranks can exchange tensors
         mine = torch.tensor([loss, 1.0], dtype=torch.float64, device=device)

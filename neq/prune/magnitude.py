@@ -1,12 +1,17 @@
 """What is pruned, by its magnitude: single weights, or neurons with all that is theirs."""
 
-from typing import Literal, get_args
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from neq.layers.base import NeuronLayer, shaped_like
 from neq.layers.groups import LeaveAlone, groups_of, left_alone
+from neq.measure.evaluating import hooked
 
 Per = Literal["element", "neuron"]
 """What is pruned: single weights, or whole neurons."""
@@ -41,6 +46,29 @@ class Magnitudes:
         self._layers: list[tuple[NeuronLayer, str, str | None]] = [
             (layer, names[layer.weight], names.get(layer.bias)) for layer in found.values()
         ]
+        self._norms = {m: n for n, m in model.named_modules() if isinstance(m, _BatchNorm)}
+        self._behind: dict[nn.Module, _BatchNorm] = {}  # of a layer the batch norm that reads it
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Inside, a forward shows which layer each batch norm reads: it holds the layer's bias."""
+        made: dict[nn.Module, weakref.ref[Tensor]] = {}
+        sources: dict[_BatchNorm, set[nn.Module | None]] = {}
+
+        def note(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if isinstance(layer, _BatchNorm):
+                x = args[0] if args else kwargs["input"]
+                source = next((of for of, given in made.items() if given() is x), None)
+                sources.setdefault(layer, set()).add(source)
+            else:
+                made[layer] = weakref.ref(output)
+
+        layers = [layer for layer, *_ in self._layers]
+        with hooked(dict.fromkeys([*layers, *self._norms], note)):
+            yield
+        # a norm that several layers go through is not the bias of one
+        lone = {norm: next(iter(of)) for norm, of in sources.items() if len(of) == 1}
+        self._behind = {layer: norm for norm, layer in lone.items() if layer is not None}
 
     @torch.no_grad()
     def scores(self) -> Tensor:
@@ -49,7 +77,8 @@ class Magnitudes:
         return torch.cat([part.flatten().cpu() for part in parts])
 
     def elements(self, chosen: Tensor) -> dict[str, Tensor]:
-        """By parameter, the elements that go with some magnitudes. A gone neuron has no bias.
+        """By parameter, the elements that go with some magnitudes. A gone neuron has no bias, nor
+        has the batch norm behind it, as far as a forward has shown it.
 
         Args:
             chosen: bool, of one layer after the other, as ``scores``.
@@ -60,16 +89,15 @@ class Magnitudes:
         found: dict[str, Tensor] = {}
         for (layer, weight, bias), part in zip(self._layers, chosen.split(sizes), strict=True):
             if self.per == "neuron":
-                found |= neurons_of(layer, weight, bias, part)
-                continue
-            found[weight] = part.view(layer.weight.shape)
-            if bias is not None:
-                # of each weight its neuron; one that is zero already does not keep its neuron
-                owner = layer.spread(torch.arange(layer.n_neurons)).expand(layer.weight.shape)
-                there = (layer.weight.detach().cpu() != 0) & ~found[weight]
-                gone = torch.ones(layer.n_neurons, dtype=torch.bool)
-                gone[owner[there]] = False
-                found[bias] = shaped_like(layer.bias, gone)
+                gone = part
+                found |= neurons_of(layer, weight, bias, gone)
+            else:
+                found[weight] = part.view(layer.weight.shape)
+                gone = _without_weights(layer, found[weight])
+                if bias is not None:
+                    found[bias] = shaped_like(layer.bias, gone)
+            if (norm := self._behind.get(layer)) is not None:
+                found |= {f"{self._norms[norm]}.{key}": gone for key, _ in norm.named_parameters()}
         return found
 
     def _of(self, layer: NeuronLayer) -> Tensor:
@@ -78,6 +106,14 @@ class Magnitudes:
         if self.per == "element":
             return weight.to(dtype).abs()
         return layer.weight_rows(weight).to(dtype).square().mean(1).sqrt()
+
+
+def _without_weights(layer: NeuronLayer, pruned: Tensor) -> Tensor:
+    """The neurons that have no weight left. One that is zero already keeps no neuron."""
+    owner = layer.spread(torch.arange(layer.n_neurons)).expand(layer.weight.shape)
+    gone = torch.ones(layer.n_neurons, dtype=torch.bool)
+    gone[owner[(layer.weight.detach().cpu() != 0) & ~pruned]] = False
+    return gone
 
 
 def neurons_of(

@@ -22,7 +22,7 @@ def test_regularisers(tmp_path, capsys, monkeypatch):
     written = json.loads(file.read_text())
     assert written["environment"]["threads"] == 1
     names = [*regularisers.REGULARISERS]
-    assert [r["regulariser"] for r in written["results"]] == names + names[:3]
+    assert [r["regulariser"] for r in written["results"]] == names + names[:3] + names[-1:]
     for r in written["results"]:
         assert 0 < r["ratio_p20"] <= r["ratio_p50"] <= r["ratio_p80"]
     assert "of a plain step" in capsys.readouterr().out

@@ -24,3 +24,12 @@ def test_shrinking(tmp_path, capsys, monkeypatch):
     for r in (forward, step):
         assert 0 < r["ratio_p20"] <= r["ratio_p50"] <= r["ratio_p80"]
     assert "parameters" in capsys.readouterr().out
+
+
+def test_half_of_the_heads():
+    model = shrinking.NETWORKS["vit-s"].build()
+    shrinking.prune_heads(model)
+    values = [m for name, m in model.named_modules() if name.endswith("v_proj")]
+    assert len(values) == 12
+    for layer in values:
+        assert layer.weight.any(1).tolist() == 192 * [False] + 192 * [True]

@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 import neq
+from tests.support.layers import active_elements, layers_of
+from tests.support.transformers_models import bert, gpt2, resnet, vit
 from tests.support.velocities import NAN, chosen_rows, controller, motion
 
 
@@ -162,6 +164,49 @@ def test_adaptive_eps_at_each_step_by_hand():
     assert control.layers
 
 
+class StraightThrough(torch.autograd.Function):
+    """1 where x >= 0, else 0; backward takes it for the identity."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return (x >= 0).to(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def test_adaptive_eps_against_autograd():
+    """dL/dε through w' = w - u · STE(|v| - ε), of which the published code keeps the graph."""
+    torch.manual_seed(0)
+    model = neq.convert(nn.Sequential(nn.Linear(4, 5, bias=False), nn.Tanh(), nn.Linear(5, 2)))
+    model[2].requires_grad_(False)
+    model.double()
+    x, y = torch.randn(8, 4).double(), torch.randn(8, 2).double()
+    optimizer = torch.optim.SGD([model[0].weight], lr=0.3)
+    policy = neq.AdaptiveEps(0.2, rate=1e-3, every="step")
+    controller(policy, model, probe=x, optimizer=optimizer, leave_alone=["2"], warmup=0)
+    speeds = torch.tensor([0.1, 0.5, 0.3, 0.15, 0.9]).double()
+    assert chosen_rows(policy, motion(speeds.tolist())) == [[1, 2, 4]]
+    model[0].set_active([1, 2, 4])
+
+    def loss_of(weight):
+        return (model[2](torch.tanh(x @ weight.t())) - y).square().mean()
+
+    w, u, eps = model[0].weight.detach().clone(), torch.zeros(5, 4).double(), policy.eps
+    for _ in range(4):
+        threshold = torch.tensor(eps).double().requires_grad_()
+        w = w - u * StraightThrough.apply(speeds - threshold)[:, None]
+        g, slope = torch.autograd.grad(loss_of(w), [w, threshold])
+        eps -= 1e-3 * float(slope)
+        w, u = w.detach(), 0.3 * g * model[0].active_mask[:, None]  # what is frozen has no gradient
+        optimizer.zero_grad()
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+        assert policy.eps == pytest.approx(eps, rel=1e-6)
+    assert policy.eps != 0.2
+
+
 def test_adaptive_eps_at_each_step_agrees_with_one_step_epochs():
     """Of one step each, epochs and steps are the same but for when velocities are measured."""
 
@@ -214,3 +259,27 @@ def test_adaptive_eps_resumes():
         chosen_rows(policy, motion([0.0]))
     assert second.eps == whole.eps
     assert whole.eps != 0.25
+
+
+@pytest.mark.parametrize("make", [resnet, vit, bert, gpt2], ids=lambda make: make.__name__)
+def test_adaptive_eps_at_each_step_of_models_of_transformers(make):
+    torch.manual_seed(0)
+    model, inputs = make()
+    optimizer = torch.optim.AdamW(model.train().parameters(), 1e-2)
+    policy = neq.AdaptiveEps(0.1, rate=1e-2, every="step")
+    control = neq.Controller(model, optimizer=optimizer, probe=inputs, policy=policy, warmup=0)
+    for _ in range(2):
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(**inputs).logits.square().mean().backward()
+            frozen = [
+                (getattr(layer, key), ~active, getattr(layer, key).detach().clone())
+                for layer in layers_of(model)
+                for key, active in active_elements(layer).items()
+            ]
+            optimizer.step()
+            for p, elements, before in frozen:
+                assert torch.equal(p[elements], before[elements])
+        record = control.step()
+    assert policy.eps != 0.1
+    assert 0 < record.active < record.neurons

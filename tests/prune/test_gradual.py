@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import neq
+from tests.support.transformers_models import bert, gpt2, resnet, vit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -161,6 +162,31 @@ def test_resumed_bit_for_bit():
     assert any(r.plateau for r in records)
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("make", [resnet, vit, bert, gpt2], ids=lambda make: make.__name__)
+def test_models_of_transformers(make):
+    """Pruned gradually by neuron, then shrunk; in between they train."""
+    torch.manual_seed(0)
+    model, inputs = make()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+
+    def loss_of(m):
+        return m(**inputs).logits.float().square().mean()
+
+    pruning = gradual(model, loss_of, optimizer=optimizer, twt=0.3, per="neuron")
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss_of(model.train()).backward()
+        optimizer.step()
+        record = pruning.step()
+        assert record.plateau
+        assert record.pruned_loss <= loss_of(model.eval()).item() * (1 + 1e-5)
+    assert 0 < record.sparsity < 1
+    before, outputs = sum(p.numel() for p in model.parameters()), model(**inputs).logits
+    neq.prune.shrink(model, inputs)
+    torch.testing.assert_close(model(**inputs).logits, outputs, rtol=1e-4, atol=1e-5)
+    assert sum(p.numel() for p in model.parameters()) < before
 
 
 def test_bad_arguments():

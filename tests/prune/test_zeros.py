@@ -99,6 +99,51 @@ def test_neurons_go_whole_by_their_root_mean_square(layer):
     assert zeros.sparsity == 0.5
 
 
+class Normed(nn.Module):
+    """Batch norms behind one layer, behind two, and behind none."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 6, 3, bias=False), nn.Conv2d(6, 6, 1)
+        self.three, self.head = nn.Conv2d(6, 6, 1), nn.Linear(6, 2)
+        self.own, self.shared, self.none = (nn.BatchNorm2d(6) for _ in range(3))
+
+    def forward(self, x):
+        y = torch.relu(self.own(self.one(x)))
+        y = self.shared(self.two(y)) + self.shared(self.three(y))
+        return self.head(self.none(torch.relu(y)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("per", ["element", "neuron"])
+@pytest.mark.parametrize("way", ["one-shot", "gradual", "without an example"])
+def test_the_batch_norm_behind_a_layer_holds_its_bias(per, way):
+    torch.manual_seed(0)
+    model, x = Normed(), torch.randn(4, 3, 5, 5)
+    for p in model.parameters():
+        nn.init.uniform_(p, 0.5, 1.5)
+    with torch.no_grad():
+        model.one.weight[[1, 4]] *= 1e-3
+    if way == "gradual":
+
+        def loss(m):
+            m(x)
+            others = m.one.weight[[0, 2, 3, 5]], m.two.weight, m.three.weight, m.head.weight
+            return sum((weight == 0).sum() for weight in others)
+
+        neq.prune.Gradual(model, loss, optimizer=(), per=per).step()
+    else:
+        example = x if way == "one-shot" else None
+        total = 18 if per == "neuron" else 6 * 27 + 2 * 36 + 12
+        share = (2 if per == "neuron" else 2 * 27) / total
+        neq.prune.one_shot(model, (), share, per=per, example=example)
+    gone = torch.zeros(6, dtype=torch.bool)
+    gone[[1, 4]] = True
+    assert torch.equal(~model.one.weight.flatten(1).any(1), gone)
+    for p in (model.own.weight, model.own.bias):
+        assert torch.equal(p == 0, gone if way != "without an example" else gone & False)
+    assert all(p.all() for norm in (model.shared, model.none) for p in norm.parameters())
+
+
 def test_the_outputs_are_left_alone():
     model = perceptron()
     neq.prune.one_shot(model, (), 1.0, per="neuron")

@@ -217,6 +217,64 @@ def entropy(rank: int) -> None:
     assert all(torch.equal(found[name], bits) for name, bits in whole.items())
 
 
+def train_spectral(rank: int) -> None:
+    """Eigenvalues, and what neurons share, get the gradients of the whole batch."""
+    for kind in "two", "one", "svd", "qr":
+        _, plain = model_and_twin()
+        plain = neq.spectral.convert(plain, kind=kind)
+        model = copy.deepcopy(plain)
+        spectral = [
+            [m for m in some.modules() if isinstance(m, neq.spectral.layers.SpectralLayer)]
+            for some in (model, plain)
+        ]
+        parallel = DistributedDataParallel(model)
+        optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in (model, plain)]
+        for step in range(5):
+            for index, twins in enumerate(zip(*spectral, strict=True)):
+                for layer in twins:
+                    layer.set_active(schedule(step, index, layer.n_neurons))
+            torch.manual_seed(step)
+            x = torch.randn(WORLD * BATCH, 3, 5, 5)
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            parallel(x[rank * BATCH : (rank + 1) * BATCH]).square().sum(1).mean().backward()
+            plain(x).square().sum(1).mean().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+            for (name, mine), theirs in zip(
+                model.named_parameters(), plain.parameters(), strict=True
+            ):
+                torch.testing.assert_close(mine, theirs, msg=f"{kind}, {name} at step {step}")
+
+
+def prune(rank: int) -> None:
+    """Ranks prune alike, by the mean of their losses, as a single process does by all samples."""
+    models = model_and_twin()
+    alone = dist.new_group([rank], use_local_synchronization=True)
+    torch.manual_seed(0)
+    x = torch.randn(WORLD * BATCH, 3, 5, 5)
+    for model, part, group in (
+        (models[0], x[rank * BATCH : (rank + 1) * BATCH], None),
+        (models[1], x, alone),
+    ):
+        call = model if group else DistributedDataParallel(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+
+        def loss(m: nn.Module, part: Tensor = part) -> Tensor:
+            return m(part).square().sum(1).mean()
+
+        pruning = neq.prune.Gradual(call, loss, optimizer=optimizer, twt=0.2, process_group=group)
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss(call).backward()
+            optimizer.step()
+            assert pruning.step().plateau
+    assert pruning.zeros.sparsity > 0.1
+    for mine, theirs in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(mine, theirs)
+        assert torch.equal(mine == 0, theirs == 0)
+
+
 def train_compact(rank: int, **options: object) -> None:
     """The weights of a masked model that a single process trains on the whole batch."""
     model, plain = model_and_twin()
@@ -297,6 +355,8 @@ SCENARIOS = {
         "gradient accumulation": accumulate,
         "regularisers": regularise,
         "entropy": entropy,
+        "spectral": train_spectral,
+        "pruning": prune,
         "tuning": tune,
         "cache of a prefix": share_a_cache,
         "compact": train_compact,
