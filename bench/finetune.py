@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
     cli.add_active(parser, ".5,.25,.1,.03,.015625")
     text = "shares of full's time that a budget asks for"
     add = parser.add_argument
-    add("--budget", type=cli.fractions, default=".75,.6,.5", metavar="S,S,...", help=text)
+    add("--budget", type=cli.fractions, default=".6", metavar="S,S,...", help=text)
     cli.add_seconds(parser, 60, "model")
     cli.add_json(parser)
     cli.add_plot(parser)
