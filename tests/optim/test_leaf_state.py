@@ -1,5 +1,7 @@
 """Training a compact model: the same bits as in the masked form, under every optimizer."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -34,6 +36,17 @@ WAYS += [(kind, {"fused": True}) for kind in ELEMENTWISE if "fused" in ARGUMENTS
 @pytest.mark.parametrize(("kind", "options"), WAYS)
 def test_every_optimizer(kind, options):
     train_both(*twins(on_thaw="reset"), lambda model: optimizer_for(kind, model, **options))
+
+
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("kind", [kind for kind in ELEMENTWISE if "capturable" in ARGUMENTS[kind]])
+def test_capturable(kind, each, monkeypatch):
+    """torch allows it on GPUs; the code that counts steps in tensors runs on CPUs as well."""
+    module = sys.modules[kind.step.__module__]
+    monkeypatch.setattr(module, "_get_capturable_supported_devices", lambda *_, **__: ["cpu"])
+    options = {"capturable": True, "foreach": each}
+    optimizer = train_both(*twins(), lambda model: optimizer_for(kind, model, **options))
+    assert all(isinstance(state["step"], torch.Tensor) for state in optimizer.state.values())
 
 
 @pytest.mark.parametrize("kind", MIXING, ids=lambda kind: kind.__name__)
