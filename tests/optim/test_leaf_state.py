@@ -157,7 +157,10 @@ def test_the_norm_that_is_clipped_is_that_of_the_active_rows():
     torch.testing.assert_close(*norms)
 
 
-def test_a_scaler_that_skips_steps():
+@pytest.mark.parametrize("options", [{}, {"fused": True}], ids=str)
+def test_a_scaler_that_skips_steps(options):
+    """A fused optimizer skips inside its step, with all hooks."""
+
     def take(model, optimizer, seed):
         scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
         optimizer.zero_grad()
@@ -167,7 +170,8 @@ def test_a_scaler_that_skips_steps():
         scaler.step(optimizer)
         scaler.update()
 
-    train_both(*twins(), lambda model: optimizer_for(torch.optim.AdamW, model), take=take)
+    kind = torch.optim.AdamW
+    train_both(*twins(), lambda model: optimizer_for(kind, model, **options), take=take)
 
 
 def test_rows_may_change_after_a_skipped_step():
@@ -276,6 +280,40 @@ def test_rows_have_an_age_of_their_own_in_our_adamw(on_thaw):
         push(active)
 
 
+@pytest.mark.parametrize(
+    ("kind", "on_thaw", "before", "least", "most"),
+    [
+        (neq.optim.AdamW, "keep", 50, 0.8, 1.2),
+        (neq.optim.AdamW, "reset", 50, 0.8, 1.2),
+        (torch.optim.AdamW, "keep", 2000, 0.8, 1.2),
+        (torch.optim.AdamW, "reset", 2000, 6, 7),  # as documented: it has one age for all rows
+    ],
+)
+def test_the_first_steps_of_a_row_that_comes_back(kind, on_thaw, before, least, most):
+    torch.manual_seed(0)
+    model = neq.compact(
+        neq.convert(nn.Sequential(nn.Linear(4, 8))), leave_alone=(), on_thaw=on_thaw
+    )
+    layer, leaf = model[0], model[0].active_weight
+    more = {"layers": model} if kind is neq.optim.AdamW else {}
+    optimizer = kind(model.parameters(), lr=1e-3, weight_decay=0, **more)
+
+    def lengths(rows, steps):
+        """Of row 3, or of row 0 where it is frozen."""
+        layer.set_active(rows)
+        row, found = 3 if 3 in rows else 0, []
+        for _ in range(steps):
+            start = layer.weight[row].clone()
+            leaf.grad = 1 + 0.1 * torch.randn_like(leaf)
+            optimizer.step()
+            found.append(float((layer.weight[row] - start).norm()))
+        return found
+
+    lengths(range(8), before)
+    usual = torch.tensor(lengths([0, 1, 2], 50)).median()
+    assert least < max(lengths(range(8), 10)) / usual < most
+
+
 def test_a_gradient_of_other_rows_is_never_stepped():
     _, compact = twins()
     optimizer = optimizer_for(torch.optim.SGD, compact)
@@ -293,10 +331,14 @@ def test_a_gradient_of_other_rows_is_never_stepped():
     optimizer.step()
 
 
-def test_resuming_gives_the_same_bits(tmp_path):
+@pytest.mark.parametrize(("on_thaw", "capacity"), [("keep", 20), ("reset", None)])
+@pytest.mark.parametrize("kind", [*ELEMENTWISE, torch.optim.Adafactor, neq.optim.AdamW])
+def test_resuming_gives_the_same_bits(kind, on_thaw, capacity, tmp_path):
     def build():
-        _, compact = twins(capacity=20, on_thaw="keep")
-        return compact, neq.optim.AdamW(compact.parameters(), lr=1e-3, layers=compact)
+        _, compact = twins(capacity=capacity, on_thaw=on_thaw)
+        if kind is neq.optim.AdamW:
+            return compact, kind(compact.parameters(), lr=1e-3, layers=compact)
+        return compact, optimizer_for(kind, compact)
 
     model, optimizer = build()
     for rows in ROWS, OTHER:
