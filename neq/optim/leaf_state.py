@@ -19,6 +19,7 @@ from torch.optim.optimizer import (
 from neq.layers.leaves import CompactForm, Leaves, Owner, owner_of
 from neq.layers.moves import Layout, Move, index
 from neq.optim.guard import start_value
+from neq_kernels import _torch
 
 # Entries of a leaf's state. Numbers are in lists, since torch casts tensors to the leaf's dtype.
 ROWS = "rows"  # which neurons' rows the state is of
@@ -39,6 +40,7 @@ def follow_optimizers() -> None:
         _hooks.append(register_optimizer_step_post_hook(_after))
 
 
+@_torch.not_compiled
 @torch.no_grad()
 def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     found = _leaves_of(optimizer)
@@ -58,6 +60,7 @@ def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
             owner.begin_step(partial(_note_rows, optimizer, p, owner, layer))
 
 
+@_torch.not_compiled
 @torch.no_grad()
 def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     for *_, owner, layer in _leaves_of(optimizer):
