@@ -28,12 +28,12 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import transformers
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -41,14 +41,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import neq
 from bench.lib import cli, results
 from bench.lib.environment import device_name, environment
+from bench.lib.finetuning import (
+    KINDS,
+    freeze_embeddings,
+    step_bytes,
+    train_last_layers,
+    with_adamw,
+    with_lora,
+)
 from bench.lib.networks import NETWORKS, Batch, Network
-from bench.lib.peak_memory import peak_bytes
 from bench.lib.results import Result
 from bench.lib.timing import interleave
 
 LORA_RANK = 16
 MIB = 2**20
-KINDS = ("weights", "gradients", "optimizer")
+LR = 1e-4
 
 
 class Way(NamedTuple):
@@ -57,10 +64,15 @@ class Way(NamedTuple):
     model: nn.Module
     optimizer: Optimizer
 
-    def step(self, batch: Batch, turn: int = 0) -> None:
+    def step(self, batch: Batch) -> None:
         self.optimizer.zero_grad()
         self.model(**batch)["loss"].backward()
         self.optimizer.step()
+
+    def alone(self, batch: Batch, turn: int) -> None:
+        """A step that leaves no gradients: those of all ways together would fill the memory."""
+        self.step(batch)
+        self.optimizer.zero_grad()
 
 
 def minilm() -> nn.Module:
@@ -121,13 +133,9 @@ def measure(name: str, network: Network, given: argparse.Namespace) -> list[Resu
     for label, make in makers(given.active, given.budget, batch).items():
         torch.manual_seed(0)
         way = ways[label] = make(network.build().to(device))
-        for _ in range(2):
-            way.step(batch)
-        held = bytes_by_kind(way)
-        way.optimizer.zero_grad()
-        peak = held["weights"] + held["optimizer"] + peak_bytes(partial(way.step, batch), device)
-        rows.append({"model": name, "way": label, **held, "peak": peak})
-    calls = {label: partial(way.step, batch) for label, way in ways.items()}
+        held = step_bytes(way.model, way.optimizer, partial(way.step, batch), device)
+        rows.append({"model": name, "way": label, **held})
+    calls = {label: partial(way.alone, batch) for label, way in ways.items()}
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     times = interleave(calls, device, given.seconds, clock)
     for row in rows:
@@ -148,12 +156,11 @@ def makers(
 
 
 def _with_adamw(model: nn.Module) -> Way:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return Way(model, torch.optim.AdamW(trained, lr=1e-4, fused=True))
+    return Way(model, with_adamw(model, LR))
 
 
 def _freeze(share: float, model: nn.Module) -> None:
-    _freeze_embeddings(model)
+    freeze_embeddings(model)
     for layer in neq.convert(model).modules():
         if isinstance(layer, neq.NeuronLayer) and layer.trains:
             layer.set_active(torch.randperm(layer.n_neurons)[: round(share * layer.n_neurons)])
@@ -161,7 +168,7 @@ def _freeze(share: float, model: nn.Module) -> None:
 
 def _masked(share: float, model: nn.Module) -> Way:
     _freeze(share, model)
-    return Way(model, neq.optim.AdamW(model.parameters(), lr=1e-4, layers=model))
+    return Way(model, neq.optim.AdamW(model.parameters(), lr=LR, layers=model))
 
 
 def _compact(share: float, model: nn.Module) -> Way:
@@ -170,12 +177,8 @@ def _compact(share: float, model: nn.Module) -> Way:
 
 
 def _layers(share: float, model: nn.Module) -> Way:
-    _freeze_embeddings(model)
-    wanted = share * sum(p.numel() for p in model.parameters() if p.requires_grad)
-    trained = 0
-    for p in reversed([p for p in model.parameters() if p.requires_grad]):
-        p.requires_grad_(trained < wanted)
-        trained += p.numel() * p.requires_grad
+    freeze_embeddings(model)
+    train_last_layers(model, share)
     return _with_adamw(model)
 
 
@@ -193,31 +196,8 @@ def _budget(share: float, batch: Batch, model: nn.Module) -> Way:
     return Way(model, optimizer)
 
 
-def _freeze_embeddings(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            module.requires_grad_(False)
-
-
 def _lora(model: nn.Module) -> Way:
-    from peft import LoraConfig, get_peft_model
-
-    return _with_adamw(get_peft_model(model, LoraConfig(r=LORA_RANK, target_modules="all-linear")))
-
-
-def bytes_by_kind(way: Way) -> dict[str, int]:
-    """Of the tensors that are there after a step."""
-
-    def size(tensors: Any) -> int:
-        return sum(t.nbytes for t in {id(t): t for t in tensors}.values())
-
-    parameters = [*way.model.parameters()]
-    state = (t for entries in way.optimizer.state.values() for t in entries.values())
-    return {
-        "weights": size([*parameters, *way.model.buffers()]),
-        "gradients": size(p.grad for p in parameters if p.grad is not None),
-        "optimizer": size(t for t in state if isinstance(t, Tensor)),
-    }
+    return _with_adamw(with_lora(model, LORA_RANK))
 
 
 def table(rows: list[Result]) -> Table:

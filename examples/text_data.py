@@ -1,7 +1,7 @@
 """Text with labels, without a download: docstrings of installed packages, to be told apart.
 
 The label of a docstring is the package that it comes from. All docstrings of a module, a file, are
-either trained on or tested with. Names of the packages are blanked out.
+of one part: trained on, tuned with or tested with. Names of the packages are blanked out.
 """
 
 import ast
@@ -21,7 +21,7 @@ PACKAGES = (
     *(STDLIB, "torch", "numpy", "sympy", "networkx", "matplotlib", "transformers", "lightning"),
     *("huggingface_hub", "mypy"),
 )
-TESTED = 5  # one module in so many is for testing
+PARTS = ("test", "tune", "train", "train", "train")  # of five modules
 SHORTEST, LONGEST = 80, 2000  # characters of a docstring
 
 
@@ -37,19 +37,27 @@ class Batch(NamedTuple):
 
 
 class Texts(NamedTuple):
-    """What to train on, and what to test with."""
+    """What to train on, to choose settings with, and to test with."""
 
-    classes: Sequence[str]
     train: Batch
+    tune: Batch
     test: Batch
+
+    def checksum(self) -> int:
+        """Another one for other texts."""
+        found = 0
+        for batch in self:
+            for t in (batch.labels, *batch.tokens.values()):
+                found = zlib.crc32(t.numpy().tobytes(), found)
+        return found
 
 
 def load(
     tokenizer: Any,
     packages: Sequence[str] = PACKAGES,
-    limit: int = 128,
-    test_limit: int = 48,
-    length: int = 64,
+    limit: int = 160,
+    test_limit: int = 64,
+    length: int = 32,
 ) -> Texts:
     """The docstrings of some packages, as many of each.
 
@@ -57,29 +65,30 @@ def load(
         tokenizer: One of transformers.
         packages: Their names. ``"stdlib"`` is Python itself.
         limit: How many docstrings of a package to train on, at most.
-        test_limit: How many to test with.
+        test_limit: How many to tune with, and to test with.
         length: How many tokens of each are kept.
     """
-    parts: tuple[list[tuple[str, int]], list[tuple[str, int]]] = ([], [])
+    limits = {"train": limit, "tune": test_limit, "test": test_limit}
+    parts: dict[str, list[tuple[str, int]]] = {part: [] for part in limits}
     blanked = re.compile("|".join(p for p in packages if p != STDLIB), re.IGNORECASE)
     for label, package in enumerate(packages):
-        found: tuple[dict[str, int], dict[str, int]] = ({}, {})
+        found: dict[str, set[str]] = {part: set() for part in limits}
         for module, text in _docstrings(package):
-            tested = zlib.crc32(f"{package}/{module}".encode()) % TESTED == 0
-            found[tested][blanked.sub("", text)] = label
-        for part, texts, most in zip(parts, found, (limit, test_limit), strict=True):
+            part = PARTS[zlib.crc32(f"{package}/{module}".encode()) % len(PARTS)]
+            found[part].add(blanked.sub("", text))
+        for part, most in limits.items():
             # in an order that has to do with no module
-            ordered = sorted(texts, key=lambda text: zlib.crc32(text.encode()))
-            part += [(text, label) for text in ordered[:most]]
-    batches = []
-    for part in parts:
-        texts, labels = zip(*part, strict=True)
+            ordered = sorted(found[part], key=lambda text: zlib.crc32(text.encode()))
+            parts[part] += [(text, label) for text in ordered[:most]]
+    batches = {}
+    for part, labelled in parts.items():
+        texts, labels = zip(*labelled, strict=True)
         tokens = tokenizer(
             list(texts), truncation=True, padding="max_length", max_length=length,
             return_tensors="pt",
         )  # fmt: skip
-        batches.append(Batch(dict(tokens), torch.tensor(labels)))
-    return Texts(packages, *batches)
+        batches[part] = Batch(dict(tokens), torch.tensor(labels))
+    return Texts(**batches)
 
 
 def _docstrings(package: str) -> Iterator[tuple[str, str]]:

@@ -171,9 +171,9 @@ class Controller:
         self._recorder = Recorder(self.policy, self._costs, by_rows, self.warmup, epochs)
         self.prefix = prefix_for(self.policy, self.model, self.layers, inputs, leave_alone)
         self._statistics = statistics
-        if self.optimizers:
-            self._count = StepCount(self.optimizers[0], every, self._measure_and_choose)
         self.policy.attach(self)
+        if self.optimizers:  # last: what others do after a step has to come before the choice
+            self._count = StepCount(self.optimizers[0], every, self._measure_and_choose)
         self._samples = on_host(self._observe())
         if self.warmup == 0:
             self._decide(self._active())

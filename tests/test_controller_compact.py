@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import neq
+from tests.support.compact import assert_same_weights
 from tests.support.training import Net, build, data, train
 
 
@@ -67,6 +68,26 @@ def test_it_trains_like_a_masked_one(optimizer):
             "norm.running_mean",
         ):  # a batch norm makes its gradient one of rounding errors
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("on_thaw", ["keep", "reset"])
+@pytest.mark.parametrize("capacity", [None, 0.75])
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, neq.optim.AdamW])
+@pytest.mark.filterwarnings("ignore:neq.compact")
+def test_a_choice_within_a_step_is_that_after_it(kind, capacity, on_thaw):
+    """The state stays that of the rows that stepped, though hooks of the step change them."""
+    models = []
+    for every in 3, None:
+        torch.manual_seed(0)
+        model = neq.compact(Net(), capacity=capacity, on_thaw=on_thaw)
+        more = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+        optimizer = kind(model.parameters(), lr=1e-2, **more)
+        policy = {"policy": neq.Random(0.5), "on_thaw": on_thaw, "every": every}
+        control = neq.Controller(model, optimizer=optimizer, **policy)
+        train(model, optimizer, 4, None if every else control)  # of three steps each
+        assert control.epoch == 4
+        models.append(model)
+    assert_same_weights(*models)
 
 
 def test_letting_go_leaves_the_rows():

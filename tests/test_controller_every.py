@@ -29,6 +29,37 @@ def test_it_does_what_step_would_do_after_as_many_steps():
             assert torch.equal(value, other.state_dict()[key]), key
 
 
+@pytest.mark.parametrize("compact", [False, True])
+def test_steps_are_shortened_before_the_choice(compact):
+    """By an annealed rate: a step that ends an epoch moves nothing that is frozen from then on."""
+    found = []
+    for every in 3, None:
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(5)))
+        if compact:
+            neq.compact(model, capacity=1.0, leave_alone=())
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        control = neq.Controller(
+            model,
+            optimizer=optimizer,
+            policy=neq.BottomUp.scheduled([0.4, 0.7], epochs=6, anneal=0.4, above=neq.Random(0.5)),
+            every=every,
+            probe=(x := torch.randn(6, 8)),
+            warmup=0,
+            on_thaw="reset",
+        )
+        for number in range(18):
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+            if every is None and number % 3 == 2:
+                control.step()
+        assert control.record.depth == 2
+        found.append(model.state_dict())
+    for name, values in found[0].items():
+        assert torch.equal(values, found[1][name]), name
+
+
 def test_an_epoch_is_so_many_steps():
     model, optimizer, control = build(neq.Random(0.5), every=2, warmup=2)
     assert control.record is None

@@ -33,6 +33,7 @@ class Owner:
     _leaf: "weakref.ref[nn.Parameter]"
     _layer: "weakref.ref[CompactForm]"
     name: str
+    _at_end: Callable[[], None] | None = None  # of the step that is under way
     _used: tuple["weakref.ref[Tensor]", int] | None = None  # the gradient of a step, its version
     _lost: "weakref.ref[Tensor] | None" = None  # a gradient of rows that are gone
 
@@ -40,6 +41,20 @@ class Owner:
     def layer(self) -> "CompactForm | None":
         """The layer, as long as there is one."""
         return self._layer()
+
+    def begin_step(self, at_end: Callable[[], None]) -> None:
+        """A step of an optimizer is under way.
+
+        Args:
+            at_end: Called once: after the step, but before hooks of the step change the rows.
+        """
+        self._at_end = at_end
+
+    def end_step(self) -> None:
+        """The step is over, if one is under way."""
+        at_end, self._at_end = self._at_end, None
+        if at_end is not None:
+            at_end()
 
     def use_gradient(self) -> None:
         """Remember that a step has used the gradient."""
@@ -313,6 +328,8 @@ class CompactForm(nn.Module):
                 f"rows, and these have {old['weight'].size}; in a process group they can't change, "
                 "since DDP has buffers of that size: give neq.compact a larger capacity"
             )
+        for name in leaves.dims:
+            _owners[id(self._pair(name)[0])].end_step()
         self.active.set(mask)
         leaves.rows = new.rows
         for name in leaves.dims:

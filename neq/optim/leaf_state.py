@@ -5,7 +5,8 @@ itself which rows it is of, so this works whatever came in between: ``set_active
 ``load_state_dict``, a copy, ``neq.expand``. After the step, the weights are written.
 """
 
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,15 +16,19 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from neq.layers.leaves import CompactForm, Owner, owner_of
+from neq.layers.leaves import CompactForm, Leaves, Owner, owner_of
 from neq.layers.moves import Layout, Move, index
 from neq.optim.guard import start_value
+from neq_kernels import _torch
 
 # Entries of a leaf's state. Numbers are in lists, since torch casts tensors to the leaf's dtype.
 ROWS = "rows"  # which neurons' rows the state is of
 SINCE = "since"  # for each of them, the step in which it came; missing if all were there from 0 on
 PARKED = "parked"  # the state of rows that left: "rows", their "ages", and tensors by their entry
 MASTER = "master"  # the leaf itself, where its dtype is not the weight's, so that it is saved
+
+# Entries of torch's and of transformers' Adafactor: the dimension of the leaf that is summed up.
+_SUMMED = {"row_var": -1, "col_var": -2, "exp_avg_sq_row": -1, "exp_avg_sq_col": -2}
 
 _hooks: list[Any] = []
 
@@ -35,6 +40,7 @@ def follow_optimizers() -> None:
         _hooks.append(register_optimizer_step_post_hook(_after))
 
 
+@_torch.not_compiled
 @torch.no_grad()
 def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     found = _leaves_of(optimizer)
@@ -47,26 +53,33 @@ def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any])
             )
     if isinstance(optimizer, LBFGS):
         _restart_if_others_train(optimizer, [layer for *_, layer in found])
-        return
     for p, group, owner, layer in found:
-        if state := optimizer.state.get(p):
+        if (state := optimizer.state.get(p)) and not isinstance(optimizer, LBFGS):
             _State(optimizer, group, p, layer, owner.name, state).align()
+        if layer.leaves is not None:
+            owner.begin_step(partial(_note_rows, optimizer, p, owner, layer))
 
 
+@_torch.not_compiled
 @torch.no_grad()
 def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    for p, _, owner, layer in _leaves_of(optimizer):
+    for *_, owner, layer in _leaves_of(optimizer):
         if layer.leaves is None:
             continue
         layer.write(owner.name)
-        owner.use_gradient()
-        # others than SGD take an empty state for one that they have yet to fill
-        if isinstance(optimizer, LBFGS) or not (optimizer.state.get(p) or type(optimizer) is SGD):
-            continue
-        state = optimizer.state[p]
-        state[ROWS] = layer.leaves.rows
-        if p.dtype != layer._buffers[owner.name].dtype:  # type: ignore[union-attr]
-            state[MASTER] = p.detach()
+        owner.end_step()
+
+
+def _note_rows(optimizer: Optimizer, p: Tensor, owner: Owner, layer: CompactForm) -> None:
+    """Note which rows the step was of, and that it has used their gradient."""
+    owner.use_gradient()
+    # others than SGD take an empty state for one that they have yet to fill
+    if isinstance(optimizer, LBFGS) or not (optimizer.state.get(p) or type(optimizer) is SGD):
+        return
+    state = optimizer.state[p]
+    state[ROWS] = cast(Leaves, layer.leaves).rows
+    if p.dtype != cast(Tensor, layer._buffers[owner.name]).dtype:
+        state[MASTER] = p.detach()
 
 
 def _leaves_of(
@@ -172,20 +185,33 @@ class _State:
         else:
             self.entries[ROWS] = self.rows
 
-    def _tensors(self, size: int) -> dict[str, Tensor]:
-        """The entries that have an element, or more, for each of so many rows: their values."""
+    def _dim(self, key: str) -> int | None:
+        """The dimension of an entry that counts rows, if it has an element, or more, for each."""
+        t, dims = self.entries.get(key), self.p.dim()
+        if not isinstance(t, Tensor):
+            return None
+        summed = _SUMMED.get(key)
+        if summed is None:
+            return self.dim if t.dim() == dims else None
+        if dims + summed == self.dim:
+            return None
+        return self.dim - (t.dim() < dims and dims + summed < self.dim)
+
+    def _tensors(self, size: int) -> dict[str, tuple[Tensor, int]]:
+        """The entries that have an element, or more, for each of so many rows.
+
+        Their values, and their dimension that counts rows.
+        """
         return {
-            key: t if type(t) is Tensor else t.dequantize()
+            key: (t if type(t) is Tensor else t.dequantize(), dim)
             for key, t in self.entries.items()
-            if isinstance(t, Tensor) and t.dim() == self.p.dim() and t.shape[self.dim] == size
+            if (dim := self._dim(key)) is not None and t.shape[dim] == size
         }
 
     def _old(self, then: list[int] | None) -> Layout:
         n = self.layer.active.neurons
         sizes = [
-            t.shape[self.dim]
-            for t in self.entries.values()
-            if isinstance(t, Tensor) and t.dim() == self.p.dim()
+            t.shape[dim] for key, t in self.entries.items() if (dim := self._dim(key)) is not None
         ]
         size = max(sizes, default=self.p.shape[self.dim])
         if then is None and float(self.entries.get("step", 1)) == 0:
@@ -210,9 +236,9 @@ class _State:
             parked = self._park(move, tensors, ages, parked)
         else:
             parked = {ROWS: [], "ages": []}
-        for key, t in tensors.items():
-            moved = move(t, self.dim, start_value(self.optimizer, self.group, key))
-            self._bring(move, key, moved, parked)
+        for key, (t, dim) in tensors.items():
+            moved = move(t, dim, start_value(self.optimizer, self.group, key))
+            self._bring(move, key, moved, dim, parked)
             if moved.shape != t.shape:
                 self.entries[key] = self._empty(key, moved)
             self.entries[key].copy_(moved)  # the same tensor, which a captured graph may read
@@ -220,7 +246,7 @@ class _State:
         self._set_ages(ages, move.new)
         waiting = [i for i, row in enumerate(parked[ROWS]) if row not in move.new.places]
         if waiting:
-            kept = {key: self._some(t, waiting) for key, t in parked.items() if key in tensors}
+            kept = {key: _some(parked[key], dim, waiting) for key, (_, dim) in tensors.items()}
             lists = {key: [parked[key][i] for i in waiting] for key in (ROWS, "ages")}
             self.entries[PARKED] = {**lists, **kept}
 
@@ -230,28 +256,30 @@ class _State:
         empty: Tensor = torch.empty_like(like) if make is None else make(self.p, key == "exp_avg")
         return empty
 
-    def _some(self, t: Tensor, places: list[int]) -> Tensor:
-        return t.index_select(self.dim, torch.tensor(places, dtype=torch.int64, device=t.device))
-
     def _park(
-        self, move: Move, tensors: dict[str, Tensor], ages: dict[int, float], parked: dict[str, Any]
+        self,
+        move: Move,
+        tensors: dict[str, tuple[Tensor, int]],
+        ages: dict[int, float],
+        parked: dict[str, Any],
     ) -> dict[str, Any]:
         """What is parked, and the state of the rows that leave."""
         places = [move.old.places[row] for row in move.left]
-        more = {key: self._some(t, places).cpu() for key, t in tensors.items()}
-        for key, t in more.items():
+        more = {}
+        for key, (t, dim) in tensors.items():
+            more[key] = _some(t, dim, places).cpu()
             if key in parked:
-                more[key] = torch.cat([parked[key].cpu(), t], self.dim)
+                more[key] = torch.cat([parked[key].cpu(), more[key]], dim)
         gone = [ages.get(row, 0) for row in move.left]
         return {ROWS: parked[ROWS] + move.left, "ages": parked["ages"] + gone, **more}
 
-    def _bring(self, move: Move, key: str, moved: Tensor, parked: dict[str, Any]) -> None:
+    def _bring(self, move: Move, key: str, moved: Tensor, dim: int, parked: dict[str, Any]) -> None:
         """Bring back what is parked of the rows that came."""
         at = {row: i for i, row in enumerate(parked[ROWS])}
         back = [row for row in move.came if row in at]
         if back and key in parked:
-            values = self._some(parked[key], [at[row] for row in back]).to(moved)
-            moved.index_copy_(self.dim, index(back, move.new, moved.device), values)
+            values = _some(parked[key], dim, [at[row] for row in back]).to(moved)
+            moved.index_copy_(dim, index(back, move.new, moved.device), values)
 
     def _ages(self, layout: Layout) -> dict[int, float]:
         """How many steps each row of the state has seen."""
@@ -264,3 +292,7 @@ class _State:
             return
         step = float(self.entries["step"])
         self.entries[SINCE] = [step - ages.get(row, 0) for row in layout.rows]
+
+
+def _some(t: Tensor, dim: int, places: list[int]) -> Tensor:
+    return t.index_select(dim, torch.tensor(places, dtype=torch.int64, device=t.device))

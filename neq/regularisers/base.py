@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from neq.layers.groups import Group
 from neq.wrapped import optimizer_in
 
 
@@ -83,6 +84,15 @@ class Regulariser(ABC):
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is None or not found_inf:
             self.decay(optimizer)
+
+
+def refuse_compact(kind: str, name: str, group: Group) -> None:
+    """Raise a ValueError if the weights of a group are not parameters."""
+    if group.is_compact:
+        raise ValueError(
+            f"{kind}: layer {name!r} is in the compact form, whose leaves it can't decay by "
+            "neuron: call neq.expand, or take neq.LOBSTER, which decays leaves"
+        )
 
 
 def decay_neurons(p: Tensor, insensitivity: Tensor, lam: float) -> None:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from neq.layers.base import NeuronLayer, shaped_like
 from neq.layers.groups import Group, groups_of
 from neq.optim.frozen import frozen_in, modules_in
-from neq.regularisers.base import Regulariser, decay_neurons
+from neq.regularisers.base import Regulariser, decay_neurons, refuse_compact
 from neq.wrapped import model_in
 from neq_kernels import _torch
 
@@ -151,6 +151,8 @@ class NeuronLOBSTER(Regulariser):
             raise ValueError(f"NeuronLOBSTER: momentum must lie in [0, 1), got {momentum}")
         self.momentum, self.rescaled = momentum, rescaled
         groups = groups_of(model_in(model))
+        for name, group in groups.items():
+            refuse_compact("NeuronLOBSTER", name, group)
         self._groups = {n: g for n, g in groups.items() if g.first.bias is not None}
         if not self._groups:
             raise ValueError(
@@ -166,6 +168,7 @@ class NeuronLOBSTER(Regulariser):
             layer = group.first
             if not isinstance(layer, NeuronLayer):
                 continue  # reverted
+            refuse_compact("NeuronLOBSTER", name, group)
             if layer.bias.grad is None or layer.active.k == 0:
                 continue
             insensitivity = self._insensitivity(name, group)

@@ -14,7 +14,7 @@ from neq.layers.base import NeuronLayer
 from neq.layers.groups import groups_of
 from neq.measure.sensitivity import Kind, Sensitivity
 from neq.ranks import Ranks
-from neq.regularisers.base import Regulariser, decay_neurons
+from neq.regularisers.base import Regulariser, decay_neurons, refuse_compact
 from neq.wrapped import model_in
 
 
@@ -70,6 +70,8 @@ class SeReNe(Regulariser):
         self._sensitivity, self._ranks = Sensitivity(kind), Ranks(process_group)
         model = model_in(model)
         groups = groups_of(model)
+        for name, group in groups.items():
+            refuse_compact("SeReNe", name, group)
         # a ReLU may lie behind a norm, so "local" also looks at these
         self._groups = {n: g for n, g in groups.items() if g.multiplies or kind == "local"}
         self._sizes = [group.n_neurons for group in self._groups.values()]
@@ -114,8 +116,9 @@ class SeReNe(Regulariser):
         scores = self._sensitivity.score(sums)["sensitivity"].split(self._sizes)
         self._sensitivity.start()
         self._observed = False
-        for group, s in zip(self._groups.values(), scores, strict=True):
+        for (name, group), s in zip(self._groups.items(), scores, strict=True):
             layer = group.first
+            refuse_compact("SeReNe", name, group)
             if group.multiplies and layer.weight in self.parameters:
                 insensitivity = (1 - s.to(layer.weight.device)).relu().nan_to_num(0)
                 if not layer.active.everything:

@@ -4,14 +4,17 @@ import copy
 import gc
 import warnings
 
+import peft
 import pytest
 import torch
 from torch import nn
 
 import neq
+from bench.lib.peak_memory import peak_bytes
 from neq.cost.account import Memory
 from neq.optim import Guard
 from tests.support.compact import (
+    OTHER,
     ROWS,
     Net,
     assert_same_weights,
@@ -111,6 +114,46 @@ def test_the_bytes_that_torch_allocates():
     assert f"memory now: {account.memory}" in str(account)
 
 
+@pytest.mark.parametrize("master_dtype", [None, torch.float32])
+def test_the_bytes_of_masters(master_dtype):
+    """bfloat16 weights of all rows; leaves, gradients and moments of the active ones in theirs."""
+    torch.manual_seed(0)
+    model = neq.convert(nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 512))).bfloat16()
+    for layer in model:
+        layer.set_active(range(64))
+    start = live_bytes()
+    N, s = sum(p.numel() for p in model.parameters()), 64 / 512
+    neq.compact(model, master_dtype=master_dtype, leave_alone=())
+    optimizer = torch.optim.AdamW(model.parameters())
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.ones(1, 512, dtype=torch.bfloat16)).sum().backward()
+        optimizer.step()
+    size = 2 if master_dtype is None else 4
+    assert live_bytes() - start == pytest.approx(4 * size * s * N, rel=0.05)
+
+
+@pytest.mark.parametrize("capacity", [64, None])
+def test_no_buffer_of_a_step_is_as_large_as_a_weight(capacity):
+    torch.manual_seed(0)
+    model = neq.convert(nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 512)))
+    for layer in model[0], model[2]:
+        layer.set_active(range(32))
+    neq.compact(model, capacity=capacity, leave_alone=())
+    optimizer = torch.optim.AdamW(model.parameters())
+    x = torch.ones(4, 512)
+
+    def take():
+        optimizer.zero_grad()
+        model(x).sum().backward()
+        optimizer.step()
+
+    take()
+    gradients = sum(p.nbytes for p in model.parameters())
+    activations = 4 * 3 * x.nbytes
+    assert peak_bytes(take, torch.device("cpu")) < 2 * gradients + activations < 4 * 512 * 512
+
+
 def live_bytes():
     """The bytes of all storages that are alive."""
     gc.collect()
@@ -130,6 +173,41 @@ def test_a_copy_trains_by_itself():
     for name, values in compact.state_dict().items():
         assert torch.equal(values, before[name])
     assert not torch.equal(other.mlp.weight, compact.mlp.weight)
+
+
+@pytest.mark.parametrize("adapters_first", [False, True])
+def test_adapters_on_other_layers(adapters_first):
+    """peft freezes all that it adds none to, so what is to train is said again."""
+
+    def build(compact):
+        torch.manual_seed(0)
+        net = neq.convert(Net())
+        set_rows(net, ROWS)
+        if compact and not adapters_first:
+            neq.compact(net)
+        torch.manual_seed(1)
+        model = peft.get_peft_model(net, peft.LoraConfig(r=2, target_modules=["tokens"]))
+        for layer in net.conv, net.norm, net.mlp:
+            layer.requires_grad_(True)
+        if compact and adapters_first:
+            neq.compact(net)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return model, torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
+
+    (masked, steps), (compact, others) = build(False), build(True)
+    assert compact.get_submodule("base_model.model.mlp").active_weight.shape == (16, 32)
+    Guard(steps, masked, on_thaw="reset")
+    start = copy.deepcopy(masked.state_dict())
+    with same_arithmetic():
+        for model, optimizer in (masked, steps), (compact, others):
+            for rows in ROWS, OTHER:
+                set_rows(model.base_model.model, {"mlp": rows["mlp"], "conv": rows["conv"]})
+                for seed in range(3):
+                    step(model, optimizer, seed)
+    assert_same_weights(masked, compact)
+    moved = {name for name, t in masked.state_dict().items() if not torch.equal(t, start[name])}
+    assert {name.split(".")[2] for name in moved} == {"conv", "norm", "tokens", "mlp"}
+    assert "base_model.model.tokens.base_layer.weight" not in moved
 
 
 def test_layers_that_share_a_weight_share_their_leaves():

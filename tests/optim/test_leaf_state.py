@@ -1,5 +1,7 @@
 """Training a compact model: the same bits as in the masked form, under every optimizer."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -9,8 +11,6 @@ import neq
 from tests.support.compact import (
     OTHER,
     ROWS,
-    Net,
-    assert_same_weights,
     batch,
     loss_of,
     optimizer_for,
@@ -34,6 +34,17 @@ WAYS += [(kind, {"fused": True}) for kind in ELEMENTWISE if "fused" in ARGUMENTS
 @pytest.mark.parametrize(("kind", "options"), WAYS)
 def test_every_optimizer(kind, options):
     train_both(*twins(on_thaw="reset"), lambda model: optimizer_for(kind, model, **options))
+
+
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("kind", [kind for kind in ELEMENTWISE if "capturable" in ARGUMENTS[kind]])
+def test_capturable(kind, each, monkeypatch):
+    """torch allows it on GPUs; the code that counts steps in tensors runs on CPUs as well."""
+    module = sys.modules[kind.step.__module__]
+    monkeypatch.setattr(module, "_get_capturable_supported_devices", lambda *_, **__: ["cpu"])
+    options = {"capturable": True, "foreach": each}
+    optimizer = train_both(*twins(), lambda model: optimizer_for(kind, model, **options))
+    assert all(isinstance(state["step"], torch.Tensor) for state in optimizer.state.values())
 
 
 @pytest.mark.parametrize("kind", MIXING, ids=lambda kind: kind.__name__)
@@ -144,7 +155,10 @@ def test_the_norm_that_is_clipped_is_that_of_the_active_rows():
     torch.testing.assert_close(*norms)
 
 
-def test_a_scaler_that_skips_steps():
+@pytest.mark.parametrize("options", [{}, {"fused": True}], ids=str)
+def test_a_scaler_that_skips_steps(options):
+    """A fused optimizer skips inside its step, with all hooks."""
+
     def take(model, optimizer, seed):
         scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
         optimizer.zero_grad()
@@ -154,7 +168,8 @@ def test_a_scaler_that_skips_steps():
         scaler.step(optimizer)
         scaler.update()
 
-    train_both(*twins(), lambda model: optimizer_for(torch.optim.AdamW, model), take=take)
+    kind = torch.optim.AdamW
+    train_both(*twins(), lambda model: optimizer_for(kind, model, **options), take=take)
 
 
 def test_rows_may_change_after_a_skipped_step():
@@ -203,6 +218,26 @@ def test_compiled_models():
                 optimizer.zero_grad()
                 run(batch()).square().sum().backward()
                 optimizer.step()
+    for (name, a), b in zip(compact.state_dict().items(), eager.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+def test_a_compiled_step():
+    """Its hooks run as they are, else each leaf would be compiled for itself."""
+    _, compact = twins(capacity=20)
+    _, eager = twins(capacity=20)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=4, fail_on_recompile_limit_hit=True):
+        for model in compact, eager:
+            optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(1e-3))
+            step = optimizer.step
+            if model is compact:
+                step = torch.compile(step, backend="aot_eager")
+            for seed, rows in enumerate((ROWS, ROWS, OTHER, OTHER)):
+                set_rows(model, rows)
+                optimizer.zero_grad()
+                loss_of(model, seed).backward()
+                step()
     for (name, a), b in zip(compact.state_dict().items(), eager.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, msg=name)
 
@@ -263,6 +298,40 @@ def test_rows_have_an_age_of_their_own_in_our_adamw(on_thaw):
         push(active)
 
 
+@pytest.mark.parametrize(
+    ("kind", "on_thaw", "before", "least", "most"),
+    [
+        (neq.optim.AdamW, "keep", 50, 0.8, 1.2),
+        (neq.optim.AdamW, "reset", 50, 0.8, 1.2),
+        (torch.optim.AdamW, "keep", 2000, 0.8, 1.2),
+        (torch.optim.AdamW, "reset", 2000, 6, 7),  # as documented: it has one age for all rows
+    ],
+)
+def test_the_first_steps_of_a_row_that_comes_back(kind, on_thaw, before, least, most):
+    torch.manual_seed(0)
+    model = neq.compact(
+        neq.convert(nn.Sequential(nn.Linear(4, 8))), leave_alone=(), on_thaw=on_thaw
+    )
+    layer, leaf = model[0], model[0].active_weight
+    more = {"layers": model} if kind is neq.optim.AdamW else {}
+    optimizer = kind(model.parameters(), lr=1e-3, weight_decay=0, **more)
+
+    def lengths(rows, steps):
+        """Of row 3, or of row 0 where it is frozen."""
+        layer.set_active(rows)
+        row, found = 3 if 3 in rows else 0, []
+        for _ in range(steps):
+            start = layer.weight[row].clone()
+            leaf.grad = 1 + 0.1 * torch.randn_like(leaf)
+            optimizer.step()
+            found.append(float((layer.weight[row] - start).norm()))
+        return found
+
+    lengths(range(8), before)
+    usual = torch.tensor(lengths([0, 1, 2], 50)).median()
+    assert least < max(lengths(range(8), 10)) / usual < most
+
+
 def test_a_gradient_of_other_rows_is_never_stepped():
     _, compact = twins()
     optimizer = optimizer_for(torch.optim.SGD, compact)
@@ -278,50 +347,3 @@ def test_a_gradient_of_other_rows_is_never_stepped():
     optimizer.zero_grad(set_to_none=False)
     loss_of(compact).backward()
     optimizer.step()
-
-
-def test_resuming_gives_the_same_bits(tmp_path):
-    def build():
-        _, compact = twins(capacity=20, on_thaw="keep")
-        return compact, neq.optim.AdamW(compact.parameters(), lr=1e-3, layers=compact)
-
-    model, optimizer = build()
-    for rows in ROWS, OTHER:
-        set_rows(model, rows)
-        step(model, optimizer)
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "at")
-    saved = torch.load(tmp_path / "at", weights_only=True)
-    resumed, again = build()
-    resumed.load_state_dict(saved["model"])
-    again.load_state_dict(saved["optimizer"])
-    for one, steps in ((model, optimizer), (resumed, again)):
-        for rows in OTHER, ROWS:
-            set_rows(one, rows)
-            step(one, steps)
-    assert_same_weights(model, resumed)
-
-
-def test_a_state_without_row_numbers_is_refused():
-    _, compact = twins()
-    optimizer = optimizer_for(torch.optim.AdamW, compact)
-    step(compact, optimizer)
-    state = optimizer.state_dict()
-    for entries in state["state"].values():
-        entries.pop("rows", None)
-    optimizer.load_state_dict(state)
-    with pytest.raises(ValueError, match=r"'conv': .* has 16 rows of 32 neurons, and no entry"):
-        step(compact, optimizer)
-
-
-def test_a_state_of_leaves_is_refused_where_there_are_none():
-    _, compact = twins(capacity=20, on_thaw="keep")
-    optimizer = neq.optim.AdamW(compact.parameters(), layers=compact)
-    for rows in ROWS, OTHER:  # so that rows have come at different steps
-        set_rows(compact, rows)
-        step(compact, optimizer)
-    plain = neq.convert(Net())
-    other = neq.optim.AdamW(plain.parameters(), layers=plain)
-    other.load_state_dict(optimizer.state_dict())
-    loss_of(plain).backward()
-    with pytest.raises(ValueError, match=r"of a parameter \[32, 16.* is that of a leaf, whose"):
-        other.step()

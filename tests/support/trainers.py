@@ -205,7 +205,7 @@ def transformers_parts(folder, step=None, saving=None, **options):
 # -- accelerate -----------------------------------------------------------------------------------
 
 
-def accelerate_parts(folder, cut=None, **options):
+def accelerate_parts(folder, cut=None, compact=False, **options):
     """The model of a whole training, and of one that goes on from a batch in the middle."""
     from accelerate import Accelerator
     from accelerate.utils import set_seed
@@ -217,6 +217,8 @@ def accelerate_parts(folder, cut=None, **options):
         set_seed(0)
         accelerator = Accelerator(cpu=True)
         model = perceptron()
+        if compact:
+            model = neq.compact(model, capacity=0.75, on_thaw="keep")
         model, optimizer, loader = accelerator.prepare(
             model, optimizer_of(model), DataLoader(data(), batch_size=BATCH)
         )

@@ -1,0 +1,127 @@
+"""Ways to fine-tune a model, for examples/finetune_text.py."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import neq
+from bench.lib.finetuning import freeze_embeddings, train_last_layers, with_adamw, with_lora
+
+LORA_RANK = 16
+LIKE_LORA = 0.08  # the share at which compact has LoRA's peak memory
+SHARES = 0.25, 0.1
+DECISIONS = 8  # of a policy, in one run
+POLICIES: dict[str, Callable[[float, int], neq.Policy]] = {
+    "equilibrium": lambda share, seed: neq.Equilibrium(share=1 - share),  # that it freezes
+    "lowest": lambda share, seed: neq.LowestVelocity(share),
+    "random": neq.Random,
+}
+
+
+@dataclass
+class Learner:
+    """A model, and what trains it."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+
+    def step(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Returns the loss."""
+        self.optimizer.zero_grad()
+        loss: Tensor = self.model(**batch).loss
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+
+@dataclass(frozen=True)
+class Way:
+    """How to train.
+
+    Attributes:
+        prepare: Takes a model, and returns the one that trains.
+        policy: Makes the policy of a Controller for a seed; None: no Controller.
+        steps: The share of all steps that are taken. The learning rate's schedule ends there.
+    """
+
+    prepare: Callable[[nn.Module], nn.Module]
+    policy: Callable[[int], neq.Policy] | None = None
+    steps: float = 1.0
+
+    def learner(
+        self, model: nn.Module, rate: float, steps: int, probe: Mapping[str, Tensor]
+    ) -> Learner:
+        """What trains for so many steps. The policy draws from torch's seed."""
+        model = self.prepare(model)
+        optimizer = with_adamw(model, rate)
+        if self.policy is not None:
+            neq.Controller(
+                model,
+                optimizer=optimizer,
+                probe=probe,
+                policy=self.policy(torch.initial_seed()),
+                every=max(1, steps // DECISIONS),
+                on_thaw="reset",
+            )
+        warmup = max(1, steps // 10)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda done: min((done + 1) / warmup, (steps - done) / (steps - warmup + 1))
+        )
+        return Learner(model, optimizer, schedule)
+
+
+def _whole(model: nn.Module) -> nn.Module:
+    return model
+
+
+def _compact(share: float, model: nn.Module) -> nn.Module:
+    freeze_embeddings(model)
+    return neq.compact(model, capacity=share)
+
+
+def _layers(share: float, model: nn.Module) -> nn.Module:
+    freeze_embeddings(model)
+    train_last_layers(model, share)
+    return model
+
+
+def _upper_half(model: nn.Module) -> nn.Module:
+    freeze_embeddings(model)
+    layers = model.get_submodule("bert.encoder.layer")
+    for layer in [*layers.children()][: len([*layers.children()]) // 2]:
+        layer.requires_grad_(False)
+    return model
+
+
+def _converted(model: nn.Module) -> nn.Module:
+    freeze_embeddings(model)
+    return neq.convert(model)
+
+
+def _lora(model: nn.Module) -> nn.Module:
+    return with_lora(model, LORA_RANK, "SEQ_CLS")
+
+
+def _compact_way(policy: str, share: float) -> Way:
+    return Way(partial(_compact, share), partial(POLICIES[policy], share))
+
+
+WAYS: dict[str, Way] = {
+    "full": Way(_whole),
+    "full-0.7": Way(_whole, steps=0.7),  # ends when compact and LoRA do
+    **{
+        f"compact-{policy}-{share:g}": _compact_way(policy, share)
+        for share in SHARES
+        for policy in POLICIES
+    },
+    f"compact-random-{LIKE_LORA:g}": _compact_way("random", LIKE_LORA),
+    "lora": Way(_lora),
+    **{f"layers-{share:g}": Way(partial(_layers, share)) for share in SHARES},
+    "upper-half": Way(_upper_half),
+    "bottom-up": Way(_converted, lambda seed: neq.BottomUp()),
+}
