@@ -16,10 +16,10 @@ layer's neurons is active. Ways to train:
     lora         peft's, of rank 16 on every linear layer, fused AdamW
 
 Embeddings train in full, or if a budget lasts for them, and so does GPT-2's head, which shares
-their weight. Bytes are those of the tensors that are there after a step: weights (with leaves or
-adapters), gradients, optimizer. The peak is that of a step: weights, optimizer, and the most that
-torch allocates during the step. The times are taken in turns, in units of full's; with one thread
-they are the processor's.
+their weight. Bytes are those of weights (with leaves or adapters), gradients and optimizer. The
+peak is that of a step: weights, optimizer, and the most that torch allocates during the step. Ways
+with one share take turns with full, and so do the others, so that few are in memory at once. Times
+are in units of full's; with one thread they are the processor's.
 """
 
 import argparse
@@ -44,6 +44,7 @@ from bench.lib.environment import device_name, environment
 from bench.lib.finetuning import (
     KINDS,
     freeze_embeddings,
+    freeze_lower_half,
     step_bytes,
     train_last_layers,
     with_adamw,
@@ -53,6 +54,7 @@ from bench.lib.networks import NETWORKS, Batch, Network
 from bench.lib.results import Result
 from bench.lib.timing import interleave
 
+WAYS = ("full", "masked", "compact", "layers", "lora", "half", "budget")
 LORA_RANK = 16
 MIB = 2**20
 LR = 1e-4
@@ -128,31 +130,35 @@ def measure(name: str, network: Network, given: argparse.Namespace) -> list[Resu
     torch.manual_seed(0)
     samples = network.gpu if device.type == "cuda" else network.cpu
     batch = {key: t.to(device) for key, t in network.batch(samples).items()}
-    ways: dict[str, Way] = {}
-    rows = []
-    for label, make in makers(given.active, given.budget, batch).items():
-        torch.manual_seed(0)
-        way = ways[label] = make(network.build().to(device))
-        held = step_bytes(way.model, way.optimizer, partial(way.step, batch), device)
-        rows.append({"model": name, "way": label, **held})
-    calls = {label: partial(way.alone, batch) for label, way in ways.items()}
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    times = interleave(calls, device, given.seconds, clock)
-    for row in rows:
-        for figure, ms in times[row["way"]]._asdict().items():
-            row[f"ms_{figure}"] = ms
-        row["of_full"] = row["ms_p50"] / times["full"].p50
-    return rows
+    rows: dict[str, Result] = {}
+    groups = together(given.active, given.budget, batch)
+    for group in groups:
+        ways: dict[str, Way] = {}
+        for label, make in group.items():
+            torch.manual_seed(0)
+            way = ways[label] = make(network.build().to(device))
+            held = step_bytes(way.model, way.optimizer, partial(way.step, batch), device)
+            rows.setdefault(label, {"model": name, "way": label, **held})
+        calls = {label: partial(way.alone, batch) for label, way in ways.items()}
+        times = interleave(calls, device, given.seconds / len(groups), clock)
+        for label, taken in times.items():
+            row = rows[label]
+            if "of_full" not in row:  # full has been timed before
+                row |= {f"ms_{figure}": ms for figure, ms in taken._asdict().items()}
+                row |= {"full_ms": times["full"].p50, "of_full": taken.p50 / times["full"].p50}
+    return sorted(rows.values(), key=lambda row: WAYS.index(row["way"].split()[0]))
 
 
-def makers(
+def together(
     shares: list[float], budgets: list[float], batch: Batch
-) -> dict[str, Callable[[nn.Module], Way]]:
-    ways: dict[str, Callable[[nn.Module], Way]] = {"full": _with_adamw}
-    for kind, make in (("masked", _masked), ("compact", _compact), ("layers", _layers)):
-        ways |= {f"{kind} {share:g}": partial(make, share) for share in shares}
-    ways |= {"lora": _lora, "half": partial(_half, batch)}
-    return ways | {f"budget {share:g}": partial(_budget, share, batch) for share in budgets}
+) -> list[dict[str, Callable[[nn.Module], Way]]]:
+    """Ways that are in memory and timed at once: those of one share, and the others."""
+    kinds = {"masked": _masked, "compact": _compact, "layers": _layers}
+    groups = [{f"{kind} {f:g}": partial(kinds[kind], f) for kind in kinds} for f in shares]
+    groups.append({f"budget {share:g}": partial(_budget, share, batch) for share in budgets})
+    groups[-1] |= {"lora": _lora, "half": partial(_half, batch)}
+    return [{"full": _with_adamw, **group} for group in groups]
 
 
 def _with_adamw(model: nn.Module) -> Way:
@@ -183,14 +189,12 @@ def _layers(share: float, model: nn.Module) -> Way:
 
 
 def _half(batch: Batch, model: nn.Module) -> Way:
-    blocks = neq.blocks(model, batch)
-    for name in (n for block in blocks[: (len(blocks) + 1) // 2] for n in block.parameters):
-        model.get_parameter(name).requires_grad_(False)
+    freeze_lower_half(model, batch)
     return _with_adamw(model)
 
 
 def _budget(share: float, batch: Batch, model: nn.Module) -> Way:
-    optimizer = neq.optim.AdamW(model.parameters(), lr=1e-4)
+    optimizer = neq.optim.AdamW(model.parameters(), lr=LR)
     policy = neq.Budget(share=share, unit="step_ms", importance="gradient")
     neq.Controller(model, optimizer=optimizer, policy=policy, example_inputs=batch, warmup=0)
     return Way(model, optimizer)

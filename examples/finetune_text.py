@@ -11,7 +11,7 @@ need. Rates rise for a tenth of the steps, and fall to zero. In all but full, em
     compact-POLICY-SHARE  neq.compact, rows chosen eight times in a run
     lora                  peft's, on every linear layer
     layers-SHARE          the last layers with that share of the weights
-    upper-half            the upper half of the layers
+    half                  requires_grad=False on the lower half of the blocks, by hand
     bottom-up             neq.BottomUp, in the masked form
 
 First each way's learning rate is tuned, with a seed of its own, on texts that are neither trained

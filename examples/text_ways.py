@@ -9,8 +9,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import neq
-from bench.lib.finetuning import freeze_embeddings, train_last_layers, with_adamw, with_lora
+from bench.lib.finetuning import (
+    freeze_embeddings,
+    freeze_lower_half,
+    train_last_layers,
+    with_adamw,
+    with_lora,
+)
 
+Inputs = Mapping[str, Tensor]  # some training samples, as the model takes them
 LORA_RANK = 16
 LIKE_LORA = 0.08  # the share at which compact has LoRA's peak memory
 SHARES = 0.25, 0.1
@@ -30,7 +37,7 @@ class Learner:
     optimizer: Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
 
-    def step(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def step(self, batch: Inputs) -> Tensor:
         """Returns the loss."""
         self.optimizer.zero_grad()
         loss: Tensor = self.model(**batch).loss
@@ -44,20 +51,18 @@ class Way:
     """How to train.
 
     Attributes:
-        prepare: Takes a model, and returns the one that trains.
+        prepare: Takes a model and inputs, and returns the model that trains.
         policy: Makes the policy of a Controller for a seed; None: no Controller.
         steps: The share of all steps that are taken. The learning rate's schedule ends there.
     """
 
-    prepare: Callable[[nn.Module], nn.Module]
+    prepare: Callable[[nn.Module, Inputs], nn.Module]
     policy: Callable[[int], neq.Policy] | None = None
     steps: float = 1.0
 
-    def learner(
-        self, model: nn.Module, rate: float, steps: int, probe: Mapping[str, Tensor]
-    ) -> Learner:
+    def learner(self, model: nn.Module, rate: float, steps: int, probe: Inputs) -> Learner:
         """What trains for so many steps. The policy draws from torch's seed."""
-        model = self.prepare(model)
+        model = self.prepare(model, probe)
         optimizer = with_adamw(model, rate)
         if self.policy is not None:
             neq.Controller(
@@ -75,35 +80,32 @@ class Way:
         return Learner(model, optimizer, schedule)
 
 
-def _whole(model: nn.Module) -> nn.Module:
+def _whole(model: nn.Module, inputs: Inputs) -> nn.Module:
     return model
 
 
-def _compact(share: float, model: nn.Module) -> nn.Module:
+def _compact(share: float, model: nn.Module, inputs: Inputs) -> nn.Module:
     freeze_embeddings(model)
     return neq.compact(model, capacity=share)
 
 
-def _layers(share: float, model: nn.Module) -> nn.Module:
+def _layers(share: float, model: nn.Module, inputs: Inputs) -> nn.Module:
     freeze_embeddings(model)
     train_last_layers(model, share)
     return model
 
 
-def _upper_half(model: nn.Module) -> nn.Module:
-    freeze_embeddings(model)
-    layers = model.get_submodule("bert.encoder.layer")
-    for layer in [*layers.children()][: len([*layers.children()]) // 2]:
-        layer.requires_grad_(False)
+def _half(model: nn.Module, inputs: Inputs) -> nn.Module:
+    freeze_lower_half(model, inputs)
     return model
 
 
-def _converted(model: nn.Module) -> nn.Module:
+def _converted(model: nn.Module, inputs: Inputs) -> nn.Module:
     freeze_embeddings(model)
     return neq.convert(model)
 
 
-def _lora(model: nn.Module) -> nn.Module:
+def _lora(model: nn.Module, inputs: Inputs) -> nn.Module:
     return with_lora(model, LORA_RANK, "SEQ_CLS")
 
 
@@ -122,6 +124,6 @@ WAYS: dict[str, Way] = {
     f"compact-random-{LIKE_LORA:g}": _compact_way("random", LIKE_LORA),
     "lora": Way(_lora),
     **{f"layers-{share:g}": Way(partial(_layers, share)) for share in SHARES},
-    "upper-half": Way(_upper_half),
+    "half": Way(_half),
     "bottom-up": Way(_converted, lambda seed: neq.BottomUp()),
 }

@@ -1,12 +1,13 @@
 """Ways to fine-tune a model beside neq's, and the bytes of a step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+import neq
 from bench.lib.peak_memory import peak_bytes
 
 KINDS = ("weights", "gradients", "optimizer")
@@ -16,6 +17,13 @@ def freeze_embeddings(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             module.requires_grad_(False)
+
+
+def freeze_lower_half(model: nn.Module, inputs: Any) -> None:
+    """Freeze half of the blocks, from the input up."""
+    blocks = neq.blocks(model, inputs)
+    for name in (n for block in blocks[: (len(blocks) + 1) // 2] for n in block.parameters):
+        model.get_parameter(name).requires_grad_(False)
 
 
 def train_last_layers(model: nn.Module, share: float) -> None:
@@ -44,25 +52,28 @@ def with_adamw(model: nn.Module, rate: float) -> Optimizer:
 def step_bytes(
     model: nn.Module, optimizer: Optimizer, step: Callable[[], object], device: torch.device
 ) -> dict[str, int]:
-    """Of the tensors that are there after a step; and the peak of a step.
+    """Those of the weights, the gradients, the optimizer's state, and the peak of a step.
 
     The peak is weights, optimizer, and the most that torch allocates during the step.
     """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    gradients = 0
+
+    def look(*args: Any) -> None:
+        nonlocal gradients
+        gradients = _size(p.grad for p in parameters if p.grad is not None)
+
+    step()  # it makes the optimizer's state
+    hook = optimizer.register_step_pre_hook(look)
     step()
-    step()  # the first one makes the optimizer's state
-    held = _held(model, optimizer)
+    hook.remove()
     optimizer.zero_grad()
-    return held | {"peak": held["weights"] + held["optimizer"] + peak_bytes(step, device)}
+    weights = _size([*model.parameters(), *model.buffers()])
+    entries = (t for state in optimizer.state.values() for t in state.values())
+    state = _size(t for t in entries if isinstance(t, Tensor))
+    peak = weights + state + peak_bytes(step, device)
+    return {"weights": weights, "gradients": gradients, "optimizer": state, "peak": peak}
 
 
-def _held(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
-    def size(tensors: Any) -> int:
-        return sum(t.nbytes for t in {id(t): t for t in tensors}.values())
-
-    parameters = [*model.parameters()]
-    state = (t for entries in optimizer.state.values() for t in entries.values())
-    return {
-        "weights": size([*parameters, *model.buffers()]),
-        "gradients": size(p.grad for p in parameters if p.grad is not None),
-        "optimizer": size(t for t in state if isinstance(t, Tensor)),
-    }
+def _size(tensors: Iterable[Tensor]) -> int:
+    return sum(t.nbytes for t in {id(t): t for t in tensors}.values())
