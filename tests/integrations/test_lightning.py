@@ -18,6 +18,14 @@ def test_resumes_with_the_same_bits(every, tmp_path):
     assert bits(whole) != bits(plain)
 
 
+@pytest.mark.filterwarnings("ignore:neq.compact", "ignore:.* more than the capacity")
+@pytest.mark.parametrize("every", ["epoch", 3])
+def test_a_compact_model_resumes_with_the_same_bits(every, tmp_path):
+    whole, resumed = lightning_parts(tmp_path, every=every, compact=True)
+    assert whole.layers[0].active_weight.shape == (18, 8)
+    assert bits(whole) == bits(resumed)
+
+
 def test_its_state_is_small(tmp_path):
     _, _, trainer = fit(tmp_path)
     trainer.save_checkpoint(tmp_path / "last.ckpt")

@@ -27,6 +27,14 @@ def test_resumes_from_a_moved_checkpoint_with_the_same_bits(every, step, saving,
     assert bits(whole) == bits(resumed)
 
 
+@pytest.mark.filterwarnings("ignore:neq.compact", "ignore:.* more than the capacity")
+@pytest.mark.parametrize(("every", "step"), [("epoch", 8), (3, 8)])
+def test_a_compact_model_resumes_with_the_same_bits(every, step, tmp_path):
+    whole, resumed = transformers_parts(tmp_path, step, BY_STEPS, every=every, compact=True)
+    assert whole.bert.pooler.dense.active_weight.shape == (12, 16)
+    assert bits(whole) == bits(resumed)
+
+
 def test_freezes(tmp_path):
     models = []
     for policy in {"policy": neq.Everything()}, {}:

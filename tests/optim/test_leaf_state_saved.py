@@ -70,3 +70,16 @@ def test_a_state_of_leaves_is_refused_where_there_are_none():
     loss_of(plain).backward()
     with pytest.raises(ValueError, match=r"of a parameter \[32, 16.* is that of a leaf, whose"):
         other.step()
+
+
+def test_a_state_of_rows_that_the_layer_lacks_is_refused():
+    _, compact = twins()
+    optimizer = optimizer_for(torch.optim.AdamW, compact)
+    step(compact, optimizer)
+    state = optimizer.state_dict()
+    state["state"][0]["rows"] = [*range(40, 56)]
+    optimizer.load_state_dict(state)
+    with pytest.raises(
+        ValueError, match=r"'conv': .* up to number 55, and the layer has 32 neurons"
+    ):
+        step(compact, optimizer)

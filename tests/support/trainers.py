@@ -55,6 +55,11 @@ def perceptron():
     )
 
 
+def in_form(model, compact):
+    """The model, in the compact form or as it is."""
+    return neq.compact(model, capacity=0.75, on_thaw="keep") if compact else model
+
+
 def optimizer_of(model):
     return torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-2)
 
@@ -68,7 +73,10 @@ def bits(model):
 # -- Lightning ------------------------------------------------------------------------------------
 
 
-def fit(folder, epochs=EPOCHS, resume=None, logger=False, callbacks=(), again=None, **options):
+def fit(
+    folder, epochs=EPOCHS, resume=None, logger=False, callbacks=(), again=None, compact=False,
+    **options,
+):  # fmt: skip
     """Fit a new module with an ``NEqCallback`` of these options, or with that of ``again``.
 
     Returns the module, the callback and the trainer.
@@ -80,7 +88,7 @@ def fit(folder, epochs=EPOCHS, resume=None, logger=False, callbacks=(), again=No
     class Module(lightning.LightningModule):
         def __init__(self):
             super().__init__()
-            self.layers = perceptron()
+            self.layers = in_form(perceptron(), compact)
 
         def forward(self, x, scale):
             return self.layers(x * scale)
@@ -151,7 +159,9 @@ def bert():
     return BertForSequenceClassification(BertConfig(**sizes, num_labels=3))
 
 
-def trainer_of(folder, epochs=EPOCHS, callbacks=None, model=None, saving=None, **options):
+def trainer_of(
+    folder, epochs=EPOCHS, callbacks=None, model=None, saving=None, compact=False, **options
+):
     """A Trainer and its ``NEqCallback`` of these options."""
     import transformers
 
@@ -170,7 +180,7 @@ def trainer_of(folder, epochs=EPOCHS, callbacks=None, model=None, saving=None, *
         **(saving or {"save_strategy": "epoch"}),
     )
     trainer = transformers.Trainer(
-        bert() if model is None else model,
+        in_form(bert(), compact) if model is None else model,
         arguments,
         train_dataset=sentences(),
         eval_dataset=sentences(),
@@ -216,9 +226,7 @@ def accelerate_parts(folder, cut=None, compact=False, **options):
     for resumes in False, True:
         set_seed(0)
         accelerator = Accelerator(cpu=True)
-        model = perceptron()
-        if compact:
-            model = neq.compact(model, capacity=0.75, on_thaw="keep")
+        model = in_form(perceptron(), compact)
         model, optimizer, loader = accelerator.prepare(
             model, optimizer_of(model), DataLoader(data(), batch_size=BATCH)
         )
