@@ -177,6 +177,7 @@ def steps(
     if cut.depth:
         same = [PrefixStep(cut, name, wgrads) for name in NAMES]
         found = dict.fromkeys(same, Gate(bench, same[0]))
+    Step(bench, "dense", 1, wgrads).prepare()  # what was frozen by hand trains again
     for depth, chosen, budget in within(bench, budgets):
         frozen = [name for name, mask in chosen.items() if not mask.any()]
         its = Cut(bench, prefix, depth, frozen)

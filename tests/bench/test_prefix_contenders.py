@@ -112,14 +112,23 @@ TIMES = StepTimes(  # of a dense step, 61 ms
 
 
 def test_a_budget_freezes_blocks_and_rows_above(bench, monkeypatch):
-    monkeypatch.setattr(neq.Controller, "step_times", lambda self: TIMES)
-    steps = prefix_contenders.steps(bench, 0, (1.0, 0.5), WGRADS)
-    assert [(step.name, step.requested) for step in steps] == [("budget", 1.0), ("budget", 0.5)]
-    everything, some = steps
+    chosen_for = []
+
+    def step_times(self):
+        chosen_for.append([*self.layers])
+        return TIMES
+
+    monkeypatch.setattr(neq.Controller, "step_times", step_times)
+    steps = prefix_contenders.steps(bench, 0.3, (1.0, 0.5), WGRADS)
+    # what the step by hand froze before can be had again
+    assert chosen_for == [["conv1", "bn1", "conv2", "bn2", "hidden"]] * 2
+    asked = {step: gate for step, gate in steps.items() if step.name == "budget"}
+    assert [step.requested for step in asked] == [1.0, 0.5]
+    everything, some = asked
     assert everything.active == 1
     assert [some.active_sets[name].k for name in ("conv1", "bn1")] == [0, 0]
     assert 0 < some.active < 0.7
-    for step, gate in steps.items():
+    for step, gate in asked.items():
         gate.admit(step)
     assert 0 < some.active_sets["conv2"].k < 8
     prepared = some.prepare
