@@ -143,6 +143,7 @@ class Study:
         tested = self._test(learner.model, getattr(texts, part))
         curve = [float(part.mean()) for part in torch.stack(losses).split(-(-len(losses) // CURVE))]
         done = {"steps": len(losses), "seconds": seconds, "training_losses": curve}
+        done["trained"] = learner.trained()  # at the end
         return done | tested | self._bytes(way)
 
     def _learner(self, way: str, seed: int, rate: float, steps: int) -> Learner:

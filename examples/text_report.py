@@ -28,6 +28,7 @@ def summary(rows: Sequence[Result]) -> list[Result]:
             "error": _error(_accuracies(runs)),
             "loss": mean(run["loss"] for run in runs.values()),
             "seconds": mean(run["seconds"] for run in runs.values()),
+            "trained": mean(run["trained"] for run in runs.values()),
             **{kind: next(iter(runs.values()))[kind] for kind in BYTES},
             **{f"over_{other}": _over(runs, by_way.get(other, {})) for other in ("full", "lora")},
         }
@@ -55,8 +56,8 @@ def _over(runs: dict[int, Result], others: dict[int, Result]) -> tuple[float, fl
 
 
 def table(lines: Sequence[Result]) -> Table:
-    figures = ("runs", "rate", "accuracy %", "- full", "- lora", "loss", "seconds", *KINDS, "peak")
-    found = new_table(("way",), figures)
+    figures = ("runs", "rate", "accuracy %", "- full", "- lora", "loss", "seconds", "trained M")
+    found = new_table(("way",), (*figures, *KINDS, "peak MiB"))
     for line in lines:
         found.add_row(
             line["way"],
@@ -66,6 +67,7 @@ def table(lines: Sequence[Result]) -> Table:
             *(_difference(line[f"over_{other}"]) for other in ("full", "lora")),
             cell(line["loss"], ".3f"),
             cell(line["seconds"], ".1f"),
+            cell(line["trained"] / 1e6),
             *(f"{line[kind] / MIB:.1f}" for kind in BYTES),
         )
     return found

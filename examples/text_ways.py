@@ -45,6 +45,20 @@ class Learner:
         self.optimizer.step()
         return loss.detach()
 
+    def trained(self) -> int:
+        """How many elements of parameters train at the moment."""
+        layers = [m for m in self.model.modules() if isinstance(m, neq.NeuronLayer)]
+        shares = {id(p): _share(layer) for layer in layers for p in layer.parameters(recurse=False)}
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return round(sum(p.numel() * shares.get(id(p), 1.0) for p in trained if p.requires_grad))
+
+
+def _share(layer: neq.NeuronLayer) -> float:
+    """Of the elements of a layer's parameters, the share that trains."""
+    if layer.leaves is None:
+        return layer.active_fraction
+    return layer.active.k / max(1, layer.layout("weight").size)  # the rest of the leaf is zeros
+
 
 @dataclass(frozen=True)
 class Way:

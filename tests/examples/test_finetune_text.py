@@ -68,6 +68,9 @@ def test_every_way(run, capsys, tmp_path):
         if way.startswith("compact-random"):
             assert row["optimizer"] == pytest.approx(2 * row["gradients"], rel=0.02)
             assert row["weights"] == full["weights"] + row["gradients"] - CLASSIFIER
+        if way.startswith(("compact", "half", "layers", "lora")):
+            assert row["trained"] < 0.6 * full["trained"], way
+            assert 4 * row["trained"] <= row["gradients"], way
     assert "compact-random-0.1" in capsys.readouterr().out
     assert (tmp_path / "out" / "accuracy.png").stat().st_size > 0
 
@@ -94,11 +97,8 @@ def test_rates_are_tuned_beyond_the_ends_of_the_grid(run, monkeypatch, best):
 
     def made_up(self, part, way, seed, rate):
         tried.append((part, seed))
-        return {
-            "accuracy": 0.5,
-            "loss": abs(math.log(rate / best)),
-            "seconds": 1.0,
-        } | dict.fromkeys(text_report.BYTES, 1)
+        same = dict.fromkeys((*text_report.BYTES, "seconds", "trained"), 1)
+        return same | {"accuracy": 0.5, "loss": abs(math.log(rate / best))}
 
     monkeypatch.setattr(finetune_text.Study, "_run", made_up)
     rows = run("--seeds", "1", "2", "--way", "lora")
