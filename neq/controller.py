@@ -171,7 +171,8 @@ class Controller:
         self._recorder = Recorder(self.policy, self._costs, by_rows, self.warmup, epochs)
         self.prefix = prefix_for(self.policy, self.model, self.layers, inputs, leave_alone)
         self._statistics = statistics
-        self.policy.attach(self)
+        with self._guards.unless_it_fails():
+            self.policy.attach(self)
         if self.optimizers:  # last: what others do after a step has to come before the choice
             self._count = StepCount(self.optimizers[0], every, self._measure_and_choose)
         self._samples = on_host(self._observe())

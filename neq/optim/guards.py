@@ -1,6 +1,7 @@
 """What keeps frozen neurons as they are in each of several optimizers."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from torch import nn
 from torch.optim import Optimizer
@@ -41,6 +42,15 @@ class Guards:
             if not self._leaves_alone(one, model, mine, on_thaw)
         ]
         self.by_rows = bool(optimizers) and not self._guards
+
+    @contextmanager
+    def unless_it_fails(self) -> Iterator[None]:
+        """After an error inside, the optimizers are let go of."""
+        try:
+            yield
+        except BaseException:
+            self.remove()
+            raise
 
     def remove(self) -> None:
         """Let go of the optimizers."""

@@ -216,7 +216,7 @@ class _State:
         size = max(sizes, default=self.p.shape[self.dim])
         if then is None and float(self.entries.get("step", 1)) == 0:
             return Layout([], size, n)  # made before the first step
-        if then and (then[-1] >= n or len(then) > size):
+        if then and (then[-1] >= n or (sizes and len(then) > size)):
             raise ValueError(
                 f"{self.layer._described()}: the optimizer's state of active_{self.name} is of "
                 f"{len(then)} rows up to number {then[-1]}, and the layer has {n} neurons: it is "

@@ -59,7 +59,7 @@ def test_json(results, tmp_path, capsys):
         rest = its[len(dense) + len(others) :]
         names = ["by hand", "prefix", "cached", "rest", "budget", "budget"]
         assert [row["contender"] for row in rest] == names
-        assert [row["requested"] for row in rest[4:]] == [0.75, 0.5]
+        assert sorted(row["requested"] for row in rest[4:]) == [0.5, 0.75]
         assert all(row["requested"] is None for row in its if row["contender"] != "budget")
         assert all(row["layout"] in layouts for row in its)
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
