@@ -169,9 +169,9 @@ class Controller:
         self._guards = Guards(self.optimizers, self.model, mine, on_thaw, told)
         by_rows = self._guards.by_rows  # then freezing saves updates too
         self._recorder = Recorder(self.policy, self._costs, by_rows, self.warmup, epochs)
-        self.prefix = prefix_for(self.policy, self.model, self.layers, inputs, leave_alone)
         self._statistics = statistics
         with self._guards.unless_it_fails():
+            self.prefix = prefix_for(self.policy, self.model, self.layers, inputs, leave_alone)
             self.policy.attach(self)
         if self.optimizers:  # last: what others do after a step has to come before the choice
             self._count = StepCount(self.optimizers[0], every, self._measure_and_choose)

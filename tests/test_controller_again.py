@@ -100,6 +100,9 @@ def test_a_controller_that_could_not_be_made_is_cleared_away():
         neq.Controller(model, optimizer=optimizer, policy=neq.Fixed({"fc": [0]}))
     with pytest.raises(ValueError, match="on_thaw must be"):
         neq.Controller(model, optimizer=optimizer, policy=neq.Everything(), on_thaw="melt")
+    with pytest.raises(ValueError, match="BottomUp freezes a prefix"):
+        neq.Controller(model, optimizer=optimizer, policy=neq.BottomUp(), probe=neq.WeightProbe())
+    assert hooks_of(optimizer) == (0, 0)
     neq.Controller(model, optimizer=optimizer, policy=neq.Everything())
     assert hooks_of(optimizer) == (2, 2)
 
