@@ -19,9 +19,7 @@ its second copy takes is the noise.
 import argparse
 import gc
 import json
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +38,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import neq
-from bench.lib import cli, results
+from bench.lib import cli, results, two_processes
 from bench.lib.environment import environment
 from bench.lib.results import Result
 from bench.lib.timing import Times, keep_freed
@@ -129,23 +127,11 @@ def main(arguments: list[str] | None = None) -> None:
     facts = environment(torch.device("cpu"))
     facts |= {name: getattr(given, name) for name in ("layers", "width", "batch", "tokens")}
     results.show_environment(facts)
-    with tempfile.TemporaryDirectory() as folder:
-        processes = [
-            subprocess.Popen([sys.executable, __file__, *own(given, rank, folder)])
-            for rank in range(2)
-        ]
-        if any(process.wait() for process in processes):
-            sys.exit("error: a process failed")
-        rows = json.loads(Path(folder, "rows.json").read_text())
+    names = "layers", "width", "batch", "tokens", "rounds"
+    options = {name: getattr(given, name) for name in names}
+    rows = two_processes.run(__file__, [options, options])
     results.save(rows, facts, given.json)
     results.show_table(table(rows))
-
-
-def own(given: argparse.Namespace, rank: int, folder: str) -> list[str]:
-    """The command line of one of the two processes."""
-    names = "layers", "width", "batch", "tokens", "rounds"
-    values = {"rank": rank, "folder": folder} | {name: getattr(given, name) for name in names}
-    return [f"--{name}={value}" for name, value in values.items()]
 
 
 def work(given: argparse.Namespace) -> None:
@@ -157,7 +143,7 @@ def work(given: argparse.Namespace) -> None:
     torch.manual_seed(given.rank)
     rows = [row for way in WAYS for row in rows_of(way, measure(way, given))]
     if given.rank == 0:
-        Path(given.folder, "rows.json").write_text(json.dumps(rows))
+        Path(given.folder, two_processes.ROWS).write_text(json.dumps(rows))
     gc.collect()  # a group that garbage holds beyond the interpreter's end aborts the process
     dist.destroy_process_group()
 

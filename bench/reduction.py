@@ -16,7 +16,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -35,7 +34,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import neq
-from bench.lib import cli, results
+from bench.lib import cli, results, two_processes
 from bench.lib.environment import environment
 from bench.lib.results import Result
 from neq.distributed.active_rows import ActiveRows, _hook
@@ -82,25 +81,13 @@ def main(arguments: list[str] | None = None) -> None:
         return
     facts = environment(torch.device("cpu")) | {"rate": given.rate, "layers": given.layers}
     results.show_environment(facts)
-    with tempfile.TemporaryDirectory() as folder, namespaces(given.rate) as prefixes:
-        processes = [
-            subprocess.Popen([*prefix, sys.executable, __file__, *own(given, rank, folder)])
-            for rank, prefix in enumerate(prefixes)
-        ]
-        if any(process.wait() for process in processes):
-            sys.exit("error: a process failed")
-        rows = json.loads(Path(folder, "rows.json").read_text())
+    shared = {name: getattr(given, name) for name in ("layers", "width", "rounds")}
+    shared["active"] = ",".join(map(str, given.active))
+    links = ["lo", "lo"] if given.rate is None else ["neq0", "neq1"]
+    with namespaces(given.rate) as prefixes:
+        rows = two_processes.run(__file__, [{**shared, "link": link} for link in links], prefixes)
     results.save(rows, facts, given.json)
     results.show_table(table(rows))
-
-
-def own(given: argparse.Namespace, rank: int, folder: str) -> list[str]:
-    """The command line of one of the two processes."""
-    link = "lo" if given.rate is None else f"neq{rank}"
-    values = {"rank": rank, "folder": folder, "link": link, "layers": given.layers}
-    values |= {"width": given.width, "rounds": given.rounds}
-    values["active"] = ",".join(map(str, given.active))
-    return [f"--{name}={value}" for name, value in values.items()]
 
 
 @contextmanager
@@ -157,7 +144,7 @@ def work(given: argparse.Namespace) -> None:
             row["spread"] = [min(s for _, s in each), max(s for _, s in each)]
             row["elements"] = active_elements(model) / everything
             rows.append(row)
-        Path(given.folder, "rows.json").write_text(json.dumps(rows))
+        Path(given.folder, two_processes.ROWS).write_text(json.dumps(rows))
     dist.barrier()
     dist.destroy_process_group()
 

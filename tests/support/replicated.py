@@ -16,8 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import neq
-from tests.support.layers import layers_of
-from tests.support.sharded import BATCH, MODELS, STEPS, compare, follow, loss_of, rows_at, whole
+from tests.support.sharded import BATCH, MODELS, STEPS, compare, follow, loss_of, set_rows, whole
 
 
 def llama() -> nn.Module:
@@ -93,8 +92,7 @@ def train(rank: int, way: str, name: str, optimizer: str = "AdamW") -> None:
     optimizers = [follow(optimizer, m) for m in (model, twin)]
     for step in range(STEPS):
         for m in model, twin:
-            for index, layer in enumerate(layers_of(m)):
-                layer.set_active(rows_at(step, index, layer.n_neurons))
+            set_rows(step, m)
         before = whole(model)
         x = inputs(dist.get_world_size() * BATCH)
         own = x if way == "columns" else x[rank * BATCH : (rank + 1) * BATCH]

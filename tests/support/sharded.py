@@ -99,6 +99,11 @@ def rows_at(step: int, layer: int, neurons: int) -> list[int] | None:
     return choices[(step + layer) % len(choices)]
 
 
+def set_rows(step: int, model: nn.Module) -> None:
+    for index, layer in enumerate(layers_of(model)):
+        layer.set_active(rows_at(step, index, layer.n_neurons))
+
+
 def shard(model: nn.Module, **options: object) -> nn.Module:
     """Every second part is a unit of its own, and the rest is one."""
     tied = isinstance(model, Words)
@@ -184,8 +189,7 @@ def train(
     optimizers = [follow(optimizer, m) for m in (model, twin)]
     for step in range(STEPS):
         for m in model, twin:
-            for index, layer in enumerate(layers_of(m)):
-                layer.set_active(rows_at(step, index, layer.n_neurons))
+            set_rows(step, m)
         before = whole(model)
         for part in range(parts):
             torch.manual_seed(step * parts + part)
@@ -261,8 +265,7 @@ def train_columns(rank: int, optimizer: str) -> None:
         before = whole(model)
         x = torch.randn(BATCH, 6)
         for m, one in zip((model, twin), optimizers, strict=True):
-            for index, layer in enumerate(layers_of(m)):
-                layer.set_active(rows_at(step, index, layer.n_neurons))
+            set_rows(step, m)
             loss_of(m, x).backward()
             one.step()
             one.zero_grad()
