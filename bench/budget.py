@@ -41,10 +41,10 @@ from bench.lib.networks import CONFIGS, NETWORKS, Network, text
 from bench.lib.results import Result
 from bench.lib.timing import each_round, keep_freed
 from neq.cost.rehearsal import rehearse
+from neq.cost.units import clock_of
 from neq.policies.decide import decide
 
 GRID = (0.0, 0.25, 0.5, 0.75)  # shares of the other contenders
-CLOCK = time.process_time  # others may work beside
 STEPS = 3  # of training, which give the velocities
 OTHERS = ("rows", "layers", "budget")
 Masks = dict[str, torch.Tensor]
@@ -220,7 +220,7 @@ def timed(
     for key, choice in chosen.items():
         calls["before", key] = partial(setting.prepare, choice)
         calls[key] = setting.step
-    *_, times = each_round(calls, given.device, given.seconds, CLOCK, together=2)
+    *_, times = each_round(calls, given.device, given.seconds, clock_of(given.device), together=2)
     return {key: median(times[key]) for key in chosen}
 
 

@@ -16,7 +16,6 @@ backend "dense" takes a little more than 1, as it also writes zeros for the froz
 
 import argparse
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
@@ -35,6 +34,7 @@ from bench.lib.problems import Problem, problems
 from bench.lib.results import TOLERATED, Result
 from bench.lib.timing import interleave
 from bench.lib.wgrad_contenders import Active, Case, active_count
+from neq.cost.units import clock_of
 from neq_kernels.wgrad import planner
 from neq_kernels.wgrad.problem import Problem as Posed
 
@@ -67,7 +67,7 @@ def measure(problem: Problem, layout: str, given: argparse.Namespace) -> list[Re
         for name in costs[f]:
             wgrad = getattr(planner.BACKENDS[name], problem.op)
             calls[name, f] = partial(run, wgrad, case, others)
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    clock = clock_of(given.device)
     times = {key: t.p50 for key, t in interleave(calls, given.device, given.seconds, clock).items()}
     plain = times["plain", 1.0]
     return [

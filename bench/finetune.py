@@ -24,7 +24,6 @@ are in units of full's; with one thread they are the processor's.
 
 import argparse
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -53,6 +52,7 @@ from bench.lib.finetuning import (
 from bench.lib.networks import NETWORKS, Batch, Network
 from bench.lib.results import Result
 from bench.lib.timing import interleave
+from neq.cost.units import clock_of
 
 WAYS = ("full", "masked", "compact", "layers", "lora", "half", "budget")
 LORA_RANK = 16
@@ -130,7 +130,7 @@ def measure(name: str, network: Network, given: argparse.Namespace) -> list[Resu
     torch.manual_seed(0)
     samples = network.gpu if device.type == "cuda" else network.cpu
     batch = {key: t.to(device) for key, t in network.batch(samples).items()}
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    clock = clock_of(device)
     rows: dict[str, Result] = {}
     groups = together(given.active, given.budget, batch)
     for group in groups:

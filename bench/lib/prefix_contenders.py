@@ -199,6 +199,6 @@ def within(bench: Bench, budgets: Sequence[float]) -> list[tuple[int, dict[str, 
                 warmup=0,
             )
         chosen = {name: layer.active_mask.clone() for name, layer in bench.layers.items()}
-        found.append((len(control.blocks) and control.prefix.depth, chosen, budget))
+        found.append((control.prefix.depth, chosen, budget))
         control.remove()
     return found

@@ -122,9 +122,7 @@ class Step:
     def __init__(self, bench: Bench, name: str, active: float, wgrads: Mapping[str, int]) -> None:
         """wgrads: the FLOPs of each layer's weight gradient."""
         self.bench, self.name, self.active = bench, name, active
-        self.requested: float | None = (
-            None  # the share of a dense step's time, if one was asked for
-        )
+        self.requested: float | None = None  # the share of a dense step's time, of a budget
         self.active_sets: dict[str, ActiveSet] = {}
         frozen = _whole_layers(wgrads, 1 - active) if name == "layers" else ()
         for seed, (layer, module) in enumerate(bench.layers.items()):

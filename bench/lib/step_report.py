@@ -49,7 +49,7 @@ def table(results: Sequence[Result]) -> Table:
             faster = r | {"faster": r["ratio"] and 1 / r["ratio"]}
             times = ("wrong" if r["wrong"] else milliseconds(r[name]) for name in TIMES)
             ratios = (cell(faster[name]) for name in RATIOS)
-            name = r["contender"] + (f" {r['requested']:g}" if r.get("requested") else "")
+            name = r["contender"] + (f" {r['requested']:g}" if r["requested"] else "")
             cells = f"{r['active']:.3g}", *times, *ratios, cell(r["peak_mib"], ".0f")
             out.add_row(*(heading, name, r["layout"]), *cells, r["optimizer"], r["backends"])
             heading = ""
@@ -86,11 +86,11 @@ def _requested(results: Sequence[Result]) -> list[str]:
     off = []
     for network, group in groupby(results, key=title):
         its = [r for r in group if r["ratio"] is not None]
-        dense = {r.get("layout"): r["ratio"] for r in its if r["contender"] == "dense"}
+        dense = {r["layout"]: r["ratio"] for r in its if r["contender"] == "dense"}
         off += [
             (abs(r["ratio"] / dense[r["layout"]] / r["requested"] - 1), network, r["requested"])
             for r in its
-            if r.get("requested")
+            if r["requested"]
         ]
     if not off:
         return []

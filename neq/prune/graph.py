@@ -2,7 +2,7 @@
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -192,9 +192,10 @@ def _follow_split(node: Any) -> None:
     if not (is_operation(node) and hasattr(split, "_saved_split_size")):
         return
     sizes = split._saved_self_sym_sizes
-    number: Callable[[Any], int] = lambda part: min(  # noqa: E731
-        (n for of, n in part.grad_fn.next_functions if of is split), default=-1
-    )
+
+    def number(part: Any) -> int:
+        return min((n for of, n in part.grad_fn.next_functions if of is split), default=-1)
+
     node.outputs.sort(key=number)
     if split._saved_dim % len(sizes) == len(sizes) - 1 and len(sizes) == 3:
         node.grad_fn = SimpleNamespace(

@@ -41,6 +41,7 @@ STEP = {
     "samples": 256,
     "contender": "neq",
     "active": 0.5,
+    "requested": None,
     "dtype": "bfloat16",
     "layout": "contiguous",
     "mode": "eager",
