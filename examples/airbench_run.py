@@ -27,6 +27,7 @@ BIAS_EPOCHS = 3  # for which the stem's bias trains
 LOOK_EVERY = 5  # steps between two updates of Lookahead
 VALIDATION = 5000  # images, the last of the training set
 PRETRAIN_BATCH = 512
+EVALUATED_AT_ONCE = {"cpu": 100}  # images whose activations its caches hold
 
 Result = dict[str, Any]
 
@@ -283,46 +284,54 @@ class Run:
             "seconds": self.clock.take(),
         }
         if self.settings.curve:
-            result["accuracy"] = self.accuracy(several=False)
+            [result["accuracy"]] = self.accuracies(several=False)
         return result
 
     def result(self) -> Result:
+        of_one_view, of_six = self.accuracies(several=True)
         return {
             "settings": asdict(self.settings),
             "steps": dict(sum((Counter(e["steps"]) for e in self.epochs), Counter[str]())),
             "seconds": {
                 phase: sum(epoch["seconds"][phase] for epoch in self.epochs) for phase in PHASES
             },
-            "accuracy": self.accuracy(several=True),
-            "accuracy_of_one_view": self.accuracy(several=False),
+            "accuracy": of_six,
+            "accuracy_of_one_view": of_one_view,
             "epochs": self.epochs,
             "sizes": {"train": len(self.train.labels), "evaluated": len(self.evaluated.labels)},
             "environment": environment(self.where.device),
         }
 
     @torch.no_grad()
-    def accuracy(self, several: bool) -> float:
+    def accuracies(self, several: bool) -> list[float]:
         """The share of the images that the model gets right.
 
-        several: from the mean of six views: the image, moved by a pixel both ways along the
-        diagonal, and the mirror images of these three.
+        several: also the share from the mean of six views: the image, moved by a pixel both ways
+        along the diagonal, and the mirror images of these three.
         """
         self.model.eval()
-        right = torch.zeros((), dtype=torch.int64, device=self.where.device)
-        for pixels, labels in zip(*(t.split(500) for t in self.evaluated), strict=True):
+        device, images = self.where.device, len(self.evaluated.labels)
+        right = torch.zeros(1 + several, dtype=torch.int64, device=device)
+        size = EVALUATED_AT_ONCE.get(device.type, 500)
+        for pixels, labels in zip(*(t.split(size) for t in self.evaluated), strict=True):
             x = self.normal(pixels)
             with self.amp:
-                logits = self._of_six(x) if several else self.model(x)
-            right += (logits.argmax(1) == labels).sum()
-        return int(right) / len(self.evaluated.labels)
+                logits = self._of_views(x, several)
+            right += (logits.argmax(2) == labels).sum(1)
+        return [n / images for n in right.tolist()]
 
-    def _of_six(self, x: Tensor) -> Tensor:
+    def _of_views(self, x: Tensor, several: bool) -> Tensor:
+        # the logits of x, and of six views if several: (1 or 2, images, classes)
+        first = self.model(x)
+        if not several:
+            return first[None]
         height, width = x.shape[2:]
         padded = F.pad(x, (1,) * 4, "reflect")
-        moved = (padded[:, :, i : i + height, i : i + width] for i in (0, 2))
-        weights = 0.5, 0.25, 0.25
-        both = (self.model(view) + self.model(view.flip(3)) for view in (x, *moved))
-        return torch.stack([w * y for w, y in zip(weights, both, strict=True)]).sum(0)
+        moved = [padded[:, :, i : i + height, i : i + width] for i in (0, 2)]
+        mean = 0.5 * (first + self.model(x.flip(3)))
+        for view in moved:
+            mean += 0.25 * (self.model(view) + self.model(view.flip(3)))
+        return torch.stack([first, mean])
 
     def _save(self) -> None:
         state = {

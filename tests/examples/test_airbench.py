@@ -170,7 +170,7 @@ def test_scheduled_freezes_from_below(data, where):
         assert not same(run, before, "block3")
         trained = [p for p in ("block1", "block2", "block3", "head") if p not in parts]
         assert steps == {"+".join(trained): 4}
-        run.accuracy(several=False)  # leaves the model in eval
+        run.accuracies(several=False)  # leaves the model in eval
     run.model.train()
     run.enter(run.steps - 1)
     outputs = []
@@ -332,7 +332,9 @@ def test_six_views(data, where):
     views = [(x, 0.5), (padded[..., :16, :16], 0.25), (padded[..., 2:, 2:], 0.25)]
     with torch.no_grad():
         wanted = sum(w * (run.model(v) + run.model(v.flip(3))) for v, w in views)
-        torch.testing.assert_close(run._of_six(x), wanted)
+        of_one, of_six = run._of_views(x, several=True)
+        torch.testing.assert_close(of_one, run.model(x))
+        torch.testing.assert_close(of_six, wanted)
 
 
 @pytest.mark.parametrize("task", ["second-half", "corrupted", "relabelled"])
