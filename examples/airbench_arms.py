@@ -131,6 +131,7 @@ POLICIES: Mapping[str, Callable[..., neq.Policy]] = {
     "BottomUp.scheduled": neq.BottomUp.scheduled,
     "Budget": neq.Budget,
     "Equilibrium": neq.Equilibrium,
+    "HeadFirst": neq.HeadFirst,
     "Random": neq.Random,
     "RandomLayers": RandomLayers,
 }

@@ -56,8 +56,8 @@ class Controller:
             does not measure. Under ``torch.distributed`` each rank may hold its own part.
         policy: Chooses the neurons that train; by default ``Equilibrium()``.
         on_thaw: What a neuron's optimizer state is when it trains again: see ``neq.optim.Guard``.
-        warmup: How many epochs train all neurons; 0 for a compact model. With 0 the policy chooses
-            before the first.
+        warmup: How many epochs train all neurons; 0 for a compact model and ``HeadFirst``. With 0
+            the policy chooses before the first.
         every: After how many steps of its first optimizer the Controller measures and chooses by
             itself. An epoch is then this many steps. By default it does so when ``step`` is called.
             Steps that a GradScaler skips do not count, and while gradients are accumulated there
@@ -150,7 +150,8 @@ class Controller:
         self.record: EpochRecord | None = None
         self.scores: dict[str, Tensor] = {}
         self.layers = chosen_for(self.model, leave_alone)
-        self.warmup = 0 if any(g.is_compact for g in self.layers.values()) else warmup
+        at_once = self.policy.chooses_first or any(g.is_compact for g in self.layers.values())
+        self.warmup = 0 if at_once else warmup
         self._granule = check_granule(granule) if self.policy.by_granule else 1
         self._sizes = [group.n_neurons for group in self.layers.values()]
         self._device = next(iter(self.layers.values())).device

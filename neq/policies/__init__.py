@@ -5,6 +5,7 @@ from neq.policies.base import Motion, Policy
 from neq.policies.baselines import Everything, Fixed, LowestVelocity, Random
 from neq.policies.bottom_up import BottomUp
 from neq.policies.budget import Budget
+from neq.policies.head_first import HeadFirst
 from neq.policies.threshold import Equilibrium
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Equilibrium",
     "Everything",
     "Fixed",
+    "HeadFirst",
     "LowestVelocity",
     "Motion",
     "Policy",

@@ -122,6 +122,7 @@ class Policy:
         measures: Does the policy look at scores, and so need a probe?
         freezes_prefix: Does it freeze blocks from the input up, and so need ``depth``?
         needs_blocks: If it does, is a model that can't be cut an error? Otherwise it has no blocks.
+        chooses_first: Does it choose before the first epoch, whatever the Controller's ``warmup``?
         by_granule: May the Controller let it choose granules as if they were neurons? If not, it
             always chooses single neurons.
         per_sample: Average φ over samples, as the released code does?
@@ -138,6 +139,7 @@ class Policy:
     measures: bool = True
     freezes_prefix: bool = False
     needs_blocks: bool = True
+    chooses_first: bool = False
     by_granule: bool = True
     per_sample: bool = False
     mu: float = 0.5

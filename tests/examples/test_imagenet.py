@@ -2,8 +2,11 @@
 
 import json
 import re
+import shlex
 import shutil
+import socket
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from examples import imagenet, imagenet_parts
+from tests.support import ROOT
 from tests.support.launch import TORCHRUN, launch
 
 SCRIPT = "examples/imagenet.py"
@@ -50,6 +54,46 @@ def test_two_processes_learn_and_resume(options, tmp_path):
     )
     assert last == again
     torch.testing.assert_close(values_in(checkpoints / "4"), state, rtol=0, atol=0)
+
+
+def commands():
+    """Those of the page that start the script, by their words."""
+    page = (ROOT / "docs/integrations.md").read_text().replace("\\\n", " ")
+    lines = [line for line in page.splitlines() if line.startswith("    ") and SCRIPT in line]
+    return [shlex.split(line) for line in lines]
+
+
+def test_the_page_has_a_command_for_each_size():
+    assert [words[:3] for words in commands()] == [
+        ["python", SCRIPT, "--data"],
+        ["torchrun", "--nproc-per-node", "8"],
+        ["torchrun", "--nnodes", "4"],
+    ]
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_the_commands_of_the_page(words, tmp_path):
+    """On this machine: two processes for eight, two nodes of one for four, made-up data."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    nodes = 1 + ("--nnodes" in words)
+    here = {"--nnodes": nodes, "--nproc-per-node": 3 - nodes, "--rdzv-endpoint": address}
+    at = words.index(SCRIPT)
+    launcher = words[1:at]
+    for option, value in here.items():
+        if option in launcher:
+            launcher[launcher.index(option) + 1] = str(value)
+    assert words[at + 1 :] == ["--data", "FOLDER", "--model", "resnet50"]
+    if words[0] == "torchrun":
+        launcher = ["-m", "torch.distributed.run", *launcher]
+    arguments = *SMALL, "--epochs", "1", "--output", tmp_path
+
+    with ThreadPoolExecutor(nodes) as pool:
+        runs = [pool.submit(launch, launcher, SCRIPT, *arguments) for _ in range(nodes)]
+    printed = "".join(run.result() for run in runs)
+    assert printed.count("epoch 1") == 1  # by one of the processes
+    assert len(rows_in(tmp_path)) == 1
 
 
 def test_one_process_without_a_launcher(tmp_path, one_thread, monkeypatch):
