@@ -13,6 +13,7 @@ need. Rates rise for a tenth of the steps, and fall to zero. In all but full, em
     layers-SHARE          the last layers with that share of the weights
     half                  requires_grad=False on the lower half of the blocks, by hand
     bottom-up             neq.BottomUp, in the masked form
+    head-first            neq.HeadFirst, the same
 
 First each way's learning rate is tuned, with a seed of its own, on texts that are neither trained
 on nor tested with: three rates, and more beside an end as long as the best one is there. Then the

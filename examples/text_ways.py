@@ -66,12 +66,12 @@ class Way:
 
     Attributes:
         prepare: Takes a model and inputs, and returns the model that trains.
-        policy: Makes the policy of a Controller for a seed; None: no Controller.
+        policy: Makes the policy of a Controller for a seed and so many steps; None: no Controller.
         steps: The share of all steps that are taken. The learning rate's schedule ends there.
     """
 
     prepare: Callable[[nn.Module, Inputs], nn.Module]
-    policy: Callable[[int], neq.Policy] | None = None
+    policy: Callable[[int, int], neq.Policy] | None = None
     steps: float = 1.0
 
     def learner(self, model: nn.Module, rate: float, steps: int, probe: Inputs) -> Learner:
@@ -83,7 +83,7 @@ class Way:
                 model,
                 optimizer=optimizer,
                 probe=probe,
-                policy=self.policy(torch.initial_seed()),
+                policy=self.policy(torch.initial_seed(), steps),
                 every=max(1, steps // DECISIONS),
                 on_thaw="reset",
             )
@@ -124,7 +124,7 @@ def _lora(model: nn.Module, inputs: Inputs) -> nn.Module:
 
 
 def _compact_way(policy: str, share: float) -> Way:
-    return Way(partial(_compact, share), partial(POLICIES[policy], share))
+    return Way(partial(_compact, share), lambda seed, steps: POLICIES[policy](share, seed))
 
 
 WAYS: dict[str, Way] = {
@@ -139,5 +139,6 @@ WAYS: dict[str, Way] = {
     "lora": Way(_lora),
     **{f"layers-{share:g}": Way(partial(_layers, share)) for share in SHARES},
     "half": Way(_half),
-    "bottom-up": Way(_converted, lambda seed: neq.BottomUp()),
+    "bottom-up": Way(_converted, lambda seed, steps: neq.BottomUp()),
+    "head-first": Way(_converted, lambda seed, steps: neq.HeadFirst(longest=1, epoch_steps=steps)),
 }
