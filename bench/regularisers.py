@@ -2,7 +2,7 @@
 
     python bench/regularisers.py
 
-The plain step and the regularised ones take turns on the same batch, on one thread. Each has a copy
+Beside each, the plain step takes turns with it on the same batch, on one thread. Both have a copy
 of the model. The time is the thread's own.
 """
 
@@ -69,35 +69,37 @@ def measure(network: str, seconds: float) -> Iterator[Result]:
     torch.manual_seed(0)
     plan = NETWORKS[network]
     model, batch = plan.build(), plan.batch(SAMPLES[network])
-    calls = {
-        name: step_of(model, plan.optimizer, batch, make)
-        for name, make in {"plain": None, **REGULARISERS}.items()
-        if name != "SeReNe, local" or network in RELU
-    }
-    yield from ratios(network, "step", calls, seconds)
-    alone = {
-        name: optimizer_step_of(model, plan.optimizer, make)
-        for name, make in {"plain": None, **REGULARISERS}.items()
-        if not name.startswith("SeReNe")
-    }
-    yield from ratios(network, "optimizer's step", alone, seconds / 4)
+    share = seconds / len(REGULARISERS)
+    for name, make in REGULARISERS.items():
+        if name != "SeReNe, local" or network in RELU:
+            steps = [step_of(model, plan.optimizer, batch, one) for one in (None, make)]
+            yield ratios(network, "step", name, *steps, share)
+    for name, make in REGULARISERS.items():
+        if not name.startswith("SeReNe"):
+            steps = [optimizer_step_of(model, plan.optimizer, one) for one in (None, make)]
+            yield ratios(network, "optimizer's step", name, *steps, share / 4)
 
 
 def ratios(
-    network: str, of: str, calls: dict[str, Callable[[int], None]], seconds: float
-) -> Iterator[Result]:
-    """Of each round the time of a call over that of the plain one: a drift meets both alike."""
+    network: str,
+    of: str,
+    regulariser: str,
+    plain: Callable[[int], None],
+    regularised: Callable[[int], None],
+    seconds: float,
+) -> Result:
+    """Of each round the time of a step over that of the plain one: a drift meets both alike."""
+    calls = {"plain": plain, regulariser: regularised}
     *_, taken = each_round(calls, torch.device("cpu"), seconds, clock=time.thread_time)
-    plain = taken.pop("plain")
-    for name, times in taken.items():
-        spread = Times.of([t / base for t, base in zip(times, plain, strict=True)])
-        yield {
-            "network": network,
-            "of": of,
-            "regulariser": name,
-            "plain_ms": Times.of(plain).p50,
-            **{f"ratio_{at}": value for at, value in spread._asdict().items()},
-        }
+    base, times = taken["plain"], taken[regulariser]
+    spread = Times.of([t / other for t, other in zip(times, base, strict=True)])
+    return {
+        "network": network,
+        "of": of,
+        "regulariser": regulariser,
+        "plain_ms": Times.of(base).p50,
+        **{f"ratio_{at}": value for at, value in spread._asdict().items()},
+    }
 
 
 def step_of(

@@ -24,7 +24,7 @@ from neq.optim import OnThaw
 from neq.optim.guards import Guards
 from neq.optim.steps import StepCount, check_counts
 from neq.policies import Equilibrium, Motion, Policy
-from neq.policies.base import probe_for
+from neq.policies.base import probe_for, warmup_for
 from neq.policies.decide import decide, motions_of, prefix_for
 from neq.policies.granules import Granule, check_granule, in_granules
 from neq.prefix.blocks import Block
@@ -150,8 +150,7 @@ class Controller:
         self.record: EpochRecord | None = None
         self.scores: dict[str, Tensor] = {}
         self.layers = chosen_for(self.model, leave_alone)
-        at_once = self.policy.chooses_first or any(g.is_compact for g in self.layers.values())
-        self.warmup = 0 if at_once else warmup
+        self.warmup = warmup_for(self.policy, self.layers.values(), warmup)
         self._granule = check_granule(granule) if self.policy.by_granule else 1
         self._sizes = [group.n_neurons for group in self.layers.values()]
         self._device = next(iter(self.layers.values())).device

@@ -3,9 +3,9 @@
     s = |Σ g|² / (k · σ²) - 1    over the k gradients g of some steps, with their variance σ²
 
 The mean gradient of pure noise has s = 0 on average. At s = 1 signal and noise are equally strong
-in it: half of what a step along it gains on these samples is a gain on others too, after Liu et al.
-(2020), who look at single parameters. So a threshold means the same in every model: well below 1 a
-layer learns its samples rather than its task.
+in it: half of what a step along it gains on these samples is a gain on others too (Liu et al. 2020,
+for single parameters). So a threshold means the same in every model: well below 1 a layer learns
+its samples rather than its task.
 """
 
 from collections.abc import Collection, Iterable, Sequence

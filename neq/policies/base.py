@@ -1,6 +1,6 @@
 """What a policy is: it takes scores of neurons, and gives those that train."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -211,6 +211,17 @@ def probe_for(policy: Policy, probe: Any) -> Probe | None:
             )
         return None
     return probe if isinstance(probe, Probe) else Probe(probe)
+
+
+def warmup_for(policy: Policy, groups: Iterable[Group], warmup: int) -> int:
+    """For how many epochs all neurons train, before the policy chooses.
+
+    Args:
+        policy: The policy.
+        groups: The layers to choose for. Compact ones have no room for all neurons.
+        warmup: As given to a Controller.
+    """
+    return 0 if policy.chooses_first or any(group.is_compact for group in groups) else warmup
 
 
 def check_share(name: str, share: float) -> float:

@@ -15,6 +15,7 @@ from neq.cost.step_times import Segment, StepTimes
 from neq.integrations import accelerate, lightning, transformers
 from neq.layers.groups import Group
 from neq.measure.base import Measure
+from neq.measure.gradient_signal import GradientSignal
 from neq.measure.update_gain import UpdateGain
 from neq.policies.base import Training
 from neq_kernels import planner, reference
@@ -34,7 +35,8 @@ def public() -> Iterator[tuple[str, object]]:
             yield from with_members(f"neq.history.{name}", thing)
     for thing in (lightning.NEqCallback, transformers.NEqCallback, accelerate.prepare_controller):
         yield f"{thing.__module__}.{thing.__name__}", thing
-    for thing in (Group, Measure, StepTimes, Segment, Training, UpdateGain, *PLANNER):
+    measures = Measure, GradientSignal, UpdateGain
+    for thing in (Group, *measures, StepTimes, Segment, Training, *PLANNER):
         yield from with_members(f"{thing.__module__}.{thing.__name__}", thing)
 
 
