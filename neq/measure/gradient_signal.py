@@ -18,22 +18,25 @@ from torch.optim import Optimizer
 
 from neq.layers.groups import Group
 from neq.measure.base import Measure, Where
+from neq.optim.steps import StepHooks, skipped
 from neq.sharding import local
 
+ROUNDING = 1e-6  # of float32 sums, as a share of what is summed up
 HEAD = ""  # what the parameters are called that belong to no group
 
 
 class GradientSignal(Measure):
     """Gives the score "signal": s of a neuron's layer. No probe is needed.
 
-    Gradients are looked at before the optimizers' steps. While the parameters move, s is lower than
-    where they stand: a layer whose steps go to and fro has a negative one. It costs a second copy
-    of the gradients that are looked at. A layer that is not has NaN.
+    The gradients are those with which the optimizers step; a step that a GradScaler skips does not
+    count. While parameters move, s is lower than where they stand: a layer whose steps go to and
+    fro has a negative one. It costs a second copy of the gradients that are looked at, in float32
+    at least. A layer of which less than two gradients were seen has NaN.
 
     Attributes:
         watched: The names of what is looked at: see ``watch``.
         found: s of each group by its name, and of the head, at the last decision.
-        looked: In how many steps.
+        looked: In how many steps of each.
 
     Examples:
         >>> model = neq.convert(nn.Sequential(nn.Linear(1, 2, bias=False)))
@@ -53,11 +56,11 @@ class GradientSignal(Measure):
     def __init__(self) -> None:
         self.watched: frozenset[str] = frozenset()
         self.found: dict[str, float] = {}
-        self.looked = 0
+        self.looked: dict[str, int] = {}
         self._parameters: dict[str, list[Tensor]] = {}  # of each group; of the head, the last
-        self._held: list[Tensor] = []
-        self._counts: list[int] = []  # the steps of each optimizer since the last decision
-        self._handles: list[Any] = []
+        self._optimizers: list[Optimizer] = []
+        self._hooks: list[StepHooks] = []
+        self._seen: set[Tensor] = set()  # in the step that is under way
 
     def attach(
         self,
@@ -84,51 +87,60 @@ class GradientSignal(Measure):
         """
         self._parameters = {g.name: [*g.first.parameters(recurse=False)] for g in groups}
         self._parameters[HEAD] = list(head)
-        self._handles = [
-            optimizer.register_step_pre_hook(partial(self._look, number))
-            for number, optimizer in enumerate(optimizers)
+        self._optimizers = list(optimizers)
+        self._hooks = [
+            StepHooks(one, partial(self._look, one, False), partial(self._look, one, True))
+            for one in self._optimizers
         ]
-        self._start_anew()
 
     def remove(self) -> None:
         """Watch no longer."""
-        for handle in self._handles:
-            handle.remove()
+        for hooks in self._hooks:
+            hooks.remove()
 
-    def watch(self, names: Collection[str], held: Iterable[Tensor] = ()) -> None:
+    def watch(self, names: Collection[str]) -> None:
         """Look at these groups from the next step on, and begin anew.
 
         Args:
             names: Of the groups, and ``HEAD``.
-            held: Parameters that the optimizers shall not step, though they have gradients.
         """
-        self.watched, self._held = frozenset(names), list(held)
+        self.watched = frozenset(names)
         self._start_anew()
 
     def _start_anew(self) -> None:
         self._totals: dict[Tensor, Tensor] = {}  # Σ g of each parameter
         self._squares: dict[str, Tensor] = {}  # Σ |g|² of each group: float64
-        self._counts = [0] * len(self._handles)
+        self._steps: dict[Tensor, Tensor | int] = {}  # in which a parameter was seen
 
     @torch.no_grad()
-    def _look(self, number: int, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _look(self, optimizer: Optimizer, after: bool, closure: Any) -> None:
+        # Before the step the gradients of all that the step moves are there, but for a closure's.
+        # After it, an optimizer may have changed them; those of what a Guard has hidden are back.
+        if not after:
+            self._seen = set()
+        if not self.watched or (closure is not None and not after):
+            return
         own = {p for group in optimizer.param_groups for p in group["params"]}
-        for name in self.watched:
-            for p in self._parameters[name]:
-                if p in own and p.grad is not None:
-                    self._add(name, p, p.grad.to_dense() if p.grad.is_sparse else p.grad)
-        for p in self._held:
-            if p in own:
-                p.grad = None
-        self._counts[number] += 1
+        skip, scale = skipped(optimizer), getattr(optimizer, "grad_scale", None)
+        for name in self._parameters:
+            mine = [p for p in self._parameters[name] if p in own] if name in self.watched else []
+            for p in mine:
+                if p.grad is not None and p not in self._seen:
+                    self._seen.add(p)
+                    g = local(p.grad.to_dense() if p.grad.is_sparse else p.grad)
+                    g = g.to(torch.promote_types(g.dtype, torch.float32))
+                    g = g if scale is None else g / scale
+                    self._add(name, p, g if skip is None else g.masked_fill(skip, 0.0))
+            if mine and after:
+                done = 1 if skip is None else (~skip).sum()
+                self._steps[mine[0]] = self._steps.get(mine[0], 0) + done
 
-    def _add(self, name: str, p: Tensor, gradient: Tensor) -> None:
-        g = local(gradient)
-        square = g.float().square().sum(dtype=torch.float64)
+    def _add(self, name: str, p: Tensor, g: Tensor) -> None:
+        square = g.square().sum(dtype=torch.float64)
         if p in self._totals:
             self._totals[p] += g
         else:
-            self._totals[p] = g.float().clone()
+            self._totals[p] = g.clone()
         before = self._squares.get(name)
         self._squares[name] = square if before is None else before + square.to(before.device)
 
@@ -150,30 +162,38 @@ class GradientSignal(Measure):
 
     def score(self, sums: Tensor) -> dict[str, Tensor]:
         square_of_sum, sum_of_squares = sums.view(2, -1)
-        k = self.looked = max(self._counts)
-        variance = (sum_of_squares - square_of_sum / k) / (k - 1) if k > 1 else sum_of_squares * 0
+        self.looked = {
+            name: max((int(self._steps.get(p, 0)) for p in parameters), default=0)
+            for name, parameters in self._parameters.items()
+        }
+        k = torch.tensor([*self.looked.values()], dtype=torch.float64)
+        k = k.masked_fill(k < 2, torch.nan)
+        variance = (sum_of_squares - square_of_sum / k) / (k - 1)
+        # of gradients that are all the same, what is left is rounding
+        variance = torch.maximum(variance, ROUNDING * sum_of_squares / k)
         signal = square_of_sum / (k * variance) - 1
-        signal = signal.masked_fill(sum_of_squares == 0, 0.0)  # no gradient: nothing to learn
-        seen = torch.tensor([k > 1 and name in self.watched for name in self._parameters])
-        signal = signal.masked_fill(~seen, torch.nan)
+        # without a gradient there is nothing to learn
+        signal = signal.masked_fill((sum_of_squares == 0) & ~k.isnan(), 0.0)
         self.found = dict(zip(self._parameters, signal.tolist(), strict=True))
         self._start_anew()
         layers = zip(signal, self._neurons, strict=False)  # the head is no neuron
         return {"signal": torch.cat([s.expand(n) for s, n in layers])}
 
     def state_dict(self, outputs: bool) -> dict[str, Any]:
-        places = [(name, i) for name, ps in self._parameters.items() for i in range(len(ps))]
-        totals = [self._totals.get(self._parameters[name][i]) for name, i in places]
+        totals = [self._totals.get(p) for p in self._all()]
         return {
             "totals": [None if total is None else total.clone() for total in totals],
             "squares": {name: square.clone() for name, square in self._squares.items()},
-            "counts": list(self._counts),
+            "steps": [int(self._steps.get(p, 0)) for p in self._all()],
         }
 
     def load_state_dict(self, state: dict[str, Any], outputs: bool) -> bool:
-        parameters = [p for ps in self._parameters.values() for p in ps]
-        totals = zip(parameters, state["totals"], strict=True)
+        totals = zip(self._all(), state["totals"], strict=True)
         self._totals = {p: t.to(p.device, copy=True) for p, t in totals if t is not None}
         self._squares = {name: square.clone() for name, square in state["squares"].items()}
-        self._counts = list(state["counts"])
+        self._steps = dict(zip(self._all(), state["steps"], strict=True))
         return True
+
+    def _all(self) -> list[Tensor]:
+        """The parameters of all groups and of the head."""
+        return [p for parameters in self._parameters.values() for p in parameters]

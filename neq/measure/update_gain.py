@@ -127,7 +127,6 @@ class _Steps:
                 else None
                 for layer, _ in self._layers
             ]
-            self._scale = getattr(optimizer, "grad_scale", None)  # a fused step unscales inside
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -139,8 +138,6 @@ class _Steps:
             if bias is not None:
                 gains = with_bias(gains, _gain(layer.bias, bias))
             total = gains.sum(1, dtype=torch.float64)
-            if self._scale is not None:
-                total /= self._scale
             active = layer.active_mask
             sums[0] += torch.where(active, total.nan_to_num(0.0, 0.0, 0.0), 0.0)
             sums[1] += active
@@ -148,7 +145,7 @@ class _Steps:
 
 
 def _gain(p: Tensor, before: Tensor) -> Tensor:
-    """|g · Δw| of each element; 0 without a gradient."""
+    """|g · Δw| of each element; 0 without a gradient. A step that unscales g has done so by now."""
     if p.grad is None:
         return torch.zeros_like(p, dtype=torch.float32)
     gradient = p.grad.to_dense() if p.grad.is_sparse else p.grad

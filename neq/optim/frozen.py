@@ -58,20 +58,27 @@ class Frozen:
             t.index_fill_(self.dim, self.neurons, value)
 
 
-def frozen_in(modules: Iterable[nn.Module]) -> dict[Tensor, Frozen]:
-    """The parameters that have frozen neurons now."""
+def frozen_in(modules: Iterable[nn.Module], held: bool = True) -> dict[Tensor, Frozen]:
+    """The parameters that have frozen neurons now.
+
+    Args:
+        modules: The modules that may have some.
+        held: Also those that ``hold`` holds.
+    """
     modules = list(modules)
     layers = [m for m in modules if isinstance(m, NeuronLayer)]
     found = _by_neuron(layers) if not all(layer.active.everything for layer in layers) else {}
     for module in modules:
-        for name in vars(module).get(_WHOLE, ()):
-            p = module._parameters.get(name)
-            if p is not None:
-                found[p] = _whole(p)
+        for mark in (_WHOLE, _HELD) if held else (_WHOLE,):
+            for name in vars(module).get(mark, ()):
+                p = module._parameters.get(name)
+                if p is not None:
+                    found[p] = _whole(p)
     return found
 
 
-_WHOLE = "neq_frozen"  # the attribute of a module that names its parameters that are frozen whole
+# the attributes of a module that name its parameters that are frozen whole, and that are held
+_WHOLE, _HELD = "neq_frozen", "neq_held"
 
 
 def freeze_whole(module: nn.Module, name: str) -> None:
@@ -87,6 +94,18 @@ def freeze_whole(module: nn.Module, name: str) -> None:
 def thaw_whole(module: nn.Module) -> None:
     """Undo what ``freeze_whole`` did to a module."""
     vars(module).pop(_WHOLE, None)
+
+
+def hold(module: nn.Module, names: Iterable[str]) -> None:
+    """Keep parameters as they are, though their gradients are computed. Lets others of it go.
+
+    Args:
+        module: The module that has them.
+        names: Their names there.
+    """
+    vars(module).pop(_HELD, None)
+    if names := {*names}:
+        vars(module)[_HELD] = names
 
 
 def _whole(p: Tensor) -> Frozen:

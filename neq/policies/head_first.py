@@ -1,13 +1,18 @@
 """The head trains first, and then what has something to learn beside it."""
 
+import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from neq.layers.base import NeuronLayer
+from neq.layers.groups import Group
 from neq.measure.base import Measure
 from neq.measure.gradient_signal import HEAD, GradientSignal
+from neq.optim.frozen import hold
 from neq.policies.base import Choice, Motion, Policy, Training, check_share
 
 CLEAR = 2.0  # a layer with this signal trains, however strong others are
@@ -16,12 +21,14 @@ CLEAR = 2.0  # a layer with this signal trains, however strong others are
 class HeadFirst(Policy):
     """For fine-tuning: finds which part of a network has to learn, by how its gradients agree.
 
-    1. The head trains alone: what the Controller leaves alone, by default the classifier. The rest
-       is a frozen prefix. A head that knows nothing yet would only disturb it.
+    1. The head trains alone: what lies neither in a layer to choose for nor in a block, by default
+       the classifier. The rest is a frozen prefix. A head that knows nothing yet would only disturb
+       it.
     2. When the head has settled, all layers are looked at for one epoch: they have gradients, but
        only the head is stepped.
     3. Layers in which there is a signal train from then on. Blocks below the lowest of them are
-       frozen whole. If no layer has a signal, the head trains alone to the end.
+       frozen whole. If no layer has a signal, the head trains alone to the end. What neq does not
+       convert has no signal: it trains if it is not in a frozen block.
 
     The signal is that of ``neq.measure.gradient_signal``: by how much the mean gradient of an epoch
     is more than noise. 0 is noise, and at 1 both are equally strong, in any model and for any loss.
@@ -30,7 +37,7 @@ class HeadFirst(Policy):
     The Controller needs its optimizer and no probe. Its ``warmup`` does not apply. A head that
     learns slowly settles late: raise the learning rate, or that of the head. A signal adds up over
     an epoch of the data. With ``every``, give the steps of an epoch: ``every=20`` then looks for
-    twenty steps.
+    twenty steps. The shorter a look, the more noise it sees as a signal, and the more trains.
 
     Args:
         signal: The least signal of a layer that trains.
@@ -82,11 +89,17 @@ class HeadFirst(Policy):
         self.phase = "head"
         self.signals: dict[str, float] = {}
         self._measure: GradientSignal
+        self._following: GradientSignal | None = None  # the measure of the training it chooses for
         self._training: Training
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        self.phase = "head"
+        self.signals = {}
         self._decided = -1  # how many epochs were over at the last decision
         self._since = 0  # and when the phase began
         self._trained: frozenset[str] = frozenset()  # the names of groups
-        self._buffers: dict[str, Tensor] = {}  # of what is looked at and does not train
+        self._statistics: dict[str, Tensor] = {}  # of norms that are looked at and don't train
 
     def measure(self) -> Measure:
         self._measure = GradientSignal()
@@ -103,27 +116,41 @@ class HeadFirst(Policy):
                 f"HeadFirst looks at the gradients of all neurons, for which the compact layer "
                 f"{compact[0]!r} has no room"
             )
+        if self._following is not None:
+            self.detach()
         self._training = training
-        head = self._head()
+        self._start_anew()
+        stepped = {
+            p for one in training.optimizers for group in one.param_groups for p in group["params"]
+        }
+        head = [p for p in self._head() if p in stepped]
         if not head:
             raise ValueError(
-                "HeadFirst trains first what the Controller leaves alone, but no parameter that "
-                "trains is left alone, or only one that a lower layer shares: name the head in "
-                "leave_alone"
+                "HeadFirst trains first what the Controller leaves alone, but no parameter that an "
+                "optimizer steps is left alone, or only those of a layer whose weight a lower one "
+                "shares: name the head in leave_alone"
             )
+        self._following = self._measure
         self._measure.follow(training.layers.values(), training.optimizers, head)
 
     def detach(self) -> None:
-        self._measure.remove()
-        self._put_buffers_back()
+        if self._following is not None:
+            self._following.remove()
+            self._following = None
+            self._end_look()
 
     def depth(self, layers: Sequence[Motion], epoch: int) -> int:
         self._advance(layers, epoch)
-        blocks = len(self._training.blocks)
-        if self.phase == "look":
-            return 0
-        lowest = [one.block for one in layers if one.name in self._trained]
-        return min((blocks if block is None else block for block in lowest), default=blocks)
+        return 0 if self.phase == "look" else self._lowest()
+
+    def _lowest(self) -> int:
+        """How many blocks lie below the lowest layer that trains."""
+        for i, block in enumerate(self._training.blocks):
+            parameters = {*map(self._training.model.get_parameter, block.parameters)}
+            groups = (self._training.layers[name] for name in self._trained)
+            if any(group.first.weight in parameters for group in groups):
+                return i
+        return len(self._training.blocks)
 
     def choose(self, layers: Sequence[Motion], epoch: int) -> Sequence[Choice]:
         self._advance(layers, epoch)  # of a model that can't be cut nobody asked for the depth
@@ -141,78 +168,105 @@ class HeadFirst(Policy):
             self._choose(layers)
             self._begin("chosen", epoch)
         elif self.phase == "head":
-            if passed >= self.longest or self._measure.found[HEAD] < self.settled:
+            if passed >= self.longest or self._signal(HEAD) < self.settled:
                 self._begin("look", epoch)
         elif self.again is not None and passed >= self.again:
             self._begin("look", epoch)
 
     def _begin(self, phase: str, epoch: int) -> None:
         if self.phase == "look":
-            self._put_buffers_back()
+            self._end_look()
         self.phase, self._since = phase, epoch
         if phase == "look":
-            self._buffers = {name: b.clone() for name, b in self._frozen_buffers().items()}
+            self._statistics = {name: t.clone() for name, t in self._held_statistics().items()}
         self._watch()
 
     def _watch(self) -> None:
         """Look at what counts in this phase, and hold what has gradients but shall not move."""
-        groups = self._training.layers
-        if self.phase == "look":
-            stepped = set(self._head())
-            stepped.update(p for name in self._trained for p in _parameters(groups[name].first))
-            held = [p for p in self._training.model.parameters() if p not in stepped]
-            self._measure.watch([*groups, HEAD], held)
-        else:
-            self._measure.watch([HEAD] if self.phase == "head" else [])
+        held = self._held() if self.phase == "look" else set()
+        for module in self._training.model.modules():
+            hold(module, [n for n, p in module.named_parameters(recurse=False) if p in held])
+        watched = {"head": [HEAD], "look": [*self._training.layers, HEAD], "chosen": []}
+        self._measure.watch(watched[self.phase])
+
+    @torch.no_grad()
+    def _end_look(self) -> None:
+        """What was looked at has moved in nothing: the statistics of its norms neither."""
+        model = self._training.model
+        for module in model.modules():
+            hold(module, ())
+        for name, kept in self._statistics.items():
+            model.get_buffer(name).copy_(kept)
+        self._statistics = {}
 
     def _choose(self, layers: Sequence[Motion]) -> None:
         """The layers that train from what was seen of them."""
-        found = self._measure.found
-        scale = 1.0
-        if self.epoch_steps is not None:
-            scale = self.epoch_steps / max(self._measure.looked, 1)
-        self.signals = {one.name: scale * found[one.name] for one in layers}
-        strongest = max(
-            (self.signals[one.name] for one in layers if one.layer.by_rows), default=0.0
-        )
+        self.signals = {one.name: self._signal(one.name) for one in layers}
+        if all(map(math.isnan, self.signals.values())):
+            warnings.warn(
+                "HeadFirst saw less than two steps in its look, or gradients that are not finite. "
+                "So it can't tell what has to learn, and all layers train: give the Controller a "
+                "larger every, or look for an epoch of several steps",
+                stacklevel=5,
+            )
+        known = [self.signals[one.name] for one in layers if one.layer.by_rows]
+        strongest = max((s for s in known if not math.isnan(s)), default=0.0)
         least = max(self.signal, min(self.share * strongest, CLEAR))
-        trained, leads = set(), True
+        trained, follows = set(), None
         for one in layers:
-            if one.layer.by_rows:
-                leads = not self.signals[one.name] < least  # NaN trains
-            if leads:
+            enough = not self.signals[one.name] < least  # NaN trains
+            if one.layer.by_rows or follows is None:
+                follows = enough if one.layer.by_rows else None
+            else:
+                enough = follows
+            if enough:
                 trained.add(one.name)
         self._trained = frozenset(trained)
 
-    def _head(self) -> list[Tensor]:
-        """The parameters that are in no block, and in no layer to choose for."""
-        model = self._training.model
-        body = {name for block in self._training.blocks for name in block.parameters}
-        body_parameters = {model.get_parameter(name) for name in body}
-        for group in self._training.layers.values():
-            body_parameters.update(_parameters(group.first))
-        return [p for p in model.parameters() if p.requires_grad and p not in body_parameters]
+    def _signal(self, name: str) -> float:
+        """The signal of an epoch of the data, of which some steps were looked at."""
+        steps = self._measure.looked.get(name) or 1
+        scale = 1.0 if self.epoch_steps is None else self.epoch_steps / steps
+        return scale * self._measure.found[name]
 
-    def _frozen_buffers(self) -> dict[str, Tensor]:
-        """The buffers of modules whose parameters don't train, by name: statistics of norms."""
+    def _body(self) -> set[Tensor]:
+        """The parameters in blocks and in layers to choose for, and those that share a weight."""
         model = self._training.model
-        stepped = set(self._head())
-        for name in self._trained:
-            stepped.update(_parameters(self._training.layers[name].first))
+        names = [name for block in self._training.blocks for name in block.parameters]
+        body: set[Tensor] = {model.get_parameter(name) for name in names}
+        for group in self._training.layers.values():
+            body.update(_parameters(group))
+        tied = [m for m in model.modules() if isinstance(m, NeuronLayer) and m.weight in body]
+        return body.union(p for layer in tied for p in layer.parameters(recurse=False))
+
+    def _head(self) -> list[Tensor]:
+        body = self._body()
+        return [p for p in self._training.model.parameters() if p.requires_grad and p not in body]
+
+    def _held(self) -> set[Tensor]:
+        """What does not train beside a look: frozen blocks, and layers without a signal."""
+        training = self._training
+        if not self._trained:
+            return self._body()
+        held: set[Tensor] = set()
+        for block in training.blocks[: self._lowest()]:
+            held.update(map(training.model.get_parameter, block.parameters))
+        for name, group in training.layers.items():
+            if name not in self._trained:
+                held.update(_parameters(group))
+        return held
+
+    def _held_statistics(self) -> dict[str, Tensor]:
+        """The running statistics of norms that don't train, by name."""
+        held, blocks = self._held(), self._training.blocks[: self._lowest()]
+        inside = {name for block in blocks for name in block.modules}
         return {
             f"{path}.{name}" if path else name: buffer
-            for path, module in model.named_modules()
-            if not any(p in stepped for p in _parameters(module))
+            for path, module in self._training.model.named_modules()
+            if isinstance(module, nn.modules.batchnorm._NormBase)
+            and (path in inside or any(p in held for p in module.parameters(recurse=False)))
             for name, buffer in module.named_buffers(recurse=False)
         }
-
-    @torch.no_grad()
-    def _put_buffers_back(self) -> None:
-        """A layer that was looked at has moved in nothing: its norm's statistics neither."""
-        model = self._training.model
-        for name, kept in self._buffers.items():
-            model.get_buffer(name).copy_(kept)
-        self._buffers = {}
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -221,19 +275,19 @@ class HeadFirst(Policy):
             "since": self._since,
             "signals": dict(self.signals),
             "trained": sorted(self._trained),
-            "buffers": {name: kept.clone() for name, kept in self._buffers.items()},
+            "statistics": {name: kept.clone() for name, kept in self._statistics.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.phase, self._decided, self._since = state["phase"], state["decided"], state["since"]
         self.signals, self._trained = dict(state["signals"]), frozenset(state["trained"])
         buffers = dict(self._training.model.named_buffers())
-        self._buffers = {
+        self._statistics = {
             name: kept.to(buffers[name].device, copy=True)
-            for name, kept in state["buffers"].items()
+            for name, kept in state["statistics"].items()
         }
         self._watch()
 
 
-def _parameters(module: nn.Module) -> list[nn.Parameter]:
-    return list(module.parameters(recurse=False))
+def _parameters(group: Group) -> list[Tensor]:
+    return [p for layer in group for p in layer.parameters(recurse=False)]

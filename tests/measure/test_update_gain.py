@@ -1,5 +1,7 @@
 """What the updates of each neuron gained, against sums by hand."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -77,6 +79,27 @@ def test_frozen_neurons_have_no_gain_that_is_known():
     model(torch.randn(5, 3)).square().sum().backward()
     optimizer.step()
     assert gain.score(gain.sums())["gain"].isnan().tolist() == [True] * 4 + [True, False]
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_scaled_loss_gains_the_same(kind, fused):
+    """A fused optimizer unscales gradients within its step."""
+    x, found = torch.randn(5, 3), []
+    start = nn.Linear(3, 4)
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=8.0)):
+        model = neq.convert(nn.Sequential(copy.deepcopy(start)))
+        optimizer = kind(model.parameters(), lr=0.1, fused=fused)
+        gain = watched(model, optimizer)
+        loss = model(x).square().sum()
+        if scaler is None:
+            loss.backward()
+            optimizer.step()
+        else:
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+        found.append(gain.score(gain.sums())["gain"])
+    torch.testing.assert_close(*found)
 
 
 def test_gains_continue_after_a_resume():
