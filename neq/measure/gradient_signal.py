@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 
 from neq.layers.groups import Group
 from neq.measure.base import Measure, Where
-from neq.optim.steps import StepHooks, skipped
 from neq.sharding import local
+from neq.stepping import StepHooks, skipped
 
 ROUNDING = 1e-6  # of float32 sums, as a share of what is summed up
 HEAD = ""  # what the parameters are called that belong to no group
