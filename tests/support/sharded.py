@@ -235,6 +235,38 @@ def measure(rank: int) -> None:
     assert 0 < mine.record.frozen_share < 1
 
 
+def find_what_learns(rank: int, optimizer: str) -> None:
+    """The signals of gradients are those of a single process, and what is looked at stays."""
+    world = dist.get_world_size()
+    torch.manual_seed(0)
+    twin = tiny()
+    model = shard(neq.convert(copy.deepcopy(twin)), mesh=init_device_mesh("cpu", (world,)))
+    batches = torch.randn(4, world * BATCH, 3, 5, 5)
+    found, trained = [], []
+    for m, part in (model, slice(rank * BATCH, (rank + 1) * BATCH)), (twin, slice(None)):
+        stepping = OPTIMIZERS[optimizer](m.parameters())
+        policy = neq.HeadFirst(longest=1)
+        options = {"optimizer": stepping, "policy": policy, "example_inputs": batches[0]}
+        if m is twin:  # a single process, as far as it knows
+            options["process_group"] = dist.new_group([rank], use_local_synchronization=True)
+        control = neq.Controller(m, **options)
+        for phase in ("head", "look", "chosen"):
+            assert policy.phase == phase
+            before = whole(m)
+            for x in batches[:, part]:
+                loss_of(m, x).backward()
+                stepping.step()
+                stepping.zero_grad()
+            moved = {name for name, p in whole(m).items() if not torch.equal(p, before[name])}
+            if phase != "chosen":
+                assert moved and all(name.startswith("head") for name in moved), moved
+            control.step()
+        found.append(torch.tensor([*policy.signals.values()]))
+        trained.append(policy._trained)
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
+    assert trained[0] == trained[1]
+
+
 def measure_rows(rank: int) -> None:
     """A row is measured whole, though it lies in one process."""
     torch.manual_seed(0)
@@ -348,6 +380,7 @@ SCENARIOS = {
         "columns measured": measure_columns,
         "refused": refuse,
         "measured": measure,
+        **{f"{one}, head first": partial(find_what_learns, optimizer=one) for one in EXACT},
         "rows measured": measure_rows,
     },
     4: {
