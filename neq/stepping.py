@@ -43,15 +43,16 @@ class StepHooks:
         deepest = sum(getattr(step, "hooked", False) for step in hooked)
         self._depth = min(self._depth + 1, deepest)
         if self._depth == 1 and self._before is not None:
-            self._before(_closure(args, kwargs))
+            self._before(closure_of(args, kwargs))
 
     def _leave(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._depth -= 1
         if self._depth <= 0 and self._after is not None:
-            self._after(_closure(args, kwargs))
+            self._after(closure_of(args, kwargs))
 
 
-def _closure(args: Any, kwargs: Any) -> Any:
+def closure_of(args: Any, kwargs: Any) -> Any:
+    """What a step was given as its closure, by the arguments of a hook of it; None without one."""
     return kwargs.get("closure", args[1] if len(args) > 1 else None)
 
 

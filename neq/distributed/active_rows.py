@@ -87,7 +87,7 @@ class ActiveRows:
                     f"layer {layer.layer_name!r}: the ranks disagree on which of its neurons "
                     "train, and send_active_rows needs the same set_active on all of them"
                 )
-        self._frozen = frozen_in(self._modules, held=False)
+        self._frozen = frozen_in(self._modules)
 
     def rows_of(self, bucket: Any) -> list[tuple[Tensor, int, Tensor | None]]:
         """What to send of a bucket: for each gradient, rows along a dimension; None for all."""

@@ -58,7 +58,6 @@ class GradientSignal(Measure):
         self.found: dict[str, float] = {}
         self.looked: dict[str, int] = {}
         self._parameters: dict[str, list[Tensor]] = {}  # of each group; of the head, the last
-        self._optimizers: list[Optimizer] = []
         self._hooks: list[StepHooks] = []
         self._seen: set[Tensor] = set()  # in the step that is under way
 
@@ -87,10 +86,9 @@ class GradientSignal(Measure):
         """
         self._parameters = {g.name: [*g.first.parameters(recurse=False)] for g in groups}
         self._parameters[HEAD] = list(head)
-        self._optimizers = list(optimizers)
         self._hooks = [
             StepHooks(one, partial(self._look, one, False), partial(self._look, one, True))
-            for one in self._optimizers
+            for one in optimizers
         ]
 
     def remove(self) -> None:
@@ -122,8 +120,8 @@ class GradientSignal(Measure):
             return
         own = {p for group in optimizer.param_groups for p in group["params"]}
         skip, scale = skipped(optimizer), getattr(optimizer, "grad_scale", None)
-        for name in self._parameters:
-            mine = [p for p in self._parameters[name] if p in own] if name in self.watched else []
+        for name in self.watched:
+            mine = [p for p in self._parameters[name] if p in own]
             for p in mine:
                 if p.grad is not None and p not in self._seen:
                     self._seen.add(p)

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from neq.layers.base import with_bias
 from neq.layers.groups import Group
 from neq.measure.base import Measure, Where
+from neq.stepping import StepHooks
 
 EVERY = 16
 
@@ -61,7 +62,7 @@ class UpdateGain(Measure):
     def remove(self) -> None:
         """Watch no longer."""
         for one in self._steps:
-            one.remove()
+            one.hooks.remove()
 
     def start(self) -> None:
         """There is nothing to prepare: what counts are the steps since the last decision."""
@@ -107,17 +108,10 @@ class _Steps:
         ]
         self.count = 0
         self._before: list[tuple[Tensor, Tensor | None] | None] = []
-        self._handles = (
-            optimizer.register_step_pre_hook(self._on_step),
-            optimizer.register_step_post_hook(self._after_step),
-        )
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self.hooks = StepHooks(optimizer, self._before_step, self._after_step)
 
     @torch.no_grad()
-    def _on_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_step(self, closure: Any) -> None:
         due = self.count % EVERY == 0
         self.count += 1
         if due:
@@ -129,7 +123,7 @@ class _Steps:
             ]
 
     @torch.no_grad()
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _after_step(self, closure: Any) -> None:
         for (layer, sums), before in zip(self._layers, self._before, strict=False):
             if before is None:
                 continue

@@ -58,18 +58,13 @@ class Frozen:
             t.index_fill_(self.dim, self.neurons, value)
 
 
-def frozen_in(modules: Iterable[nn.Module], held: bool = True) -> dict[Tensor, Frozen]:
-    """The parameters that have frozen neurons now.
-
-    Args:
-        modules: The modules that may have some.
-        held: Also those that ``hold`` holds.
-    """
+def frozen_in(modules: Iterable[nn.Module]) -> dict[Tensor, Frozen]:
+    """The parameters that have frozen neurons now."""
     modules = list(modules)
     layers = [m for m in modules if isinstance(m, NeuronLayer)]
     found = _by_neuron(layers) if not all(layer.active.everything for layer in layers) else {}
     for module in modules:
-        for mark in (_WHOLE, _HELD) if held else (_WHOLE,):
+        for mark in (_WHOLE, _HELD):
             for name in vars(module).get(mark, ()):
                 p = module._parameters.get(name)
                 if p is not None:

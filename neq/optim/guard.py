@@ -14,6 +14,7 @@ from torch.optim import LBFGS, Adagrad, Optimizer, Rprop
 
 from neq.optim.frozen import Frozen, frozen_in, modules_in
 from neq.sharding import local
+from neq.stepping import closure_of
 from neq.wrapped import optimizer_in
 
 OnThaw = Literal["keep", "reset"]
@@ -116,10 +117,9 @@ class Guard:
             self._restart_if_others_train(optimizer)
         if not self.frozen:
             return
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         # torch's own optimizers then leave a parameter without a gradient alone; classes derived
         # from them may not
-        by_gradient = closure is None and is_own(optimizer)
+        by_gradient = closure_of(args, kwargs) is None and is_own(optimizer)
         for group in optimizer.param_groups:
             for p in group["params"]:
                 frozen = self.frozen.get(p)

@@ -86,8 +86,6 @@ class HeadFirst(Policy):
         self.signal, self.share = signal, check_share("share", share)
         self.settled, self.longest = settled, longest
         self.epoch_steps, self.again = epoch_steps, again
-        self.phase = "head"
-        self.signals: dict[str, float] = {}
         self._measure: GradientSignal
         self._following: GradientSignal | None = None  # the measure of the training it chooses for
         self._training: Training
@@ -95,7 +93,7 @@ class HeadFirst(Policy):
 
     def _start_anew(self) -> None:
         self.phase = "head"
-        self.signals = {}
+        self.signals: dict[str, float] = {}
         self._decided = -1  # how many epochs were over at the last decision
         self._since = 0  # and when the phase began
         self._trained: frozenset[str] = frozenset()  # the names of groups

@@ -69,6 +69,20 @@ def test_some_steps_are_averaged_and_a_decision_starts_anew():
     assert gain.sums().eq(0).all()
 
 
+def test_a_step_within_a_step_is_one():
+    class Outer(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    model = neq.convert(nn.Sequential(nn.Linear(3, 4)))
+    optimizer = Outer(model.parameters(), lr=0.01)
+    gain = watched(model, optimizer)
+    weight, bias = step(model, optimizer, torch.randn(5, 3))
+    assert gain._steps[0].count == 1
+    found = gain.score(gain.sums())["gain"].float()
+    torch.testing.assert_close(found, weight.sum(1) + bias)
+
+
 def test_frozen_neurons_have_no_gain_that_is_known():
     model = neq.convert(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, weight_decay=0.1)

@@ -116,6 +116,33 @@ def accumulate(rank: int) -> None:
         assert torch.equal(p.grad, q.grad)
 
 
+def look(rank: int) -> None:
+    """What is held has gradients, and they are sent: signals are those of the whole batch."""
+    torch.manual_seed(0)
+    start = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2))
+    batches = torch.randn(4, dist.get_world_size() * BATCH, 6)
+    mine = slice(rank * BATCH, (rank + 1) * BATCH)
+    signals = []
+    for part in (mine, slice(None)):
+        model = neq.convert(copy.deepcopy(start))
+        policy, options = neq.HeadFirst(longest=1), {"example_inputs": batches[0]}
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        if part is not mine:  # a single process, as far as it knows
+            options["process_group"] = dist.new_group([rank], use_local_synchronization=True)
+        control = neq.Controller(model, policy=policy, optimizer=optimizer, **options)
+        for _ in ("head", "look"):
+            wrapped = DistributedDataParallel(model) if part is mine else model
+            if part is mine:
+                neq.distributed.send_active_rows(wrapped)
+            for x in batches[:, part]:
+                optimizer.zero_grad()
+                wrapped(x).square().mean().backward()
+                optimizer.step()
+            control.step()
+        signals.append(torch.tensor([*policy.signals.values()]))
+    torch.testing.assert_close(*signals, rtol=1e-3, atol=1e-4)
+
+
 def disagree(rank: int) -> None:
     """On a mask: an error on each rank, not a stall, though as many rows are active."""
     model = neq.convert(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 2)))
@@ -137,6 +164,7 @@ SCENARIOS = {
         "active rows, fp16": partial(train, wrapper=fp16_compress_wrapper),
         "active rows, bf16": partial(train, wrapper=bf16_on_gloo),
         "active rows, accumulated": accumulate,
+        "active rows, head first": look,
         "disagreement": disagree,
     },
     4: {"active rows": partial(train, exact=False)},
