@@ -14,6 +14,7 @@ from examples.pays_statistics import Difference, quantile
 
 Runs = Mapping[str, Sequence[Result]]  # of each arm, those that have ended
 StepTimes = Mapping[str, float]  # milliseconds of a step, by what trains in it
+FAIR = 1.03  # how much longer than its opponent an arm may take
 
 
 def summary(study: Study, runs: Runs, times: StepTimes) -> list[Result]:
@@ -27,7 +28,7 @@ def summary(study: Study, runs: Runs, times: StepTimes) -> list[Result]:
             "n": len(runs[arm]),
             "aim": aim,
             **_own(runs[arm], times, aim),
-            **_tested(study, arm, runs),
+            **_tested(study, arm, runs, times),
         }
         for arm in study.arms
         if runs[arm]
@@ -49,20 +50,41 @@ def _own(runs: Sequence[Result], times: StepTimes, aim: float | None) -> Result:
     }
 
 
-def _tested(study: Study, arm: str, runs: Runs) -> Result:
-    opponent = study.against.get(arm)
+def _tested(study: Study, arm: str, runs: Runs, times: StepTimes) -> Result:
+    opponent, fair = _opponent(study, arm, runs, times)
     if opponent is None or min(len(runs[arm]), len(runs[opponent])) < 2:
         return {"against": opponent, "difference": None}
     difference = Difference.of(_accuracies(runs[arm]), _accuracies(runs[opponent]))
     return {
         "against": opponent,
         "difference": difference.mean,
+        "fair": fair,
         "interval": difference.interval(),
         "p_not_worse": difference.p_above(-study.margin),
         "p_better": difference.p_above(0.0),
-        "not_worse": difference.p_above(-study.margin) < study.level,
-        "better": difference.p_above(0.0) < study.level,
+        "not_worse": fair and difference.p_above(-study.margin) < study.level,
+        "better": fair and difference.p_above(0.0) < study.level,
     }
+
+
+def _opponent(study: Study, arm: str, runs: Runs, times: StepTimes) -> tuple[str | None, bool]:
+    """The arm to test against, and whether it has as much time.
+
+    It is the one that the study names; if that has less time, the next longer dense arm.
+    """
+    named = study.against.get(arm)
+    if named is None or not runs[arm] or not runs[named]:
+        return named, False
+    dense = [name for name, settings in study.arms.items() if settings.arm == "dense"]
+    seconds = {
+        name: mean(seconds_of(run, times) for run in runs[name])
+        for name in (arm, named, *dense)
+        if runs[name]
+    }
+    if seconds[arm] <= FAIR * seconds[named]:
+        return named, True
+    longer = [name for name in dense if seconds.get(name, 0.0) * FAIR >= seconds[arm]]
+    return (min(longer, key=seconds.__getitem__), True) if longer else (named, False)
 
 
 def _accuracies(runs: Sequence[Result]) -> list[float]:
@@ -90,6 +112,8 @@ def _cells(study: Study, line: Result) -> dict[str, str]:
     tested = line["difference"] is not None
     low, high = line["interval"] if tested else (None, None)
     verdict = "better" if line.get("better") else "not worse" if line.get("not_worse") else "open"
+    if not line.get("fair"):
+        verdict = "too long"
     return {
         "arm": line["arm"],
         "n": str(line["n"]),

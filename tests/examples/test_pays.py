@@ -92,7 +92,7 @@ def test_from_protocol_to_table(protocol, tmp_path, capsys):
     assert "small: 6 of 6 runs" in text
     table = rows(text)
     assert table["prefix"][1] == "2"
-    assert "short" in table["prefix"]
+    assert {"short", "dense"} & {*table["prefix"]}  # by how long they took
     assert table["prefix"][-1] in ("open", "worse", "better")
 
     (out / "small/short-6.json").unlink()
@@ -161,6 +161,25 @@ def test_summary(protocol):
         study, runs, {"all": 250.0}
     )  # ten steps of 250 ms, and a second to freeze
     assert {line["seconds"] for line in timed} == {3.5}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "opponent", "fair"),
+    [(7.2, "short", True), (7.3, "dense", True), (11.3, "dense", True), (11.4, "short", False)],
+)
+def test_an_opponent_has_as_much_time(protocol, seconds, opponent, fair):
+    """An arm may take 3 % longer. Else the next longer dense arm is meant, if there is one."""
+    study = read(protocol())["small"]
+    runs = {
+        "dense": [result(0.70, 11), result(0.71, 11)],
+        "short": [result(0.60, 7), result(0.61, 7)],
+        "prefix": [result(0.90, seconds), result(0.91, seconds)],
+    }
+    *_, prefix = pays_report.summary(study, runs, {})
+    assert prefix["against"] == opponent
+    assert prefix["fair"] == prefix["better"] == prefix["not_worse"] == fair
+    verdict = pays_report._cells(study, prefix)["p < 0.01"]
+    assert verdict == ("better" if fair else "too long")
 
 
 def test_power(protocol, tmp_path, capsys):
