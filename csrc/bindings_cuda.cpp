@@ -125,7 +125,6 @@ void cuda_conv_wgrad(const Tensor& dy, const Tensor& x, const Tensor& dw, const 
                      uintptr_t stream) {
   require_cuda(device, dy, x, dw, db, order, partial_dw, partial_db);
   check_conv(dy, x, dw, stride, padding, dilation, 1);
-  require(dw.size(0) == dy.size(1), "rows of dw", dw.size(0), std::to_string(dy.size(1)));
   require(stride.size() == 2, "spatial dimensions", int64_t(stride.size()), "2");
   const DType dtype = dy.dtype();
   require(dw.fills_its_memory(), "dw", "without gaps and overlaps in memory");
@@ -134,6 +133,7 @@ void cuda_conv_wgrad(const Tensor& dy, const Tensor& x, const Tensor& dw, const 
   const int64_t neurons = dy.size(1), taps = dw.size(2) * dw.size(3);
   require_order(order, neurons);
   require_between("k", k, 1, neurons);
+  require_between("rows of dw", dw.size(0), k, neurons);
   require(tile.size() == 2, "dimensions of a tile", int64_t(tile.size()), "2");
   int64_t tiles = dy.size(0);
   for (int i = 0; i < 2; ++i) {
@@ -163,17 +163,18 @@ void cuda_conv_wgrad(const Tensor& dy, const Tensor& x, const Tensor& dw, const 
   problem.dilation = size2(dilation);
   problem.dy = images(dy);
   problem.x = images(x);
+  problem.rows = int(dw.size(0));
   problem.dw = dw.data();
   std::ranges::copy(dw.strides(), problem.dw_strides);
-  problem.db = bias_gradient(db, dw.dtype(), neurons);
+  problem.db = bias_gradient(db, dw.dtype(), dw.size(0));
   problem.order = order.data<const int64_t>();
   problem.partial_dw = partial_dw.data<float>();
   problem.partial_db = partial_db.data<float>();
   problem.plan = {size2(tile), octets, slices, int(parts)};
   check_tile(problem);
-  const int64_t rows = ceil_div(k, 8 * octets) * 8 * octets;
-  require_partial("partial_dw", partial_dw, {parts, rows, taps * x.size(1)});
-  if (problem.db) require_partial("partial_db", partial_db, {parts, rows});
+  const int64_t padded = ceil_div(k, 8 * octets) * 8 * octets;
+  require_partial("partial_dw", partial_dw, {parts, padded, taps * x.size(1)});
+  if (problem.db) require_partial("partial_db", partial_db, {parts, padded});
   check("conv_wgrad", cuda::conv_wgrad(problem, device, reinterpret_cast<void*>(stream)));
 }
 

@@ -32,7 +32,6 @@ def supports(problem: Problem) -> bool:
         and not conv.transposed
         and len(conv.stride) <= 2
         and problem.device == "cuda"
-        and not problem.compact
         and problem.dtype in DTYPES
         and problem.flops > 0
         and prod(problem.weight[1:]) <= MOST_WEIGHTS
@@ -87,9 +86,9 @@ def conv_wgrad(
     from neq_kernels.wgrad import grouped_kernels
 
     dw = torch.empty_like(weight)
-    db = dw.new_empty(len(order) if bias else 0)
+    db = dw.new_empty(len(weight) if bias else 0)
     dy, x, kernel, conv = in_two_dimensions(dy, x, dw, conv)
-    n, inputs, height, width = kernel.shape
+    n, (inputs, height, width) = len(order), kernel.shape[1:]
     channels_last = x.stride(1) == 1
     layout = torch.channels_last if channels_last else torch.contiguous_format
     if not counts(image_of(x), conv):
@@ -133,16 +132,17 @@ def add_up(
     partial_db: Tensor,  # [parts, padded], or [parts, 0]
     order: Tensor,
     k: int,
-    dw: Tensor,  # [n, C, kernel height, kernel width], to be written
-    db: Tensor,  # [n] or [0], to be written
+    dw: Tensor,  # [m, C, kernel height, kernel width], to be written
+    db: Tensor,  # [m] or [0], to be written
 ) -> None:
-    """Add up the parts, and scatter the sums into dw and db."""
+    """Add up the parts, and scatter the sums into dw and db, if these are not compact."""
     from neq_kernels.wgrad import grouped_kernels
 
     cut, padded, columns = partial_dw.shape
-    n, C, _, width = dw.shape
-    grouped_kernels.finish[ceil_div(n, 4), ceil_div(columns, 128)](
+    m, C, _, width = dw.shape
+    grouped_kernels.finish[ceil_div(m, 4), ceil_div(columns, 128)](
         partial_dw, partial_db, order, dw, db,
-        n, k, cut, padded, C, columns, weight_strides(dw), width,
-        BIAS=len(db) > 0, PARTS=4, ROWS=4, COLUMNS=128, enable_fp_fusion=True,
+        m, k, cut, padded, C, columns, weight_strides(dw), width,
+        BIAS=len(db) > 0, COMPACT=m < len(order),
+        PARTS=4, ROWS=4, COLUMNS=128, enable_fp_fusion=True,
     )  # fmt: skip

@@ -7,7 +7,8 @@ come from the first-level cache. Neighbouring lanes read neighbouring memory, al
 along the pixels.
 
 The sum over pixels is cut into parts. ``finish`` adds them up, always in the same order,
-and scatters them; behind the last active neuron it writes the zeros of the frozen ones.
+and scatters them; behind the last active neuron it writes the zeros of the frozen ones. A compact
+gradient has the active rows side by side, so there it scatters nothing.
 """
 
 import triton
@@ -108,14 +109,14 @@ def _of_each_neuron(
     return tl.sum(tl.reshape(total, (NEURONS, PIXELS)), 1)
 
 
-@triton.jit(do_not_specialize=["k", "parts", "padded"])  # masks change these
+@triton.jit(do_not_specialize=["m", "k", "parts", "padded"])  # masks change these
 def finish(
     partial_dw,  # float32 [parts, padded, columns]
     partial_db,  # float32 [parts, padded]
     order,  # int64 [n]
-    dw,  # [n, kernel height, kernel width, C]
-    db,  # [n]
-    n,
+    dw,  # [m, kernel height, kernel width, C]
+    db,  # [m]
+    m,  # n, or fewer of a compact gradient
     k,
     parts,
     padded,
@@ -124,13 +125,14 @@ def finish(
     dw_strides,
     kernel_width,
     BIAS: tl.constexpr,
+    COMPACT: tl.constexpr,
     PARTS: tl.constexpr,  # how many parts to read at a time, so that not each is waited for
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     j = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    row = tl.load(order + j, mask=j < n)
+    row = j if COMPACT else tl.load(order + j, mask=j < m)
     inside = (column < columns)[None, :]
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for first in range(0, parts, PARTS):
@@ -141,7 +143,7 @@ def finish(
         read = tl.load(partial_dw + at, mask=there[:, :, None] & inside[None, :, :], other=0.0)
         total += tl.sum(read, 0)
     dw_at = _weight_at(row, column, C, kernel_width, dw_strides)
-    tl.store(dw + dw_at, total.to(dw.dtype.element_ty), mask=(j < n)[:, None] & inside)
+    tl.store(dw + dw_at, total.to(dw.dtype.element_ty), mask=(j < m)[:, None] & inside)
     if BIAS:
         if tl.program_id(1) == 0:
             bias = tl.zeros((ROWS,), tl.float32)
@@ -150,7 +152,7 @@ def finish(
                 there = (part < parts)[:, None] & (j < k)[None, :]
                 at = part[:, None] * padded + j[None, :]
                 bias += tl.sum(tl.load(partial_db + at, mask=there, other=0.0), 0)
-            tl.store(db + row, bias.to(db.dtype.element_ty), mask=j < n)
+            tl.store(db + row, bias.to(db.dtype.element_ty), mask=j < m)
 
 
 @triton.jit

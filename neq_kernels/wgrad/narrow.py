@@ -46,7 +46,7 @@ class Plan(NamedTuple):
 def supports(problem: Problem) -> bool:
     """On a GPU, in 16 bits and channels_last: k x k convolutions of at most 128 channels."""
     conv = problem.conv
-    if conv is None or problem.device != "cuda" or problem.compact or extension.why_not("cuda"):
+    if conv is None or problem.device != "cuda" or extension.why_not("cuda"):
         return False
     neurons, channels, *kernel = problem.weight
     works = (
@@ -116,7 +116,7 @@ def conv_wgrad(
     output, kernel = tuple(dy.shape[2:]), tuple(planar.shape[2:])
     slots = BLOCKS * gpu(dy.device).processors
     tile, octets, slices, parts = plan(
-        len(dy), output, x.shape[1], len(weight), k, kernel, conv, slots
+        len(dy), output, x.shape[1], len(order), k, kernel, conv, slots
     )
     dy, x = _in_pieces(dy), _in_pieces(x)
     dw = torch.empty_like(planar)

@@ -67,6 +67,7 @@ CALLS = {
         grouped, conv_case((1, 8, 3, 3), (3, 3), 8, [1], groups=4, bias=False)
     ),
     "grouped of sizes of one": wgrad(grouped, conv_case((1, 2, 1, 1), (1, 1), 2, [1], groups=2)),
+    "grouped, compact": wgrad(grouped, DEPTHWISE.compact(9)),
     "grouped in float32": wgrad(grouped, DEPTHWISE, torch.float32),
     "grouped": wgrad(grouped, DEPTHWISE),
     "grouped, channels last": wgrad(grouped, DEPTHWISE.laid_out("channels_last")),

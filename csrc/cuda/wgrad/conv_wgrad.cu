@@ -9,7 +9,7 @@
 // One mma multiplies X [16 channels, 16 pixels] by dY [16 pixels, 8 rows], so rows cost in eights
 // (octets). dW is small and the sum over pixels long, so the pixels are split among blocks
 // (split-K): each block of `sum_part` writes partial sums, and `reduce_parts` adds them up, always
-// in the same order, and scatters them to the active rows.
+// in the same order, and scatters them to the active rows, unless the gradient is compact.
 
 #include "conv_wgrad.h"
 
@@ -269,7 +269,8 @@ __global__ void __launch_bounds__(kThreads, 2)
         p.partial_db[part * padded + first_row + o * 8 + lane * 2 + e] = sums[kMatrices][o][e];
 }
 
-// Adds up the parts and writes row order[j] of dw and db, for j = blockIdx.y: zeros from j = k on.
+// Adds up the parts and writes row order[j] of dw and db, or row j of compact ones, for
+// j = blockIdx.y: zeros from j = k on.
 // threadIdx.x counts the weights of a neuron, the last of which is the bias; threadIdx.y splits the
 // parts.
 template <class T>
@@ -288,7 +289,7 @@ __global__ void __launch_bounds__(kReduceThreads) reduce_parts(const ConvWgrad p
   }
   const T total(float(sum_over_y<kReduceThreads>(sum)));
   if (!exists || threadIdx.y > 0) return;
-  const int64_t row = p.order[j];
+  const int64_t row = p.rows < p.neurons ? j : p.order[j];
   if (is_bias) {
     static_cast<T*>(p.db)[row] = total;
     return;
@@ -329,7 +330,7 @@ const char* conv_wgrad(const ConvWgrad& p, int device, void* stream) {
   if (error != cudaSuccess) return cudaGetErrorString(error);
 
   const int weights = p.kernel.y * p.kernel.x * p.channels + (p.db != nullptr);
-  const Launch reducing{dim3(ceil_div(weights, 32), p.neurons), dim3(32, kReduceThreads / 32), 0,
+  const Launch reducing{dim3(ceil_div(weights, 32), p.rows), dim3(32, kReduceThreads / 32), 0,
                         cuda_stream};
   const auto reduce = p.weight_dtype == DType::float32    ? reduce_parts<float>
                       : p.weight_dtype == DType::float64  ? reduce_parts<double>

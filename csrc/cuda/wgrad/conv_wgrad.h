@@ -38,13 +38,14 @@ struct ConvWgrad {
   int images, neurons, channels, k;  // neurons and channels are multiples of 8
   Size2 input, output, kernel, stride, padding, dilation;
   Images dy, x;
-  void* dw;  // [neurons, channels, kernel], zero but for the active rows
+  int rows;  // of dw: one for each neuron; or fewer, but at least k, and then the active come first
+  void* dw;  // [rows, channels, kernel], zero but for the active ones
   int64_t dw_strides[4];
-  void* db;              // [neurons], or null
+  void* db;              // [rows], or null
   const int64_t* order;  // [neurons]: a permutation, the k active ones first
-  // scratch: the sums of each part; rows is k rounded up to whole blocks of octets
-  float* partial_dw;  // [parts, rows, kernel, channels]
-  float* partial_db;  // [parts, rows]
+  // scratch: the sums of each part; padded is k rounded up to whole blocks of octets
+  float* partial_dw;  // [parts, padded, kernel, channels]
+  float* partial_db;  // [parts, padded]
   ConvPlan plan;
 };
 

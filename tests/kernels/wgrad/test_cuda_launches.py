@@ -103,6 +103,7 @@ class ConvWgrad(ctypes.Structure):
         *((name, Size2) for name in ("stride", "padding", "dilation")),
         ("dy", Images),
         ("x", Images),
+        ("rows", ctypes.c_int),
         ("dw", ctypes.c_void_p),
         ("dw_strides", ctypes.c_int64 * 4),
         *((name, ctypes.c_void_p) for name in ("db", "order", "partial_dw", "partial_db")),
@@ -124,10 +125,13 @@ def images(t):
     return t.data_ptr(), *(t.stride(i) // 8 for i in (0, 2, 3))
 
 
-def test_conv_wgrad(recording, bindings, device):
-    dy, x, dw, db, order, plan = narrow_wgrad(bindings, device)
+@pytest.mark.parametrize("rows", [64, 30])
+def test_conv_wgrad(recording, bindings, device, rows):
+    case = CASE.compact(rows)
+    dy, x, dw, db, order, plan = narrow_wgrad(bindings, device, case=case)
     summing, reducing = recording.launches()
     assert summing.parameters[0] == reducing.parameters[0]
+    assert reducing.grid[1] == rows
     assert len(summing.parameters[0]) == ctypes.sizeof(ConvWgrad)
     problem = ConvWgrad.from_buffer_copy(summing.parameters[0])
     assert (problem.images, problem.neurons, problem.channels, problem.k) == (4, 64, 64, 22)
@@ -138,6 +142,7 @@ def test_conv_wgrad(recording, bindings, device):
     assert values(problem.kernel) == (3, 3)
     assert values(problem.dy) == images(dy)
     assert values(problem.x) == images(x)
+    assert problem.rows == len(dw)
     assert values(problem.dw_strides) == dw.stride()
     pointers = problem.dw, problem.db, problem.order
     assert pointers == (dw.data_ptr(), db.data_ptr(), order.data_ptr())

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from neq_kernels import conv_wgrad
 from neq_kernels.device.gpu import Gpu
 from neq_kernels.wgrad import grouped, planner
-from tests.support.cases import conv_case, dimensions, examples, options, some_of
+from tests.support.cases import compact, conv_case, dimensions, examples, options, some_of
 from tests.support.checks import (
     assert_planned_is_exact,
     assert_same,
@@ -68,6 +68,15 @@ def convs(draw):
 @examples(15)
 @given(case=convs(), parts=st.integers(1, 4))
 def test_exact(device, dtypes, case, parts):
+    with cut_into(parts):
+        assert_planned_is_exact(OP, case.args(dtypes, device))
+
+
+@on_devices
+@in_dtypes
+@examples(10)
+@given(case=compact(convs()), parts=st.integers(1, 4))
+def test_compact_gradients_are_exact(device, dtypes, case, parts):
     with cut_into(parts):
         assert_planned_is_exact(OP, case.args(dtypes, device))
 
@@ -155,6 +164,7 @@ def test_cost_claims_nothing_and_rules_out_what_the_kernel_cannot_do():
     assert grouped.supports(other)
     assert grouped.cost(problem) == grouped.cost(other) == 1
     assert planner.predict(replace(problem, bucket=1)) == "dense"
+    assert planner.predict(replace(problem, bucket=1, compact=True)) == "grouped"
     for change in (
         {"op": "linear_wgrad", "conv": None},
         {"device": "cpu"},

@@ -14,7 +14,7 @@ from neq_kernels.device import extension as compiled
 from neq_kernels.device.gpu import Gpu
 from neq_kernels.wgrad import narrow, planner
 from neq_kernels.wgrad.geometry import Conv
-from tests.support.cases import conv_case, dimensions, options, some_of
+from tests.support.cases import compact, conv_case, dimensions, options, some_of
 from tests.support.checks import (
     assert_frozen_rows_are_zero,
     assert_planned_is_exact,
@@ -86,6 +86,14 @@ def cut_cases(draw):
 @random_cases
 @given(case=cases())
 def test_exact(device, dtypes, case):
+    assert_planned_is_exact("conv_wgrad", case.args(dtypes, device))
+
+
+@on_devices
+@in_dtypes
+@random_cases
+@given(case=compact(cases()))
+def test_compact_gradients_are_exact(device, dtypes, case):
     assert_planned_is_exact("conv_wgrad", case.args(dtypes, device))
 
 
@@ -169,6 +177,7 @@ def test_cost_claims_nothing_and_rules_out_what_the_kernel_cannot_do():
         problem = replace(problem, device="cuda", channels_last=True)
         conv = problem.conv
         assert narrow.supports(problem)
+        assert narrow.supports(replace(problem, compact=True))
         assert narrow.cost(problem) == 1
         assert planner.predict(replace(problem, bucket=1)) != "narrow"
         for change in (
@@ -242,6 +251,8 @@ PARTS = {"partial_dw": torch.empty(0), "partial_db": torch.empty(0), "device": 0
         ({"tile": (9,)}, "dimensions of a tile must be 2, got 1"),
         ({"tile": (9, 8)}, "a tile's size must be between 1 and the output's, 7, got 8"),
         ({"tile": (0, 7)}, "a tile's size must be between 1 and the output's, 9, got 0"),
+        ({"dw": pixels(3, 32, 3, 3)}, "rows of dw must be between 4 and neurons = 40, got 3"),
+        ({"dw": pixels(41, 32, 3, 3)}, "rows of dw must be between 4 and neurons = 40, got 41"),
         ({"octets": 5}, "octets must be between 1 and 4, got 5"),
         ({"slices": 5}, "slices must be at least 1, and at most 36 / 9 taps, got 5"),
         ({"parts": 3}, "parts must be between 1 and tiles = 2, and below 65536, got 3"),
