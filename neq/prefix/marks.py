@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_AT_ONCE = 1 << 22  # elements whose products are in memory at a time
+_AT_ONCE = 1 << 18  # words whose products are in memory at a time
 
 
 def marks(inputs: Any, samples: int) -> Tensor:
@@ -64,8 +64,18 @@ def _sums(t: Tensor) -> Tensor:
     if flat.numel() == 0:
         return torch.zeros(len(t), dtype=torch.int64, device=t.device)
     as_bytes = flat.view(torch.uint8)
-    words = F.pad(as_bytes, (0, -as_bytes.shape[1] % 4)).view(torch.int32)
-    places = torch.arange(words.shape[1], dtype=torch.int64, device=t.device)
-    factors = (places * 2654435761 * 2 + 1).to(torch.int32)  # odd; they wrap around
-    parts = words.split(max(1, _AT_ONCE // words.shape[1]))
-    return torch.cat([(part * factors).sum(1, dtype=torch.int64) for part in parts])
+    parts = as_bytes.split(max(1, 4 * _AT_ONCE // as_bytes.shape[1]))
+    return torch.cat([_sum_of_words(part) for part in parts])
+
+
+def _sum_of_words(as_bytes: Tensor) -> Tensor:
+    """int64 [samples], of uint8 [samples, bytes]: a word has four, and zeros are behind the last."""
+    total = torch.zeros(len(as_bytes), dtype=torch.int64, device=as_bytes.device)
+    place, most = 0, max(1, _AT_ONCE // len(as_bytes))
+    for part in as_bytes.split(4 * most, dim=1):
+        words = F.pad(part, (0, -part.shape[1] % 4)).view(torch.int32)
+        places = torch.arange(place, place + words.shape[1], device=words.device)  # int64
+        factors = (places * 2654435761 * 2 + 1).to(torch.int32)  # odd; they wrap around
+        total += (words * factors).sum(1, dtype=torch.int64)
+        place += most
+    return total

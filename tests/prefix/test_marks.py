@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from bench.lib.peak_memory import peak_bytes
 from neq.prefix.marks import lengths, marks
 
 
@@ -26,8 +27,15 @@ def test_a_sample_has_its_mark_in_any_batch(monkeypatch):
     part = [4, 1, 4]
     y = x[part].to(memory_format=torch.channels_last)
     assert torch.equal(marks(((y, {"y": y[:, 0]}), {}), 3), everything[part])
-    monkeypatch.setattr("neq.prefix.marks._AT_ONCE", 100)  # a few samples at a time
-    assert torch.equal(marks(((x, {"y": x[:, 0]}), {}), 6), everything)
+    for words in 100, 7:  # a few samples at a time, and a few of their words
+        monkeypatch.setattr("neq.prefix.marks._AT_ONCE", words)
+        assert torch.equal(marks(((x, {"y": x[:, 0]}), {}), 6), everything)
+
+
+def test_a_large_tensor_takes_little_memory():
+    x = torch.zeros(1, 5_000_000)
+    device = torch.device("cpu")
+    assert peak_bytes(lambda: marks(x, 1), device) < x.nbytes
 
 
 def test_what_is_not_by_sample_counts_for_all():
