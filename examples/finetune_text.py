@@ -17,7 +17,8 @@ need. Rates rise for a tenth of the steps, and fall to zero. In all but full, em
 
 First each way's learning rate is tuned, with a seed of its own, on texts that are neither trained
 on nor tested with: three rates, and more beside an end as long as the best one is there. Then the
-other seeds run, and are tested. Bytes are those of bench/finetune.py. Seconds are the processor's,
+other seeds run, and are tested. Bytes are those of bench/finetune.py, in the step in which a policy
+first chooses. Seconds are the processor's,
 with probes and without testing. Runs that are in --output are not repeated. Where all are there, it
 shows the table, and draws the picture:
 
@@ -26,11 +27,12 @@ shows the table, and draws the picture:
 
 import argparse
 import copy
+import itertools
 import json
 import sys
 import time
 from collections.abc import Iterator
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +44,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.lib import cli, results
 from bench.lib.environment import device_name, environment
-from bench.lib.finetuning import step_bytes
+from bench.lib.finetuning import STEPS_MEASURED, step_bytes
 from bench.lib.results import Result
 from examples import text_report
 from examples.text_data import PACKAGES, Batch, Texts, load
-from examples.text_ways import DECISIONS, WAYS, Learner
+from examples.text_ways import WAYS, Learner, steps_of_a_decision
 
 PROBE = 8  # training samples
 TUNING_SEED = 50
@@ -136,16 +138,14 @@ class Study:
         texts = self._start[1]
         learner = self._learner(way, seed, rate, self._steps(way))
         start = time.process_time()
-        losses = []
-        for batch in tqdm(self._batches(way, seed), desc=way, disable=None, leave=False):
-            losses.append(learner.step(batch))
-            learner.schedule.step()
+        batches = tqdm(self._batches(way, seed), desc=way, disable=None, leave=False)
+        losses = [learner.step(batch) for batch in batches]
         seconds = time.process_time() - start
         tested = self._test(learner.model, getattr(texts, part))
         curve = [float(part.mean()) for part in torch.stack(losses).split(-(-len(losses) // CURVE))]
         done = {"steps": len(losses), "seconds": seconds, "training_losses": curve}
         done["trained"] = learner.trained()  # at the end
-        return done | tested | self._bytes(way)
+        return done | tested | self._bytes(way, seed, rate)
 
     def _learner(self, way: str, seed: int, rate: float, steps: int) -> Learner:
         model, texts = self._start
@@ -184,14 +184,20 @@ class Study:
             loss += float(found.loss) * len(chosen)
         return {"accuracy": right / len(texts.labels), "loss": loss / len(texts.labels)}
 
-    def _bytes(self, way: str) -> dict[str, int]:
-        """Of a step in which a policy chooses rows: measured once for all runs of a way."""
+    def _bytes(self, way: str, seed: int, rate: float) -> dict[str, int]:
+        """Of the step in which a policy first chooses: measured once for all runs of a way."""
         for row in self.rows:
             if row["way"] == way:
                 return {kind: row[kind] for kind in text_report.BYTES}
-        learner = self._learner(way, TUNING_SEED, 1e-4, DECISIONS)
-        batch = self._on_device(self._start[1].train, slice(self.given.batch))
-        step = partial(learner.step, batch)
+        steps = self._steps(way)
+        learner = self._learner(way, seed, rate, steps)
+        batches = itertools.cycle(self._batches(way, seed))
+
+        def step() -> Tensor:
+            return learner.step(next(batches))
+
+        for _ in range(steps_of_a_decision(steps) - STEPS_MEASURED):
+            step()
         return step_bytes(learner.model, learner.optimizer, step, self.given.device)
 
     def tested(self) -> Iterator[Result]:

@@ -43,6 +43,7 @@ class Learner:
         loss: Tensor = self.model(**batch).loss
         loss.backward()
         self.optimizer.step()
+        self.schedule.step()
         return loss.detach()
 
     def trained(self) -> int:
@@ -51,6 +52,11 @@ class Learner:
         shares = {id(p): _share(layer) for layer in layers for p in layer.parameters(recurse=False)}
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         return round(sum(p.numel() * shares.get(id(p), 1.0) for p in trained if p.requires_grad))
+
+
+def steps_of_a_decision(steps: int) -> int:
+    """How many steps a policy waits for a decision, in a run of so many."""
+    return max(1, steps // DECISIONS)
 
 
 def _share(layer: neq.NeuronLayer) -> float:
@@ -84,7 +90,7 @@ class Way:
                 optimizer=optimizer,
                 probe=probe,
                 policy=self.policy(torch.initial_seed(), steps),
-                every=max(1, steps // DECISIONS),
+                every=steps_of_a_decision(steps),
                 on_thaw="reset",
             )
         warmup = max(1, steps // 10)

@@ -11,6 +11,7 @@ import neq
 from bench.lib.peak_memory import peak_bytes
 
 KINDS = ("weights", "gradients", "optimizer")
+STEPS_MEASURED = 3  # that step_bytes takes
 
 
 def freeze_embeddings(model: nn.Module) -> None:
@@ -54,7 +55,8 @@ def step_bytes(
 ) -> dict[str, int]:
     """Those of the weights, the gradients, the optimizer's state, and the peak of a step.
 
-    The peak is weights, optimizer, and the most that torch allocates during the step.
+    The peak is that of the last of ``STEPS_MEASURED`` steps: weights, optimizer, and the most that
+    torch allocates during the step.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     gradients = 0
