@@ -21,6 +21,7 @@ Inputs = Mapping[str, Tensor]  # some training samples, as the model takes them
 LORA_RANK = 16
 LIKE_LORA = 0.08  # the share at which compact has LoRA's peak memory
 SHARES = 0.25, 0.1
+FAST_HEAD = 30.0  # a classifier's rate, as a multiple of the others'
 DECISIONS = 8  # of a policy, in one run
 POLICIES: dict[str, Callable[[float, int], neq.Policy]] = {
     "equilibrium": lambda share, seed: neq.Equilibrium(share=1 - share),  # that it freezes
@@ -74,16 +75,20 @@ class Way:
         prepare: Takes a model and inputs, and returns the model that trains.
         policy: Makes the policy of a Controller for a seed and so many steps; None: no Controller.
         steps: The share of all steps that are taken. The learning rate's schedule ends there.
+        head_rate: The classifier's learning rate, as a multiple of the others'.
     """
 
     prepare: Callable[[nn.Module, Inputs], nn.Module]
     policy: Callable[[int, int], neq.Policy] | None = None
     steps: float = 1.0
+    head_rate: float = 1.0
 
     def learner(self, model: nn.Module, rate: float, steps: int, probe: Inputs) -> Learner:
         """What trains for so many steps. The policy draws from torch's seed."""
         model = self.prepare(model, probe)
         optimizer = with_adamw(model, rate)
+        if self.head_rate != 1:
+            _set_apart(optimizer, model.get_submodule("classifier"), self.head_rate * rate)
         if self.policy is not None:
             neq.Controller(
                 model,
@@ -98,6 +103,13 @@ class Way:
             optimizer, lambda done: min((done + 1) / warmup, (steps - done) / (steps - warmup + 1))
         )
         return Learner(model, optimizer, schedule)
+
+
+def _set_apart(optimizer: Optimizer, module: nn.Module, rate: float) -> None:
+    """Give a module's parameters a learning rate of their own."""
+    own, [group] = [*module.parameters()], optimizer.param_groups
+    group["params"] = [p for p in group["params"] if p not in {*own}]
+    optimizer.add_param_group({"params": own, "lr": rate})
 
 
 def _whole(model: nn.Module, inputs: Inputs) -> nn.Module:
@@ -133,6 +145,10 @@ def _compact_way(policy: str, share: float) -> Way:
     return Way(partial(_compact, share), lambda seed, steps: POLICIES[policy](share, seed))
 
 
+def _head_first(seed: int, steps: int) -> neq.HeadFirst:
+    return neq.HeadFirst(longest=1, epoch_steps=steps)
+
+
 WAYS: dict[str, Way] = {
     "full": Way(_whole),
     "full-0.7": Way(_whole, steps=0.7),  # ends when compact and LoRA do
@@ -141,10 +157,15 @@ WAYS: dict[str, Way] = {
         for share in SHARES
         for policy in POLICIES
     },
-    f"compact-random-{LIKE_LORA:g}": _compact_way("random", LIKE_LORA),
+    **{
+        f"compact-{policy}-{LIKE_LORA:g}": _compact_way(policy, LIKE_LORA)
+        for policy in ("equilibrium", "random")
+    },
     "lora": Way(_lora),
     **{f"layers-{share:g}": Way(partial(_layers, share)) for share in SHARES},
     "half": Way(_half),
     "bottom-up": Way(_converted, lambda seed, steps: neq.BottomUp()),
-    "head-first": Way(_converted, lambda seed, steps: neq.HeadFirst(longest=1, epoch_steps=steps)),
+    "head-first": Way(_converted, _head_first),
+    f"full-head-{FAST_HEAD:g}": Way(_whole, head_rate=FAST_HEAD),
+    f"head-first-head-{FAST_HEAD:g}": Way(_converted, _head_first, head_rate=FAST_HEAD),
 }
