@@ -16,6 +16,10 @@ and for comparison, at the f nearest to a half:
     gather     as neq, but by a naive gather around the vendor's calls
     layers     requires_grad=False on random layers
 
+with each share f of the neurons active, too:
+
+    compact    as neq, but active rows are the parameters: see neq.compact
+
 and with a share of the blocks frozen as a prefix (--prefix):
 
     by hand    requires_grad=False on its parameters, its modules in eval mode
@@ -27,12 +31,12 @@ and for a share of the dense step's time (--budget):
 
     budget     what neq.Budget(unit="step_ms") freezes to have such a step
 
-bench/lib/step_contenders.py and prefix_contenders.py define them. Each contender runs in its
-fastest layout. A step is forward, backward and the optimizer's update; the update is also timed
-apart. Peak memory is that of the tensors which a step takes beyond parameters, batch and the
-optimizer's state. Two ceilings say how many times faster a step could be without a prefix: one by
-the FLOPs of the network's layers, the other, 3 / (2 + f), as if weight gradients were a third of
-the step.
+bench/lib/step_contenders.py, compact_contenders.py and prefix_contenders.py define them. Each
+contender runs in its fastest layout. A step is forward, backward and the optimizer's update; the
+update is also timed apart. Peak memory is that of the tensors which a step takes beyond parameters,
+batch and the optimizer's state. Two ceilings say how many times faster a step could be without a
+prefix: one by the FLOPs of the network's layers, the other, 3 / (2 + f), as if weight gradients
+were a third of the step.
 
 The loss and the gradients of each step are first compared with the dense step's, those of a prefix
 with the step by hand, where norms are in eval mode too. If they differ, the step is named instead
@@ -53,7 +57,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.lib import cli, prefix_contenders, results, step_report
+from bench.lib import cli, compact_contenders, prefix_contenders, results, step_report
 from bench.lib.environment import environment
 from bench.lib.networks import Network, networks
 from bench.lib.peak_memory import peak_bytes
@@ -170,6 +174,8 @@ def checked(
         for one in contenders(given)
     }
     if not given.compile and not given.graphs:
+        compact = compact_contenders.steps(bench, given.active, shares.wgrads)
+        steps |= dict.fromkeys(compact, batch)
         steps |= prefix_contenders.steps(bench, given.prefix, given.budget, shares.wgrads)
     for step, gate in steps.items():
         entry = Entry(step.name, step.active, bench.layout, step.requested)
@@ -258,10 +264,10 @@ def in_best_layout(steps: Steps, device: torch.device) -> Steps:
 
 def measure_memory(steps: Steps) -> dict[Entry, float]:
     """The peak of each step, in MiB."""
-    first: dict[tuple[str, str], Step] = {}
+    first: dict[tuple[int, str], Step] = {}
     for entry, step in steps.items():
         if entry.active:
-            first.setdefault((entry.layout, step.optimizer), step)
+            first.setdefault((id(step.model), step.optimizer), step)
     for step in first.values():  # makes the optimizer's state, which remains
         step.prepare()
         step.whole()

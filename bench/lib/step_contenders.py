@@ -62,14 +62,8 @@ class Bench:
         of_images = torch.channels_last if layout == "channels_last" else contiguous
         self.name, self.layout, self.device, self.dtype = name, layout, device, dtype
         self.plain = deepcopy(model).to(device, memory_format=of_images)
-        last = [m.weight for m in self.plain.modules() if isinstance(m, nn.Linear)][-1:]
-        self.converted = neq.convert(
-            deepcopy(
-                self.plain,
-                {id(t): t for t in (*self.plain.parameters(), *self.plain.buffers())},
-            ),
-            filter_fn=lambda module, name: all(module.weight is not weight for weight in last),
-        )
+        tensors = {id(t): t for t in (*self.plain.parameters(), *self.plain.buffers())}
+        self.converted = self.convert(deepcopy(self.plain, tensors))
         self.parameters = dict(self.plain.named_parameters())
         modules = self.converted.named_modules()
         self.layers = {name: m for name, m in modules if isinstance(m, NeuronLayer)}
@@ -78,16 +72,27 @@ class Bench:
             name: t.to(device, memory_format=of_images if t.dim() == 4 else contiguous)
             for name, t in network.batch(samples).items()
         }
-        options: dict[str, Any] = {**optimizers.OPTIONS[network.optimizer], "fused": True}
+        self.options: dict[str, Any] = {**optimizers.OPTIONS[network.optimizer], "fused": True}
         if graphs and network.optimizer == "AdamW":
-            options["capturable"] = True
+            self.options["capturable"] = True
         self._fix_statistics()
         theirs, ours = optimizers.both(network.optimizer)
-        self.optimizer = theirs(self.plain.parameters(), **options)
-        self.row_optimizer = ours(self.converted.parameters(), **options, layers=self.converted)
+        self.optimizer = theirs(self.plain.parameters(), **self.options)
+        self.row_optimizer = ours(
+            self.converted.parameters(), **self.options, layers=self.converted
+        )
         self.keeps_dgrad = False
         self.undo: Callable[[], None] | None = None  # what a contender has done to the models
         self._hook = next(iter(self.layers.values())).register_forward_hook(self._keep_dgrad)
+
+    @staticmethod
+    def convert(model: nn.Module) -> nn.Module:
+        """All layers but the last Linear, and what shares its weight."""
+        last = [m.weight for m in model.modules() if isinstance(m, nn.Linear)][-1:]
+        return neq.convert(
+            model,
+            filter_fn=lambda module, name: all(module.weight is not weight for weight in last),
+        )
 
     def _fix_statistics(self) -> None:
         """Running statistics are those of the batch, and stay: steps compute the same each time."""
@@ -140,6 +145,11 @@ class Step:
         self._graphs: list[torch.cuda.CUDAGraph] = []
 
     @property
+    def layers(self) -> dict[str, NeuronLayer]:
+        """The converted layers of the model that it runs."""
+        return self.bench.layers if self.model is self.bench.converted else {}
+
+    @property
     def optimizer(self) -> str:
         return f"{type(self._optimizer).__module__.split('.')[0]} {type(self._optimizer).__name__}"
 
@@ -184,6 +194,13 @@ class Step:
         else:
             self._optimizer.step()
             self._optimizer.zero_grad()
+
+    def take_gradients(self) -> dict[str, Tensor]:
+        """Those of the plain model's parameters, by name. The model keeps none."""
+        taken = {n: p.grad for n, p in self.bench.parameters.items() if p.grad is not None}
+        for p in self.bench.parameters.values():
+            p.grad = None
+        return taken
 
     def whole(self) -> None:
         self.gradients(0)
@@ -276,11 +293,7 @@ class Gate:
 
     def _run(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         step.prepare()
-        loss = step.gradients(0)
-        gradients = {n: p.grad for n, p in self.bench.parameters.items() if p.grad is not None}
-        for p in self.bench.parameters.values():
-            p.grad = None
-        return loss, gradients
+        return step.gradients(0), step.take_gradients()
 
     def _compare(self, step: Step, what: str, got: Tensor, truth: Tensor, size: float) -> None:
         error = float((got - truth).abs().max())
@@ -308,9 +321,9 @@ class Backends(TorchDispatchMode):
         super().__init__()
         self.asked: Counter[str] = Counter()
         others = NEqNorm | NEqEmbedding
-        matrices = {n: m for n, m in step.bench.layers.items() if not isinstance(m, others)}
+        matrices = {n: m for n, m in step.layers.items() if not isinstance(m, others)}
         some = (0 < step.active_sets[name].k < m.n_neurons for name, m in matrices.items())
-        self.layers = sum(some) if step.model is step.bench.converted else 0
+        self.layers = sum(some)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

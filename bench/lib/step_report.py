@@ -27,8 +27,14 @@ RATIOS = {
     "realised": "realised",
     "realised_gradients": "fwd+bwd alone",
 }
-JUDGED = ("neq", "gather", "layers")
-COLORS = {"neq": "tab:blue", "gather": "tab:red", "layers": "tab:orange", "masked": "tab:purple"}
+JUDGED = ("neq", "compact", "gather", "layers")
+COLORS = {
+    "neq": "tab:blue",
+    "compact": "tab:green",
+    "gather": "tab:red",
+    "layers": "tab:orange",
+    "masked": "tab:purple",
+}
 
 
 def show(results: Sequence[Result], facts: Facts) -> None:
@@ -76,7 +82,7 @@ def verdict(results: Sequence[Result], device: str) -> str:
                 f"slower than dense in {len(slower)} ({badly} by more than {TOLERATED - 1:.0%}) "
                 f"of {len(judged)} results"
             )
-    for pair in (("prefix", "by hand"), ("cached", "rest")):
+    for pair in (("compact", "neq"), ("prefix", "by hand"), ("cached", "rest")):
         lines += _beside(results, *pair)
     return "\n".join(lines + _requested(results))
 
@@ -105,11 +111,11 @@ def _beside(results: Sequence[Result], contender: str, other: str) -> list[str]:
     """The line to quote of a contender and the one that it should be as fast as."""
     found = []
     for network, group in groupby(results, key=title):
-        timed = {r["contender"]: r for r in group if r["ratio"] is not None}
-        if contender in timed and other in timed:
-            one, its = timed[contender], timed[other]
-            memory = one["peak_mib"] / its["peak_mib"]
-            found.append((one["ratio"] / its["ratio"], memory, network))
+        timed = {(r["contender"], r["active"]): r for r in group if r["ratio"] is not None}
+        for (name, active), one in timed.items():
+            if name == contender and (its := timed.get((other, active))):
+                memory = one["peak_mib"] / its["peak_mib"]
+                found.append((one["ratio"] / its["ratio"], memory, network))
     if not found:
         return []
     worst, _, network = max(found)

@@ -57,9 +57,10 @@ def test_json(results, tmp_path, capsys):
         found = [(row["contender"], row["active"]) for row in its[len(dense) :]]
         assert found[: len(others)] == others
         rest = its[len(dense) + len(others) :]
-        names = ["by hand", "prefix", "cached", "rest", "budget", "budget"]
+        names = [*["compact"] * 4, "by hand", "prefix", "cached", "rest", "budget", "budget"]
         assert [row["contender"] for row in rest] == names
-        assert sorted(row["requested"] for row in rest[4:]) == [0.5, 0.75]
+        assert [row["active"] for row in rest[:4]] == [*some]
+        assert sorted(row["requested"] for row in rest[8:]) == [0.5, 0.75]
         assert all(row["requested"] is None for row in its if row["contender"] != "budget")
         assert all(row["layout"] in layouts for row in its)
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
@@ -93,11 +94,11 @@ def test_which_optimizer_steps_and_which_backends_compute(results):
     kinds = {"images": ("SGD", 3), "text": ("AdamW", 4)}  # converted layers that have a matrix
     for row in results("--active", ".5"):
         kind, matrices = kinds[row["network"]]
-        by_rows = row["contender"] not in ("dense", "masked", "layers", "by hand")
+        by_rows = row["contender"] not in ("dense", "masked", "layers", "by hand", "compact")
         assert row["optimizer"] == f"{'neq' if by_rows else 'torch'} {kind}"
         if row["contender"] == "gather":
             assert row["backends"] == f"naive_gather {matrices}"
-        elif row["contender"] == "neq":
+        elif row["contender"] in ("neq", "compact"):
             counts = (part.split()[1] for part in row["backends"].split(", "))
             assert sum(map(int, counts)) == matrices
         elif row["contender"] != "budget":
@@ -110,11 +111,12 @@ def test_tune_and_table(results, tmp_path):
     alone = "--only", "text", "--active", ".5", "--budget", "1"  # all neurons train within it
     results(*alone, "--tune", "--table", str(table))
     ((device, measured),) = json.loads(table.read_text()).items()
-    assert len(measured) == 4
+    assert len(measured) == 8  # of whole gradients and of compact ones
     packed = {key: dict.fromkeys(samples, "pack") for key, samples in measured.items()}
     table.write_text(json.dumps({device: packed}))
     rows = results(*alone, "--table", str(table))
-    assert [r["backends"] for r in rows if r["contender"] == "neq"] == ["pack 4"]
+    ours = ("neq", "compact")
+    assert [r["backends"] for r in rows if r["contender"] in ours] == ["pack 4"] * 2
 
 
 def test_bfloat16(results):
