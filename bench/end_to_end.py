@@ -16,7 +16,7 @@ and for comparison, at the f nearest to a half:
     gather     as neq, but by a naive gather around the vendor's calls
     layers     requires_grad=False on random layers
 
-with each share f of the neurons active, too:
+and, not compiled and not in graphs, with each share f that is neither 0 nor 1:
 
     compact    as neq, but active rows are the parameters: see neq.compact
 

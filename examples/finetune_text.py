@@ -13,15 +13,16 @@ need. Rates rise for a tenth of the steps, and fall to zero. In all but full, em
     layers-SHARE          the last layers with that share of the weights
     half                  requires_grad=False on the lower half of the blocks, by hand
     bottom-up             neq.BottomUp, in the masked form
+    budget-SHARE          neq.Budget of a step's time, by gradient times update, the same
     head-first            neq.HeadFirst, the same
     ...-head-30           the classifier at 30 times the rate
 
 First each way's learning rate is tuned, with a seed of its own, on texts that are neither trained
 on nor tested with: three rates, and more beside an end as long as the best one is there. Then the
-other seeds run, and are tested. Bytes are those of bench/finetune.py, in the larger of the first
-two steps in which a policy chooses. Seconds are the processor's,
-with probes and without testing. Runs that are in --output are not repeated. Where all are there, it
-shows the table, and draws the picture:
+other seeds run, and are tested. Bytes are those of bench/finetune.py, in the largest of the first
+three steps in which a policy chooses. Seconds are the processor's, with probes and without testing.
+Runs that are in --output are not repeated. Where all are there, it shows the table, and draws the
+picture:
 
     python examples/finetune_text.py --output bench/results/text-epyc-avx512-1-thread
 """
@@ -51,8 +52,8 @@ from examples import text_report
 from examples.text_data import PACKAGES, Batch, Texts, load
 from examples.text_ways import WAYS, Learner, steps_of_a_decision
 
-PROBE = 8  # training samples
 TUNING_SEED = 50
+DECISIONS_MEASURED = 3
 CURVE = 8  # means of training losses, one after the other
 
 
@@ -153,8 +154,8 @@ class Study:
         torch.manual_seed(seed)
         model = copy.deepcopy(model).to(self.given.device)
         model.get_submodule("classifier").reset_parameters()  # type: ignore[operator]
-        probe = self._on_device(texts.train, slice(PROBE))
-        return WAYS[way].learner(model.train(), rate, steps, probe)
+        batch = self._on_device(texts.train, slice(self.given.batch))
+        return WAYS[way].learner(model.train(), rate, steps, batch)
 
     def _steps(self, way: str) -> int:
         texts, given = self._start[1], self.given
@@ -186,7 +187,7 @@ class Study:
         return {"accuracy": right / len(texts.labels), "loss": loss / len(texts.labels)}
 
     def _bytes(self, way: str, seed: int, rate: float) -> dict[str, int]:
-        """Of the larger of the first two steps in which a policy chooses: once for all of a way."""
+        """Of the largest of the first steps in which a policy chooses: once for all of a way."""
         for row in self.rows:
             if row["way"] == way:
                 return {kind: row[kind] for kind in text_report.BYTES}
@@ -198,7 +199,7 @@ class Study:
             return learner.step(next(batches))
 
         found = []
-        for _ in range(2):
+        for _ in range(DECISIONS_MEASURED):
             for _ in range(steps_of_a_decision(steps) - STEPS_MEASURED):
                 step()
             found.append(step_bytes(learner.model, learner.optimizer, step, self.given.device))

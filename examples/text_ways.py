@@ -21,7 +21,9 @@ Inputs = Mapping[str, Tensor]  # some training samples, as the model takes them
 LORA_RANK = 16
 LIKE_LORA = 0.08  # the share at which compact has LoRA's peak memory
 SHARES = 0.25, 0.1
+BUDGET = 0.6  # of a dense step's time, about what freezing half takes
 FAST_HEAD = 30.0  # a classifier's rate, as a multiple of the others'
+PROBE = 8  # training samples
 DECISIONS = 8  # of a policy, in one run
 POLICIES: dict[str, Callable[[float, int], neq.Policy]] = {
     "equilibrium": lambda share, seed: neq.Equilibrium(share=1 - share),  # that it freezes
@@ -83,9 +85,9 @@ class Way:
     steps: float = 1.0
     head_rate: float = 1.0
 
-    def learner(self, model: nn.Module, rate: float, steps: int, probe: Inputs) -> Learner:
-        """What trains for so many steps. The policy draws from torch's seed."""
-        model = self.prepare(model, probe)
+    def learner(self, model: nn.Module, rate: float, steps: int, batch: Inputs) -> Learner:
+        """What trains for so many steps with such batches. The policy draws from torch's seed."""
+        model = self.prepare(model, batch)
         optimizer = with_adamw(model, rate)
         if self.head_rate != 1:
             _set_apart(optimizer, model.get_submodule("classifier"), self.head_rate * rate)
@@ -93,7 +95,8 @@ class Way:
             neq.Controller(
                 model,
                 optimizer=optimizer,
-                probe=probe,
+                probe={key: t[:PROBE] for key, t in batch.items()},
+                example_inputs=batch,
                 policy=self.policy(torch.initial_seed(), steps),
                 every=steps_of_a_decision(steps),
                 on_thaw="reset",
@@ -145,6 +148,10 @@ def _compact_way(policy: str, share: float) -> Way:
     return Way(partial(_compact, share), lambda seed, steps: POLICIES[policy](share, seed))
 
 
+def _budget(seed: int, steps: int) -> neq.Budget:
+    return neq.Budget(share=BUDGET, unit="step_ms", importance="gradient")
+
+
 def _head_first(seed: int, steps: int) -> neq.HeadFirst:
     return neq.HeadFirst(longest=1, epoch_steps=steps)
 
@@ -165,6 +172,7 @@ WAYS: dict[str, Way] = {
     **{f"layers-{share:g}": Way(partial(_layers, share)) for share in SHARES},
     "half": Way(_half),
     "bottom-up": Way(_converted, lambda seed, steps: neq.BottomUp()),
+    f"budget-{BUDGET:g}": Way(_converted, _budget),
     "head-first": Way(_converted, _head_first),
     f"full-head-{FAST_HEAD:g}": Way(_whole, head_rate=FAST_HEAD),
     f"head-first-head-{FAST_HEAD:g}": Way(_converted, _head_first, head_rate=FAST_HEAD),

@@ -64,18 +64,20 @@ def _sums(t: Tensor) -> Tensor:
     if flat.numel() == 0:
         return torch.zeros(len(t), dtype=torch.int64, device=t.device)
     as_bytes = flat.view(torch.uint8)
-    parts = as_bytes.split(max(1, 4 * _AT_ONCE // as_bytes.shape[1]))
+    if spare := as_bytes.shape[1] % 4:
+        as_bytes = F.pad(as_bytes, (0, 4 - spare))
+    words = as_bytes.view(torch.int32)
+    parts = words.split(max(1, _AT_ONCE // words.shape[1]))
     return torch.cat([_sum_of_words(part) for part in parts])
 
 
-def _sum_of_words(as_bytes: Tensor) -> Tensor:
-    """int64 [samples], of uint8 [samples, bytes]: a word has four, and zeros are behind the last."""
-    total = torch.zeros(len(as_bytes), dtype=torch.int64, device=as_bytes.device)
-    place, most = 0, max(1, _AT_ONCE // len(as_bytes))
-    for part in as_bytes.split(4 * most, dim=1):
-        words = F.pad(part, (0, -part.shape[1] % 4)).view(torch.int32)
-        places = torch.arange(place, place + words.shape[1], device=words.device)  # int64
+def _sum_of_words(words: Tensor) -> Tensor:
+    """int64 [samples], of int32 [samples, places]."""
+    total = torch.zeros(len(words), dtype=torch.int64, device=words.device)
+    place = 0
+    for part in words.split(max(1, _AT_ONCE // len(words)), dim=1):
+        places = torch.arange(place, place + part.shape[1], device=words.device)  # int64
         factors = (places * 2654435761 * 2 + 1).to(torch.int32)  # odd; they wrap around
-        total += (words * factors).sum(1, dtype=torch.int64)
-        place += most
+        total += (part * factors).sum(1, dtype=torch.int64)
+        place += part.shape[1]
     return total

@@ -46,7 +46,10 @@ def supports(problem: Problem) -> bool:
 
 
 def cost(problem: Problem) -> float:
-    """1.0, the same as dense: it was never measured on a GPU, so it promises nothing."""
+    """1.0, the same as dense: it was never measured on a GPU, so it promises nothing.
+
+    For a compact gradient dense is no choice, unless nothing else is left.
+    """
     return 1.0
 
 

@@ -32,6 +32,16 @@ def test_a_sample_has_its_mark_in_any_batch(monkeypatch):
         assert torch.equal(marks(((x, {"y": x[:, 0]}), {}), 6), everything)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("words", [1, 2, 5])
+def test_pieces_of_any_size_give_the_same_marks(monkeypatch, dtype, words):
+    x = torch.randint(0, 100, (3, 5, 3)).to(dtype)
+    everything = marks(x, 3), marks(x[None], 1)
+    monkeypatch.setattr("neq.prefix.marks._AT_ONCE", words)
+    assert torch.equal(marks(x, 3), everything[0])
+    assert torch.equal(marks(x[None], 1), everything[1])
+
+
 def test_a_large_tensor_takes_little_memory():
     x = torch.zeros(1, 5_000_000)
     device = torch.device("cpu")
