@@ -9,6 +9,7 @@ from torch import nn
 
 import neq
 from neq.optim.steps import StepCount
+from tests.support.optimizers import Derived
 from tests.support.training import Net, build, data, masks, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -130,11 +131,6 @@ def test_steps_that_a_scaler_skips_do_not_count(fused):
         epochs.append(control.epoch)
     assert epochs == [0, 0, 0, 1, 1, 1, 2]
     assert control.record.steps == 2
-
-
-class Derived(torch.optim.SGD):
-    def step(self, closure=None):
-        return super().step(closure)
 
 
 class Failing(torch.optim.SGD):

@@ -6,6 +6,7 @@ compact    as neq, in the compact form, with torch's fused optimizer
 from collections.abc import Mapping
 from copy import deepcopy
 
+import torch
 from torch import Tensor
 
 import neq
@@ -29,25 +30,21 @@ class CompactStep(Step):
         return {n: m for n, m in self.model.named_modules() if isinstance(m, NeuronLayer)}
 
     def take_gradients(self) -> dict[str, Tensor]:
-        taken = {}
-        for name, p in self.model.named_parameters():
-            if p.grad is not None:
-                owner, _, own = name.rpartition(".")
-                tensor = own.removeprefix("active_")
-                taken[f"{owner}.{tensor}"] = p.grad
-                if own != tensor:
-                    taken[f"{owner}.{tensor}"] = self._of_all_rows(owner, tensor, p.grad)
+        leaves = dict(self.model.named_parameters())
+        taken = {n: p.grad for n, p in leaves.items() if p.grad is not None}
+        for p in leaves.values():
             p.grad = None
+        for owner, layer in self.layers.items():
+            for name in ("weight", "bias"):
+                rows = taken.pop(f"{owner}.active_{name}", None)
+                if rows is not None:
+                    # in their places among zeros
+                    whole, dim = getattr(layer, name), layer.neuron_dim if name == "weight" else 0
+                    active = self.active_sets[owner].rows
+                    taken[f"{owner}.{name}"] = torch.zeros_like(whole).index_copy_(
+                        dim, active, rows
+                    )
         return taken
-
-    def _of_all_rows(self, owner: str, tensor: str, rows: Tensor) -> Tensor:
-        """A leaf's gradient, in its places among zeros."""
-        layer = self.layers[owner]
-        whole = getattr(layer, tensor)
-        dim = layer.neuron_dim if whole.dim() > 1 else 0
-        if rows.shape == whole.shape:
-            return rows
-        return whole.new_zeros(whole.shape).index_copy_(dim, self.active_sets[owner].rows, rows)
 
 
 def steps(bench: Bench, shares: list[float], wgrads: Mapping[str, int]) -> list[CompactStep]:

@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.end_to_end import Shares
+from bench import end_to_end
+from bench.end_to_end import Entry, Shares
+from bench.lib import compact_contenders
 from bench.lib import step_contenders as steps
 from bench.lib.step_contenders import Bench, Gate, Step
+from bench.lib.wgrad_contenders import WrongResultError
 from neq_kernels import ops
 from neq_kernels.wgrad import planner
 from tests.support.benches import CPU, IMAGES, TinyClassifier
@@ -64,6 +67,43 @@ def test_what_a_step_computes(bench, name, active, wanted):
         grad = layer.weight.grad
         assert chosen.k == 0 or not grad[chosen.frozen].any()
         assert (grad is None) == (chosen.k == 0)
+
+
+def compact(bench, *shares):
+    return compact_contenders.steps(bench, shares, Shares.of(bench).wgrads)
+
+
+def test_the_parameters_of_a_compact_step_are_the_active_rows(bench):
+    (one,) = compact(bench, 1, 0.5, 0)
+    sizes = {name: len(p) for name, p in one.model.named_parameters()}
+    for name in bench.layers:
+        assert sizes[f"{name}.active_weight"] == one.active_sets[name].k
+        assert f"{name}.weight" not in sizes
+    assert one.model.conv1.weight.data_ptr() != bench.plain.conv1.weight.data_ptr()
+
+
+def test_a_compact_step_with_its_rows_elsewhere_is_wrong(bench):
+    gate = Gate(bench, step(bench, "dense", 1))
+    right, wrong = compact(bench, 0.5, 0.5)
+    gate.admit(right)
+    chosen = wrong.active_sets["hidden"]
+    chosen.set(chosen.mask.roll(1))
+    with pytest.raises(WrongResultError, match="the gradient of hidden"):
+        gate.admit(wrong)
+
+
+def test_an_optimizers_state_is_there_before_a_peak_is_measured(bench, monkeypatch):
+    ones = step(bench, "dense", 1), step(bench, "neq", 0.5), *compact(bench, 0.5)
+    states = []
+
+    def look(call, device):
+        states.append(len(call.__self__._optimizer.state))
+        return 0
+
+    monkeypatch.setattr(end_to_end, "peak_bytes", look)
+    end_to_end.measure_memory({Entry(s.name, s.active, "contiguous"): s for s in ones})
+    assert all(states)
+    assert len(states) == len(ones)
 
 
 def test_whole_layers(bench):

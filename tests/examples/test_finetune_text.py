@@ -76,6 +76,39 @@ def test_every_way(run, capsys, tmp_path):
 
 
 @pytest.mark.usefixtures("tiny")
+def test_a_classifier_with_a_rate_of_its_own():
+    model, _ = finetune_text.pretrained(2)
+    learner = text_ways.WAYS["full-head-30"].learner(model, 1e-3, 100, {})
+    others, own = learner.optimizer.param_groups
+    assert own["lr"] == pytest.approx(30 * others["lr"])
+    assert own["params"] == [model.classifier.weight, model.classifier.bias]
+    assert len(others["params"]) + 2 == len([*model.parameters()])
+
+
+@pytest.mark.usefixtures("tiny")
+def test_bytes_are_those_of_steps_in_which_a_policy_chooses(run, monkeypatch):
+    taken, measured = [], []
+    step = text_ways.Learner.step
+
+    def counted(learner, batch):
+        taken.append(learner)
+        return step(learner, batch)
+
+    def made_up(model, optimizer, step, device):
+        for _ in range(finetune_text.STEPS_MEASURED):
+            step()
+        measured.append(sum(learner is taken[-1] for learner in taken))
+        return dict.fromkeys(text_report.BYTES, 10 - abs(len(measured) - 2))
+
+    monkeypatch.setattr(text_ways.Learner, "step", counted)
+    monkeypatch.setattr(finetune_text, "step_bytes", made_up)
+    (row,) = run(*"--seeds 0 --rates 1e-3 --way compact-random-0.1 --epochs 16".split())
+    assert row["steps"] // text_ways.DECISIONS == 6
+    assert measured == [6, 12, 18]
+    assert row["peak"] == 10  # of the largest
+
+
+@pytest.mark.usefixtures("tiny")
 def test_it_learns_and_resumes(run, monkeypatch, tmp_path):
     options = ("--way", "compact-random-0.25", "--rates", "3e-3")
     (short,) = run("--seeds", "3", *options)

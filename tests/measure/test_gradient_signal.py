@@ -7,6 +7,7 @@ from torch import nn
 import neq
 from neq.layers.groups import Group
 from neq.measure.gradient_signal import HEAD, ROUNDING, GradientSignal
+from tests.support.optimizers import Derived
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -175,12 +176,8 @@ def test_a_step_that_a_scaler_skips_does_not_count(fused):
 
 
 def test_a_step_within_a_step_is_one():
-    class Outer(torch.optim.SGD):
-        def step(self, closure=None):
-            return super().step(closure)
-
     model = neq.convert(nn.Sequential(nn.Linear(3, 4)))
-    optimizer = Outer(model.parameters(), lr=0.01)
+    optimizer = Derived(model.parameters(), lr=0.01)
     signal = watched(model, optimizer)
     gradients = [step(model, torch.randn(5, 3), optimizer) for _ in range(4)]
     signal.score(signal.sums())

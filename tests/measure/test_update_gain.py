@@ -9,6 +9,7 @@ from torch import nn
 import neq
 from neq.layers.groups import Group
 from neq.measure.update_gain import EVERY, UpdateGain
+from tests.support.optimizers import Derived
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -70,12 +71,8 @@ def test_some_steps_are_averaged_and_a_decision_starts_anew():
 
 
 def test_a_step_within_a_step_is_one():
-    class Outer(torch.optim.SGD):
-        def step(self, closure=None):
-            return super().step(closure)
-
     model = neq.convert(nn.Sequential(nn.Linear(3, 4)))
-    optimizer = Outer(model.parameters(), lr=0.01)
+    optimizer = Derived(model.parameters(), lr=0.01)
     gain = watched(model, optimizer)
     weight, bias = step(model, optimizer, torch.randn(5, 3))
     assert gain._steps[0].count == 1

@@ -50,6 +50,7 @@ def narrow_wgrad(bindings, device, dtype=torch.bfloat16, case=CASE):
         lent(bindings, device, STREAM),
     ):
         dw, db = narrow.conv_wgrad(dy, x, weight, order, int(count), bias, case.conv)
+    assert made.call_args.args[2:5] == (x.shape[1], case.neurons, len(case.active))
     return dy, x, dw, db, order, narrow.plan(*made.call_args.args)
 
 
