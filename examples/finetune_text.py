@@ -17,6 +17,10 @@ need. Rates rise for a tenth of the steps, and fall to zero. In all but full, em
     head-first            neq.HeadFirst, the same
     ...-head-30           the classifier at 30 times the rate
 
+More ways run when they are named, and have a table of their own:
+
+    equilibrium-SHARE-granule-SIZE  the masked form, granules chosen as compact's rows are
+
 First each way's learning rate is tuned, with a seed of its own, on texts that are neither trained
 on nor tested with: three rates, and more beside an end as long as the best one is there. Then the
 other seeds run, and are tested. Bytes are those of bench/finetune.py, in the largest of the first
@@ -50,8 +54,9 @@ from bench.lib.finetuning import STEPS_MEASURED, step_bytes
 from bench.lib.results import Result
 from examples import text_report
 from examples.text_data import PACKAGES, Batch, Texts, load
-from examples.text_ways import WAYS, Learner, steps_of_a_decision
+from examples.text_ways import GRANULAR, WAYS, Learner, steps_of_a_decision
 
+ALL = WAYS | GRANULAR
 TUNING_SEED = 50
 DECISIONS_MEASURED = 3
 CURVE = 8  # means of training losses, one after the other
@@ -155,12 +160,12 @@ class Study:
         model = copy.deepcopy(model).to(self.given.device)
         model.get_submodule("classifier").reset_parameters()  # type: ignore[operator]
         batch = self._on_device(texts.train, slice(self.given.batch))
-        return WAYS[way].learner(model.train(), rate, steps, batch)
+        return ALL[way].learner(model.train(), rate, steps, batch)
 
     def _steps(self, way: str) -> int:
         texts, given = self._start[1], self.given
         all_steps = given.epochs * (len(texts.train.labels) // given.batch)
-        return round(WAYS[way].steps * all_steps)
+        return round(ALL[way].steps * all_steps)
 
     def _batches(self, way: str, seed: int) -> list[dict[str, Tensor]]:
         train, size = self._start[1].train, self.given.batch
@@ -227,7 +232,7 @@ def main(arguments: list[str] | None = None) -> None:
 def parser() -> argparse.ArgumentParser:
     parser = cli.new_parser(__doc__)
     add = parser.add_argument
-    add("--way", nargs="+", choices=WAYS, default=[*WAYS], metavar="WAY")
+    add("--way", nargs="+", choices=ALL, default=[*WAYS], metavar="WAY")
     add("--seeds", type=int, nargs="+", default=[*range(100, 105)], metavar="SEED")
     add("--rates", type=cli.positive, nargs="+", default=[1e-4, 3e-4, 1e-3], metavar="RATE")
     add("--epochs", type=cli.whole, default=1)

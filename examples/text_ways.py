@@ -21,6 +21,7 @@ Inputs = Mapping[str, Tensor]  # some training samples, as the model takes them
 LORA_RANK = 16
 LIKE_LORA = 0.08  # the share at which compact has LoRA's peak memory
 SHARES = 0.25, 0.1
+GRANULES = 1, 16
 BUDGET = 0.6  # of a dense step's time, about what freezing half takes
 FAST_HEAD = 30.0  # a classifier's rate, as a multiple of the others'
 PROBE = 8  # training samples
@@ -78,12 +79,14 @@ class Way:
         policy: Makes the policy of a Controller for a seed and so many steps; None: no Controller.
         steps: The share of all steps that are taken. The learning rate's schedule ends there.
         head_rate: The classifier's learning rate, as a multiple of the others'.
+        granule: How many neighbouring neurons the Controller decides on together.
     """
 
     prepare: Callable[[nn.Module, Inputs], nn.Module]
     policy: Callable[[int, int], neq.Policy] | None = None
     steps: float = 1.0
     head_rate: float = 1.0
+    granule: int = 1
 
     def learner(self, model: nn.Module, rate: float, steps: int, batch: Inputs) -> Learner:
         """What trains for so many steps with such batches. The policy draws from torch's seed."""
@@ -100,6 +103,7 @@ class Way:
                 policy=self.policy(torch.initial_seed(), steps),
                 every=steps_of_a_decision(steps),
                 on_thaw="reset",
+                granule=self.granule,
             )
         warmup = max(1, steps // 10)
         schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -148,6 +152,11 @@ def _compact_way(policy: str, share: float) -> Way:
     return Way(partial(_compact, share), lambda seed, steps: POLICIES[policy](share, seed))
 
 
+def _granular_way(share: float, granule: int) -> Way:
+    policy = POLICIES["equilibrium"]
+    return Way(_converted, lambda seed, steps: policy(share, seed), granule=granule)
+
+
 def _budget(seed: int, steps: int) -> neq.Budget:
     return neq.Budget(share=BUDGET, unit="step_ms", importance="gradient")
 
@@ -176,4 +185,10 @@ WAYS: dict[str, Way] = {
     "head-first": Way(_converted, _head_first),
     f"full-head-{FAST_HEAD:g}": Way(_whole, head_rate=FAST_HEAD),
     f"head-first-head-{FAST_HEAD:g}": Way(_converted, _head_first, head_rate=FAST_HEAD),
+}
+# the same shares of the neurons, chosen one by one and in granules
+GRANULAR: dict[str, Way] = {
+    f"equilibrium-{share:g}-granule-{granule}": _granular_way(share, granule)
+    for share in SHARES
+    for granule in GRANULES
 }

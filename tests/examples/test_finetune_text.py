@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 
+import neq
 from examples import finetune_text, text_report, text_ways
 from examples.text_data import Texts, load
 
@@ -73,6 +74,25 @@ def test_every_way(run, capsys, tmp_path):
             assert 4 * row["trained"] <= row["gradients"], way
     assert "compact-random-0.1" in capsys.readouterr().out
     assert (tmp_path / "out" / "accuracy.png").stat().st_size > 0
+
+
+@pytest.mark.usefixtures("tiny")
+def test_granules_train_as_many_neurons_as_single_ones(run, monkeypatch):
+    granules, controller = {}, neq.Controller
+
+    def watched(*args, **kwargs):
+        control = controller(*args, **kwargs)
+        return granules.setdefault(kwargs["granule"], control)
+
+    monkeypatch.setattr(neq, "Controller", watched)
+    rows = run("--way", *text_ways.GRANULAR, "--seeds", "0", "--rates", "1e-3", "--epochs", "2")
+    assert [row["way"] for row in rows] == [*text_ways.GRANULAR]
+    assert {*granules} == {1, 16}
+    groups = granules[16].layers.values()
+    masks = [layer.active_mask for group in groups for layer in group]
+    assert any(0 < mask.float().mean() < 1 for mask in masks)
+    for mask in masks:
+        assert all(len(part.unique()) == 1 for part in mask.split(16))
 
 
 @pytest.mark.usefixtures("tiny")
