@@ -54,10 +54,11 @@ def nvcc() -> str | None:
     if wanted not in ("", "0", "1"):
         raise ValueError(f"NEQ_CUDA must be 0, 1 or unset, got {wanted!r}")
     found = None if wanted == "0" else shutil.which("nvcc")
-    if found is None and os.environ.get("CUDA_HOME") and wanted != "0":
-        found = shutil.which("nvcc", path=os.path.join(os.environ["CUDA_HOME"], "bin"))
+    home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+    if found is None and wanted != "0":
+        found = shutil.which("nvcc", path=os.path.join(home, "bin"))
     if found is None and wanted == "1":
-        raise FileNotFoundError("NEQ_CUDA=1, but nvcc is neither on the PATH nor in CUDA_HOME/bin")
+        raise FileNotFoundError(f"NEQ_CUDA=1, but nvcc is neither on the PATH nor in {home}/bin")
     return found
 
 

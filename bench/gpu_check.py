@@ -6,7 +6,8 @@
 
 It runs the tests that need a GPU and those of the Triton kernels' machine code; compute-sanitizer,
 if it is installed, on the project's own kernels; the weight gradients of real models, while the
-planner times its backends; and whole training steps. What a first run has to tell comes first.
+planner times its backends; and whole training steps. What a first run has to tell comes first: are
+kernels right, is the model of the roofline, and do layers gain where it says so.
 
 Every part is a process with a time limit and a log of its own. If one part fails, the results of
 the others remain, and a benchmark that is stopped keeps what it has measured. The exit status is 1
@@ -19,7 +20,7 @@ The folder of results, bench/results/<GPU> by default, then holds
     end_to_end.png      the steps as a figure
     planner.json        the measured choices: copied to
                         neq_kernels/wgrad/tables/<GPU>.json they hold on every such GPU
-    optimizer_speed.json, probe.json    the results of those benchmarks
+    constants.json, optimizer_speed.json, probe.json    the results of those benchmarks
     *.log               the output of each part
 """
 
@@ -53,9 +54,14 @@ from neq_kernels.device import names
 ROOT = Path(__file__).resolve().parents[1]
 PYTEST = [sys.executable, "-m", "pytest", "-q", "--hypothesis-profile", "few"]
 EXACT = "bfloat16 and (exact or bits or tile)"  # the tests that say the most
+SOAK = "ten_thousand"  # the same call, over and over
 # models and networks by what they tell, and the seconds that they may take
-SPEED = {"llama-8b": 60, "swin-b|vit-l|gpt2|gpt2-medium": 60, "resnet50|resnet32": 60}
-OTHERS = "resnet18|convnext-t|swin-t|vit-s|vit-b|llama-1b"
+SPEED = {
+    "convnext-t|resnet50|resnet32": 80,  # grouped 7x7, narrow 3x3
+    "llama-8b": 60,
+    "swin-b|vit-l|gpt2|gpt2-medium": 60,
+}
+OTHERS = "resnet18|swin-t|vit-s|vit-b|llama-1b"
 STEPS = {"resnet50": 45, "gpt2-medium": 45, "swin-b": 45, "llama-1b": 45}
 KERNELS = [  # a small problem of each
     "tests/kernels/wgrad/test_grouped.py::test_same_bits_however_often",
@@ -153,15 +159,19 @@ def parts(out: Path) -> Iterator[Part]:
     on_gpu = [*PYTEST, *workers, "-m", "gpu"]
     of_kernels = [*dict.fromkeys(kernel.partition("::")[0] for kernel in KERNELS)]
     others = [f"--ignore={file}" for file in of_kernels]
-    yield Part("exact tests of kernels", [*on_gpu, "-k", EXACT, *of_kernels], 90)
-    yield Part("other tests of kernels", [*on_gpu, "-k", f"not ({EXACT})", *of_kernels], 120)
-    yield Part("other gpu tests", [*on_gpu, *others], 150)
+    exact, rest = f"({EXACT}) and not {SOAK}", f"not ({EXACT}) and not {SOAK}"
+    yield Part("exact tests of kernels", [*on_gpu, "-k", exact, *of_kernels], 90)
+    yield Part("soak", [*PYTEST, "-m", "gpu", "-k", SOAK, *of_kernels], 60)  # one at a time
 
     def benchmark(name: str, script: str, seconds: float, *flags: object) -> Part:
         file = out / f"{name}.json"
         command = [sys.executable, f"bench/{script}.py", "--device", "cuda", "--json", file, *flags]
         return Part(name, [*map(str, command)], seconds, file)
 
+    yield benchmark("constants", "constants", 30)
+    yield Part("other tests of kernels", [*on_gpu, "-k", rest, *of_kernels], 120)
+    # a file that lacks a package must not keep the others from running
+    yield Part("other gpu tests", [*on_gpu, "--continue-on-collection-errors", *others], 150)
     tuned = "--tune", "--table", out / "planner.json"
 
     def speed(models: str, seconds: float) -> Part:

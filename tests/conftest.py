@@ -57,11 +57,11 @@ def poisoned_memory():
 
 
 @pytest.fixture(scope="session")
-def cuda_on_host(tmp_path_factory):
-    """The CUDA kernels, compiled for the CPU."""
+def cuda_on_host(pytestconfig):
+    """The CUDA kernels, compiled for the CPU: once for all workers, and for later runs."""
     from tests.support.cuda_on_host import build
 
-    return build(tmp_path_factory.mktemp("cuda_on_host"))
+    return build(pytestconfig.cache.mkdir("cuda_on_host"))
 
 
 @pytest.fixture

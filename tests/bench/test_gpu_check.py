@@ -74,6 +74,9 @@ REFUSES = "print('= Error: Device not supported.'); print('1 failed'); exit(1)"
 DEAF = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
 
 
+SOAK_TEST = f"def test_same_bits_{gpu_check.SOAK}"
+
+
 def python(code):
     return [sys.executable, "-c", code]
 
@@ -221,6 +224,26 @@ def test_the_parts_are_listed_without_a_gpu(capsys):
     assert len(listed) == len(list(gpu_check.parts(ROOT)))
 
 
+def test_a_file_of_tests_that_cannot_be_read_keeps_no_other_from_running(check, tmp_path):
+    (part,) = (part for part in gpu_check.parts(tmp_path) if part.name == "other gpu tests")
+    own = [flag for flag in part.command if flag.startswith("--continue")]
+    (tmp_path / "test_lacks.py").write_text("import a_package_that_is_not_there")
+    (tmp_path / "test_runs.py").write_text("def test_it(): pass")
+    files = [str(tmp_path / name) for name in ("test_lacks.py", "test_runs.py")]
+    check(Part("others", [sys.executable, "-m", "pytest", "-q", *own, *files], 60))
+    assert "1 passed, 1 error" in (tmp_path / "others.log").read_text()
+
+
+def test_every_soak_is_in_a_file_that_the_part_names(tmp_path):
+    (part,) = (part for part in gpu_check.parts(tmp_path) if part.name == "soak")
+    files = {f for f in (ROOT / "tests").rglob("test_*.py") if SOAK_TEST in f.read_text()}
+    assert {ROOT / argument for argument in part.command if argument.endswith(".py")} >= files
+    assert len(files) == 3
+    others = [one for one in gpu_check.parts(tmp_path) if "tests of kernels" in one.name]
+    assert len(others) == 2
+    assert all(f"not {gpu_check.SOAK}" in " ".join(one.command) for one in others)
+
+
 def test_finds_tools_that_only_cuda_has_on_its_path(tmp_path, monkeypatch):
     assert gpu_check.find("no-such-tool") == "no-such-tool"
     (tmp_path / "bin").mkdir()
@@ -254,6 +277,8 @@ def test_parts_are_commands_that_exist(tmp_path):
         ("resnet50", "--compile"),
     ]
     assert len({part.name for part in parts}) == len(parts)
+    first = ["exact tests of kernels", "soak", "constants"]
+    assert [part.name for part in parts][:3] == first
     assert all((ROOT / file).exists() for file in gpu_check.COMPILED)
     for kernel in gpu_check.KERNELS:
         file, name = kernel.split("::")

@@ -129,7 +129,7 @@ def test_neq_cuda_takes_0_or_1(tmp_path):
 
 def test_cuda_insisted_on_without_nvcc(tmp_path):
     said = refusal(tmp_path, "", NEQ_CUDA="1", CUDA_HOME=str(tmp_path))
-    assert said.endswith("NEQ_CUDA=1, but nvcc is neither on the PATH nor in CUDA_HOME/bin")
+    assert said.endswith(f"NEQ_CUDA=1, but nvcc is neither on the PATH nor in {tmp_path}/bin")
 
 
 def test_cuda_insisted_on_without_a_compiler(tmp_path):

@@ -128,6 +128,8 @@ def kernels(arch: int, call: Callable[[], object], *args) -> list[Kernel]:
     for kernel in compiled:
         assert kernel.local_bytes == 0, f"spills registers: {kernel}"
         assert kernel.shared <= BLOCK_BYTES[arch], kernel
+        # Triton before 3.8 leaves out a fence that they need: docs/notes/gpu-correctness.md
+        assert not kernel.asks("wgmma"), f"asynchronous products: {kernel}"
     return compiled
 
 

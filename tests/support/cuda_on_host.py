@@ -7,22 +7,24 @@ import shutil
 import subprocess
 import sysconfig
 from contextlib import contextmanager
+from hashlib import blake2b
 from pathlib import Path
 from unittest import mock
 
 import pybind11
+from filelock import FileLock
 
 from neq_kernels import _torch
 from neq_kernels.device import extension
 
 SOURCE = Path(__file__).with_suffix(".cpp")
+CSRC = SOURCE.parents[2] / "csrc"
 HEADERS = "cuda_bf16.h", "cuda_fp16.h", "cuda_runtime.h"  # empty: SOURCE has what is used of them
 
 
 def build(folder: Path):
-    """The module that SOURCE makes."""
+    """The module that SOURCE makes, which stays in the folder for the next who asks."""
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++"))))
-    library = folder / "cuda_on_host.so"
     for header in HEADERS:
         (folder / header).touch()
     command = [*shlex.split(compiler), *"-std=c++20 -O1 -shared -fPIC -fvisibility=hidden".split()]
@@ -31,13 +33,27 @@ def build(folder: Path):
         f"-isystem{pybind11.get_include()}",
         f"-isystem{sysconfig.get_path('include')}",
     ]
-    command += [*shlex.split(os.environ.get("CXXFLAGS", "")), str(SOURCE), "-o", str(library)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
+    command += [*shlex.split(os.environ.get("CXXFLAGS", "")), str(SOURCE)]
+    library = folder / f"{_digest(command)}.so"
+    with FileLock(folder / "lock"):  # one of the workers compiles, and the others wait
+        if not library.exists():
+            new = library.with_suffix(".new")
+            command += ["-o", str(new)]
+            run = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert run.returncode == 0, run.stderr
+            new.rename(library)
     spec = importlib.util.spec_from_file_location(SOURCE.stem, library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def _digest(command: list[str]) -> str:
+    """Of the command, the compiler's version, and all that it can read of this project."""
+    version = subprocess.run([command[0], "--version"], capture_output=True, check=True).stdout
+    sources = [SOURCE, *sorted(path for path in CSRC.rglob("*") if path.is_file())]
+    read = b"".join(path.read_bytes() for path in sources)
+    return blake2b(shlex.join(command).encode() + version + read, digest_size=8).hexdigest()
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from tests.support.gpu import (
     assert_counts_beyond_an_int32,
     assert_follows_the_current_stream,
     assert_replays_in_a_graph,
+    assert_same_bits_ten_thousand_times,
 )
 from tests.support.interpreter import DTYPES, in_dtypes, not_interpreted, on_devices
 
@@ -129,6 +130,13 @@ def test_same_bits_however_often(device, layout):
     args = torch.randn_like(dy), torch.randn_like(x), *rest
     with cut_into(3):
         assert_same(conv_wgrad(*args), conv_wgrad(*args))
+
+
+@pytest.mark.gpu
+@not_interpreted
+@in_layouts
+def test_same_bits_ten_thousand_times(layout):
+    assert_same_bits_ten_thousand_times(conv_wgrad, DEPTHWISE.laid_out(layout))
 
 
 @pytest.mark.gpu

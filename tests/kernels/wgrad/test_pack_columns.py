@@ -176,6 +176,17 @@ def test_same_bits_twice(dtype):
     assert torch.equal(first[1], second[1])
 
 
+@pytest.mark.gpu
+def test_same_bits_ten_thousand_times():
+    dy, rows = torch.randn(3000, 130, device="cuda").bfloat16(), ascending(130, 61, "cuda")
+    first = pack_columns(dy, rows, True)
+    others = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(10_000):
+        for got, before in zip(pack_columns(dy, rows, True), first, strict=True):
+            others += (got != before).sum()  # nothing waits for the count
+    assert others == 0
+
+
 @on_devices
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_sums_are_as_good_as_torch(dtype, device):
