@@ -105,11 +105,20 @@ def fitted(
         try:
             yield from measure(name, network, samples, given, bar)
             return
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not _ran_out(error):
+                raise
             samples //= 2
         gc.collect()
         torch.cuda.empty_cache()
     bar.write(f"{name} is left out: not one sample fits into memory", file=sys.stderr)
+
+
+def _ran_out(error: BaseException | None) -> bool:
+    """Did memory run out? In a capture, torch raises another error on the way out."""
+    return error is not None and (
+        isinstance(error, torch.OutOfMemoryError) or _ran_out(error.__context__)
+    )
 
 
 def measure(
