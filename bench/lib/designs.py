@@ -7,8 +7,8 @@ has run is taken to reach ``OWN_SHARE`` of what bounds it. For two designs there
 - ``granular`` is a plain product in Triton. It reads its tiles without multicast, so the bytes from
   the second-level cache bound it at two thirds of a Hopper's tensor cores. That rate is one that
   kernels were seen to reach, so nothing is taken off once more.
-- ``cluster`` shares its tiles between multiprocessors as the vendor's products do. It is modelled
-  twice: with the vendor's share of the tensor cores, 0.8, and with 0.7.
+- ``cluster``, for Hoppers, shares its tiles between multiprocessors as the vendor does. It is
+  modelled twice: with the vendor's share of the tensor cores, 0.8, and with 0.7.
 
 ``gathering``, ``granular`` and ``cluster`` are not built: docs/notes/not-built.md and
 docs/notes/scattered-product.md.
@@ -147,7 +147,7 @@ def cluster(layer: Layer, shape: Shape, gpu: Gpu, share: float = VENDORS_SHARE) 
     For 64 samples of a tile, a multiprocessor gathers half of its 128 rows: each value is loaded,
     half of them are joined, and 16 bytes are sent to two of them.
     """
-    if shape.groups > 1 or gpu.arch not in (90, 100, 103) or layer.columns < CLUSTER_COLUMNS:
+    if shape.groups > 1 or gpu.arch != 90 or layer.columns < CLUSTER_COLUMNS:
         return None
     values = 64 * 64 / 32  # for a lane
     slots = values * (1 + 1 + 1 / 2 + 2 / 8)  # loads, addresses, joins, sends

@@ -135,7 +135,7 @@ def test_whole(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "gathering" in printed
     (vit,) = (r for r in printed.splitlines() if r.split()[:2] == ["H200", "vit-s"])
-    some = [r for r in rows if r["card"] == "H200" and r["granule"] == 1]
+    some = [r for r in rows if r["card"] == "H200" and r["asked_granule"] == 1]
     some = [r for r in some if r["name"].startswith("vit-s") and r["asked_active"] == 0.25]
     for times in "us", "gpu_us":
         assert f"{roofline.as_planned(some, times):.2f}" in vit
