@@ -37,10 +37,8 @@ def test_no_choice_is_slower_than_dense_by_another_model(card):
     """Made apart from the planner's. Where the planner leaves it at dense, zeros cost little."""
     chosen, winners, found = Counter(), 0, 0
     for layer, active in product(SUITE.values(), (0.1, 0.25, 0.5, 0.75)):
-        choice, view = (
-            designs.planned(layer, active, card),
-            opinion(designs.posed(layer, active), card),
-        )
+        choice = designs.planned(layer, active, card)
+        view = opinion(designs.posed(layer, active), card)
         where = layer.name, active
         chosen[choice] += 1
         if choice == "pack":
