@@ -10,15 +10,19 @@ bench/lib/cards.py. All is in bfloat16 and channels_last.
 
 The first table says, for each card, what share of the suite's dense weight gradients is left if
 each layer takes its best backend, with scattered neurons and with granules of 16; and the least
-that any kernel could leave. The second says what designs would add that are not built. --layers
-prints every layer. --compare puts the results of a run on a GPU beside the model, line by line.
+that any kernel could leave. The second says what designs would add that are not built. The third
+has what each realises of wide linear layers: the median, and of how many layers at least .9. The
+fourth and fifth are about the planner's choices where nothing was measured: how another model
+judges them, and what they leave of each network's dense weight gradients, with the CPU's time and
+without. --layers prints every layer. --compare puts the results of a run on a GPU beside the model,
+line by line.
 """
 
 import argparse
 import json
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -31,13 +35,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.lib import cli, panels, results
 from bench.lib.cards import CARDS, card_of
-from bench.lib.designs import GRANULE, NOT_BUILT, floor, layer_of, plans
+from bench.lib.designs import (
+    CLUSTER_COLUMNS,
+    GRANULE,
+    NOT_BUILT,
+    floor,
+    layer_of,
+    planned,
+    plans,
+    posed,
+)
 from bench.lib.environment import device_name, environment
 from bench.lib.problems import Problem, problems
 from bench.lib.results import Result
+from bench.lib.second_opinion import FLOPS_PER_BYTE, opinion
 from neq_kernels.device.gpu import Gpu
+from neq_kernels.wgrad.planner import GPU_MARGIN
 
 GRANULES = (1, GRANULE)
+WIDE = {1: CLUSTER_COLUMNS, GRANULE: 384}  # inputs, by granule: what was hoped for starts there
 GAIN = 0.05  # of dense, by which a backend counts as better than the next
 
 
@@ -54,6 +70,9 @@ def main(arguments: list[str] | None = None) -> None:
         results.show_table(layers(found))
     results.show_table(summary(found))
     results.show_table(gained(found))
+    results.show_table(realised(found))
+    results.show_table(judged(found))
+    results.show_table(networks(found))
     results.save(found, facts | {"cards": {c: CARDS[c]._asdict() for c in given.cards}}, given.json)
     if given.plot:
         plot(found, given.cards[-1], given.plot)
@@ -71,7 +90,8 @@ def line(card: str, problem: Problem, granule: int, active: float) -> Result:
     """Modelled microseconds by backend, and what bounds each."""
     gpu: Gpu = CARDS[card]
     layer = layer_of(problem, active, granule)
-    times = {name: plan.time(gpu) for name, plan in plans(problem, active, granule, gpu).items()}
+    ways = plans(problem, active, granule, gpu)
+    times = {name: plan.time(gpu) for name, plan in ways.items()}
     dense, _ = times["dense"]
     best = min((name for name in times if name not in ("dense", *NOT_BUILT)), key=times.get)
     # a vendor's grouped kernels are far from any bound, so there is nothing to compare with
@@ -88,14 +108,20 @@ def line(card: str, problem: Problem, granule: int, active: float) -> Result:
         "asked_active": active,
         "best": best,
         "realised": None if problem.groups > 1 else realised,
+        "planned": planned(problem, active, card),
         "us": {name: round(time, 2) for name, (time, _) in times.items()},
+        "gpu_us": {
+            name: round(plan._replace(host=0).time(gpu)[0], 2) for name, plan in ways.items()
+        },
         "bound": {name: by for name, (_, by) in times.items()},
         "floor_us": round(floor(problem, active, granule, gpu), 2),
         "grouped": problem.groups > 1,
+        "inputs": None if problem.kernel else problem.inputs,
+        "bias": problem.bias,
     }
 
 
-def left(found: Sequence[Result], without: Sequence[str] = NOT_BUILT) -> float:
+def left(found: Sequence[Result], without: Collection[str] = NOT_BUILT.keys()) -> float:
     """The share of the dense time that is left, if each layer takes the best backend."""
     dense = sum(r["count"] * r["us"]["dense"] for r in found)
     return sum(r["count"] * best_of(r, without) for r in found) / dense
@@ -107,7 +133,7 @@ def least(found: Sequence[Result]) -> float:
     return sum(r["count"] * r["floor_us"] for r in found) / dense
 
 
-def best_of(r: Result, without: Sequence[str] = NOT_BUILT) -> float:
+def best_of(r: Result, without: Collection[str] = NOT_BUILT.keys()) -> float:
     return min(us for name, us in r["us"].items() if name not in ("dense", *without))
 
 
@@ -147,6 +173,86 @@ def gained(found: Sequence[Result]) -> Any:
             cells = f"{active:g}", f"{less:.3f}", str(winners), str(len(some))
             table.add_row(design, card, str(granule), *cells)
     return table
+
+
+def realised(found: Sequence[Result]) -> Any:
+    """What the floor and each design realise of linear layers that are at least ``WIDE``."""
+    names = "floor", "pack", *NOT_BUILT
+    table = results.new_table(("card", "granule", "bias"), ("f", "layers", *names))
+    for (card, granule, active), some in comparable(found).items():
+        for bias in False, True:
+            wide = [
+                r
+                for r in some
+                if r["bias"] == bias and (r["inputs"] or 0) >= WIDE[granule] and r["active"] < 1
+            ]
+            shares = [
+                [
+                    (1 - us / r["us"]["dense"]) / (1 - r["active"])
+                    for r in wide
+                    if (us := (r["us"] | {"floor": r["floor_us"]}).get(name)) is not None
+                ]
+                for name in names
+            ]
+            cells = (
+                f"{median(s):.2f} ({sum(share >= 0.9 for share in s)})" if s else "-"
+                for s in shares
+            )
+            words = card, str(granule), "yes" if bias else "no"
+            table.add_row(*words, f"{active:g}", str(len(wide)), *cells)
+    return table
+
+
+def judged(found: Sequence[Result]) -> Any:
+    """The planner's choices, as another model sees them. A winner gains the planner's margin."""
+    figures = "f", "pack", "slower", "slower, unbound", "winners", "found", "found by GPU time"
+    table = results.new_table(("card",), figures)
+    suite = {p.name: p for p in problems("full", "cuda")}
+    least_gain = 1 - GPU_MARGIN
+    for (card, granule, active), some in comparable(found).items():
+        if granule > 1 or card not in FLOPS_PER_BYTE:
+            continue
+        views = [(r, opinion(posed(suite[r["name"]], active), card)) for r in some]
+        packed = [view for r, view in views if r["planned"] == "pack"]
+        winners = [r for r, view in views if view.packed <= least_gain]
+        by_gpu = [r for r in winners if r["gpu_us"]["pack"] <= least_gain * r["gpu_us"]["dense"]]
+        counts = (
+            len(packed),
+            sum(view.packed > 1 for view in packed),
+            sum(view.packed_unbound > 1 for view in packed),
+            len(winners),
+            sum(r["planned"] == "pack" for r in winners),
+            len(by_gpu),
+        )
+        table.add_row(card, f"{active:g}", *map(str, counts))
+    return table
+
+
+def networks(found: Sequence[Result]) -> Any:
+    """What the planner's choices leave of each network's dense gradients; by the GPU alone."""
+    by_model: dict[tuple[str, str], dict[float, list[Result]]] = {}
+    for (card, granule, active), some in comparable(found).items():
+        for r in some if granule == 1 else ():
+            model = r["name"].partition("/")[0]
+            by_model.setdefault((card, model), {}).setdefault(active, []).append(r)
+    shares = [*dict.fromkeys(r["asked_active"] for r in found)]
+    figures = [f"f = {f:g}{of}" for f in shares for of in ("", ", GPU")]
+    table = results.new_table(("card", "network"), figures)
+    for words, by_share in by_model.items():
+        cells = (
+            f"{as_planned(by_share[f], times):.2f}" for f in shares for times in ("us", "gpu_us")
+        )
+        table.add_row(*words, *cells)
+    return table
+
+
+def as_planned(found: Sequence[Result], times: str) -> float:
+    """The share of the dense time that the planner's choices leave: "us" or "gpu_us"."""
+    dense = sum(r["count"] * r[times]["dense"] for r in found)
+    choices = (
+        r["planned"] if r["planned"] != "dense" or r["active"] == 1 else "masked" for r in found
+    )
+    return sum(r["count"] * r[times][way] for r, way in zip(found, choices, strict=True)) / dense
 
 
 def layers(found: Sequence[Result]) -> Any:

@@ -3,11 +3,14 @@
 Multiprocessors, rates of tensor cores and memory bandwidths are NVIDIA's: its white papers on the
 A100, Hopper and Ada architectures, the data sheets of H100, H200 and HGX B200. The clock is the one
 at which the stated rate is reached. Of the second-level cache NVIDIA states 5120 bytes per clock
-for the A100. The other figures are assumptions, after published microbenchmarks: 5.5 to 7 TB/s on
-an H100, 5 TB/s on an RTX 4090. They are the first to be measured.
+for the A100. The other caches' rates are assumptions, and the first to be measured; microbenchmarks
+of an H100 are at chipsandcheese.com/p/nvidias-h100-funny-l2-and-tons-of-bandwidth.
 
-That products reach 0.8 of the tensor cores' rate and copies 0.9 of the bandwidth (Gpu's properties)
-is what one H200 did: 769 to 798 TFLOP/s of 989 for 8192 x 8192 x 8192 in bfloat16, 4.3 TB/s of 4.8.
+That products reach 0.8 of the tensor cores' rate (Gpu's properties) is near the best that others
+measured in bfloat16: 792 of 989 TFLOP/s on an H100, 268 of 312 on an A100, and 1745 of 2250 on a
+B200 (github.com/stas00/ml-engineering, compute/accelerator, "Maximum Achievable Matmul FLOPS").
+That copies reach 0.9 of the bandwidth is an assumption. One account of reading matrices has 2.8
+TB/s of an H100's 3.35, which is 0.84: mikamirai.com/blog/gpu-memory-bandwidth.
 """
 
 from neq_kernels.device.gpu import CACHE, PRODUCTS, Gpu

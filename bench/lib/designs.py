@@ -2,23 +2,42 @@
 
 ``dense`` and ``pack`` are in ``neq_kernels.wgrad.bounds``, whose words these use. Counts of
 instructions were read in machine code for compute capability 9.0. A kernel of our own that no GPU
-has run is taken to reach ``OWN_SHARE`` of what bounds it. ``gathering`` and ``granular`` are not
-built: docs/notes/not-built.md.
+has run is taken to reach ``OWN_SHARE`` of what bounds it. For two designs there is a better guess:
+
+- ``granular`` is a plain product in Triton. It reads its tiles without multicast, so the bytes from
+  the second-level cache bound it at two thirds of a Hopper's tensor cores. That rate is one that
+  kernels were seen to reach, so nothing is taken off once more.
+- ``cluster``, for Hoppers, shares its tiles between multiprocessors as the vendor does. It is
+  modelled twice: with the vendor's share of the tensor cores, 0.8, and with 0.7.
+
+``gathering``, ``granular`` and ``cluster`` are not built: docs/notes/not-built.md and
+docs/notes/scattered-product.md.
 """
 
+from functools import partial
 from math import prod
 from typing import NamedTuple
+from unittest import mock
 
+import torch
+
+from bench.lib.cards import CARDS
 from bench.lib.problems import Problem
-from neq_kernels.device.gpu import Gpu
+from neq_kernels.device.gpu import MATRIX_SHARE, Gpu
 from neq_kernels.shapes import ceil_div
+from neq_kernels.wgrad import bounds, planner
 from neq_kernels.wgrad.bounds import DRIVER, Kernel, Layer, Plan, dense, pack
+from neq_kernels.wgrad.geometry import Conv
+from neq_kernels.wgrad.problem import BUCKETS
 
 OWN_SHARE = 0.6
+VENDORS_SHARE = 1.0  # Gpu's properties have what a vendor's kernels reach
 BYTES = 2  # of an element
 GRANULE = 16  # neurons
+CLUSTER_COLUMNS = 1024  # below, dY's bytes bound all that scattered neurons can gain
 # microseconds of the CPU (bench/launch_overhead.py)
 GATHERING_HOST, NARROW_HOST, GROUPED_HOST, ZERO_HOST = 53.0, 18.0, 42.0, 5.0
+CLUSTER_HOST = NARROW_HOST  # a compiled binding too
 
 
 class Shape(NamedTuple):
@@ -37,9 +56,36 @@ def layer_of(problem: Problem, active: float, granule: int) -> Layer:
     return Layer(*sizes, problem.bias, min(k, problem.neurons), granule)
 
 
-def own(*kernels: Kernel, host: float) -> Plan:
-    """Kernels of our own."""
-    scaled = [Kernel(*(amount / OWN_SHARE for amount in kernel)) for kernel in kernels]
+def posed(problem: Problem, active: float) -> planner.Problem:
+    """The layer with a share of its neurons active, as the planner sees it on a GPU."""
+    conv = None
+    if problem.kernel:
+        stride, padding, dilation = ((n, n) for n in (problem.stride, problem.padding, 1))
+        conv = Conv(stride, padding, dilation, False, (0, 0), problem.groups)
+    return planner.Problem(
+        problem.op,
+        "cuda",
+        torch.bfloat16,
+        problem.dy,
+        problem.x,
+        problem.weight,
+        channels_last=conv is not None,
+        conv=conv,
+        bucket=ceil_div(max(1, round(active * problem.neurons)) * BUCKETS, problem.neurons),
+        column_major=problem.column_major,
+        bias=problem.bias,
+    )
+
+
+def planned(problem: Problem, active: float, card: str) -> str:
+    """The planner's choice on a machine with this card, where nothing was measured."""
+    with mock.patch.object(bounds, "gpus", return_value={CARDS[card]}):
+        return planner.predict(posed(problem, active))
+
+
+def own(*kernels: Kernel, host: float, share: float = OWN_SHARE) -> Plan:
+    """Kernels of our own, which reach a share of what bounds them."""
+    scaled = [Kernel(*(amount / share for amount in kernel)) for kernel in kernels]
     return Plan(scaled, host + len(kernels) * DRIVER)
 
 
@@ -66,6 +112,15 @@ def _gathered(layer: Layer, rows: int, columns: int, slots: float) -> Kernel:
     )
 
 
+def _finish(layer: Layer, columns: int, gpu: Gpu) -> Kernel:
+    """Zeros in frozen rows. Of few tiles each is cut into parts, whose float32 sums are added."""
+    tiles = ceil_div(layer.k, 128) * ceil_div(layer.columns, columns)
+    if tiles >= gpu.processors:
+        return Kernel(memory=(1 - layer.active) * layer.dw_bytes)
+    parts = ceil_div(gpu.processors, tiles)
+    return Kernel(memory=2 * 4 * parts * layer.k * layer.columns + layer.dw_bytes)
+
+
 def gathering(layer: Layer, shape: Shape, gpu: Gpu) -> Plan | None:
     """A product that gathers scattered rows in pairs, and picks them in registers."""
     if shape.groups > 1:
@@ -74,15 +129,31 @@ def gathering(layer: Layer, shape: Shape, gpu: Gpu) -> Plan | None:
     wide = not layer.bias and layer.columns > 128 and gpu.arch >= 90
     slots = {(True, False): 322, (False, False): 304, (True, True): 622, (False, True): 454}
     kernel = _gathered(layer, 128, 256 if wide else 128, slots[wide, shape.taps > 1])
-    return own(kernel, Kernel(memory=4 * layer.dw_bytes), host=GATHERING_HOST)
+    return own(kernel, _finish(layer, 256 if wide else 128, gpu), host=GATHERING_HOST)
 
 
 def granular(layer: Layer, shape: Shape, gpu: Gpu) -> Plan | None:
     """A product for granules: dY comes in pieces of 16 bytes, as X does."""
     if shape.groups > 1 or layer.granule < GRANULE:
         return None
-    kernel = _gathered(layer, 128, 256 if layer.columns > 128 else 128, 200)
-    return own(kernel, Kernel(memory=4 * layer.dw_bytes), host=GATHERING_HOST)
+    columns = 256 if layer.columns > 128 else 128
+    kernel, finish = _gathered(layer, 128, columns, 200), _finish(layer, columns, gpu)
+    return own(kernel, finish, host=GATHERING_HOST, share=VENDORS_SHARE)
+
+
+def cluster(layer: Layer, shape: Shape, gpu: Gpu, share: float = VENDORS_SHARE) -> Plan | None:
+    """A product of warps with roles. Four multiprocessors share what they read, two and two.
+
+    For 64 samples of a tile, a multiprocessor gathers half of its 128 rows: each value is loaded,
+    half of them are joined, and 16 bytes are sent to two of them.
+    """
+    if shape.groups > 1 or gpu.arch != 90 or layer.columns < CLUSTER_COLUMNS:
+        return None
+    values = 64 * 64 / 32  # for a lane
+    slots = values * (1 + 1 + 1 / 2 + 2 / 8)  # loads, addresses, joins, sends
+    whole = _gathered(layer, 128, 256, slots / 4 / 2)  # of each scheduler, for 32 samples
+    kernel = whole._replace(cache=whole.cache / 2)
+    return own(kernel, _finish(layer, 256, gpu), host=CLUSTER_HOST, share=share)
 
 
 def narrow(layer: Layer, shape: Shape, gpu: Gpu) -> Plan | None:
@@ -123,8 +194,13 @@ def grouped(layer: Layer, shape: Shape, gpu: Gpu) -> Plan | None:
     return own(kernel, Kernel(memory=layer.dw_bytes), host=GROUPED_HOST)
 
 
-OWN = {"narrow": narrow, "grouped": grouped, "gathering": gathering, "granular": granular}
-NOT_BUILT = ("gathering", "granular")
+NOT_BUILT = {
+    "gathering": gathering,
+    "granular": granular,
+    "cluster": cluster,
+    "cluster at .7": partial(cluster, share=0.7 / MATRIX_SHARE),
+}
+OWN = {"narrow": narrow, "grouped": grouped, **NOT_BUILT}
 
 
 def plans(problem: Problem, active: float, granule: int, gpu: Gpu) -> dict[str, Plan]:

@@ -11,12 +11,13 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from neq_kernels.device.clock import BACKLOG, on_gpu
+
 Key = TypeVar("Key")
 Call = Callable[[int], object]  # takes the number of its turn
 Clock = Callable[[], float]
 
 FEWEST, MOST = 5, 200  # rounds
-BACKLOG = 400_000  # GPU cycles, some 0.2 ms: longer than it takes to launch one call
 MMAP_MAX, TRIM_THRESHOLD = -4, -1  # of glibc's mallopt
 
 
@@ -97,22 +98,8 @@ def _round_on_cpu(clock: Clock, calls: list[Call], turn: int) -> list[float]:
 
 
 def _round_on_gpu(device: torch.device, backlog: int, calls: list[Call], turn: int) -> list[float]:
-    def mark() -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    spans = []
-    with torch.cuda.device(device):
-        # the GPU waits until everything is queued, or small kernels would wait for their launches
-        torch.cuda._sleep(backlog * len(calls))
-        for call in calls:
-            start = mark()
-            call(turn)
-            spans.append((start, mark()))
-            turn += 1
-        torch.cuda.synchronize()
-    return [start.elapsed_time(end) for start, end in spans]
+    queue = [partial(call, turn + i) for i, call in enumerate(calls)]
+    return [span.computing for span in on_gpu(queue, device, backlog)]
 
 
 def keep_freed() -> None:

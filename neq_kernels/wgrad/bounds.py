@@ -7,6 +7,10 @@ CPU may need longer to launch the kernels than the GPU to run them.
 Memory is read in sectors of 32 bytes. Where active neurons are scattered, a sector of dY is needed
 if any neuron in it is active. Where they come in aligned granules, it is if its granule is.
 
+How long a kernel takes to start, and the CPU to launch one, are assumptions. One published account
+has 5 to 25 microseconds of the CPU for an operator of torch, 1 to 3 of them the driver's:
+jiahuanglin.xyz/all_lessons/gpu_kernel_serving/18_pytorch_to_kernel.html
+
 ``pack`` promises by this model what it has never shown on a GPU; ``bench/roofline.py`` prints it.
 """
 

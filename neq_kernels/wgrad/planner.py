@@ -14,21 +14,16 @@ these:
 Nothing is timed unless asked for: ranks that time by themselves would come to differ.
 """
 
-import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from statistics import median
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from neq_kernels.device import names, ranks
 from neq_kernels.shapes import ceil_div, is_column_major
-from neq_kernels.wgrad import dense, grouped, narrow, native, pack, tables
+from neq_kernels.wgrad import dense, grouped, narrow, native, pack, tables, timing
 from neq_kernels.wgrad.backend import Backend, LinearBackend
 from neq_kernels.wgrad.geometry import Conv, full_shape, is_compact
 from neq_kernels.wgrad.problem import BUCKETS, Problem
@@ -319,43 +314,8 @@ def _measure(
     """Time the backends on these tensors, and remember the fastest."""
     _refuse_ranks()
     problem = problem_of(x, weight, len(order), k, bias, conv)
-    fastest = _fastest(problem, dy, x, weight, order, k, bias)
+    able = supporting(problem)
+    fastest = timing.fastest(problem, able, MARGIN, dy, x, weight, order, k, bias)
     table = _measured.setdefault(names.name(x.device), {})
     table.setdefault(problem.key, {})[problem.samples] = fastest
     return fastest
-
-
-def _fastest(problem: Problem, *args: Any) -> str:
-    """Time the backends in turns. Another one than ``dense`` has to be faster by ``MARGIN``."""
-    conv = () if problem.conv is None else (problem.conv,)
-    runs: dict[str, Callable[[], object]] = {
-        name: partial(getattr(backend, problem.op), *args, *conv)
-        for name, backend in supporting(problem).items()
-    }
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(7):
-        for name in [*times]:
-            try:
-                times[name].append(_seconds(runs[name], problem.device))
-            except Exception as error:  # of a compiler or a launch, say; dense works anyway
-                if name == "dense":
-                    raise
-                del times[name]
-                warnings.warn(
-                    f"{name} is out of the question for {problem.key} with {problem.samples} "
-                    f"samples: {type(error).__name__}: {error}",
-                    stacklevel=2,
-                )
-    typical = {name: median(seconds[1:]) for name, seconds in times.items()}  # first: warm-up
-    best = min(typical, key=typical.__getitem__)
-    return best if typical[best] < (1 - MARGIN) * typical["dense"] else "dense"
-
-
-def _seconds(run: Callable[[], object], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start

@@ -151,7 +151,7 @@ def test_the_planner_is_asked_before_the_forward_what_it_is_asked_after(case, mo
 @pytest.mark.usefixtures("fresh_planner")
 def test_tuning_waits_for_the_backward(backend, monkeypatch):
     """What is timed there decides between the paths of the next forward."""
-    monkeypatch.setattr(planner, "_fastest", lambda *args: backend)
+    monkeypatch.setattr(planner.timing, "fastest", lambda *args: backend)
     layer = neq.convert(nn.Linear(6, 8))
     layer.set_active([1])
     ran = []

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from neq_kernels.device import clock as device_clock
 from neq_kernels.wgrad import planner
 
 
@@ -18,7 +19,7 @@ def clock(monkeypatch):
         clock.readings += 1
         return clock.now
 
-    monkeypatch.setattr(planner, "time", SimpleNamespace(perf_counter=perf_counter))
+    monkeypatch.setattr(device_clock, "time", SimpleNamespace(perf_counter=perf_counter))
     return clock
 
 
