@@ -3,8 +3,9 @@
     python bench/optimizer_speed.py
     python bench/optimizer_speed.py --only adamw --active .5,.1 --json out.json
 
-The parameters are those of ResNet-50 and ViT-B/16, their gradients are random. A random fraction f
-of each layer's neurons is active. These are timed in turns, on the same parameters:
+The parameters are those of ResNet-50, ViT-B/16 and GPT-2's layers, of which the last are
+column-major. Their gradients are random. A fraction f of each layer's neurons is active: random
+ones, or random aligned groups of --granule. These are timed in turns, on the same parameters:
 
     default    torch's optimizer without flags
     foreach    torch's with foreach=True
