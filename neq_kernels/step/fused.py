@@ -82,11 +82,11 @@ def _launches(
     shapes = [_in_memory(p) for p in params]
     addresses = [[t.data_ptr() for t in tensors] for tensors in (orders, *lists)]
     groups: dict[tuple[int, bool, object], list[int]] = {}
-    for i, (k, shape) in enumerate(zip(active, shapes, strict=True)):
-        if k * params[i].numel() > 0:
+    for i, (k, (lines, _, width)) in enumerate(zip(active, shapes, strict=True)):
+        if k * lines * width > 0:
             # how many of a neuron's elements can be read at once: up to 16 bytes
-            unit = gcd(16, shape.width * size, *(a[i] for a in addresses[1:] if a)) // size
-            groups.setdefault((unit, shape.lines > 1, alike and alike[i]), []).append(i)
+            unit = gcd(16, width * size, *(a[i] for a in addresses[1:] if a)) // size
+            groups.setdefault((unit, lines > 1, alike and alike[i]), []).append(i)
     for (unit, apart, common), group in groups.items():
         tall, wide = (ELEMENTS // unit, WARPS * 32) if apart else (1, BLOCK)
         settings = {
@@ -97,31 +97,28 @@ def _launches(
         for first in range(0, len(group), MANY):
             chosen = group[first : first + MANY]
             ks = [active[i] for i in chosen]
-            lines, neurons, widths = zip(*(shapes[i] for i in chosen), strict=True)
+            lines_of, neurons, widths = zip(*[shapes[i] for i in chosen], strict=True)
             units = [width // unit for width in widths]
             blocks = (
-                ceil_div(n, tall) * ceil_div(k * width, wide)
-                for n, k, width in zip(lines, ks, units, strict=True)
+                ceil_div(lines, tall) * ceil_div(k * width, wide)
+                for lines, k, width in zip(lines_of, ks, units, strict=True)
             )
             *starts, programs = accumulate(blocks, initial=0)
-            sizes = _filled(starts, by=programs), *map(_filled, (ks, units, neurons, lines))
+            sizes = _filled(starts, by=programs), _filled(ks), _filled(units)
+            # each tuple takes the CPU microseconds: rows go without
+            more = (_filled(neurons), _filled(lines_of)) if apart else (None, None)
             tensors = [_filled([a[i] for i in chosen]) if a else None for a in addresses]
-            yield _Launch(chosen, programs, [*sizes, *tensors], settings, common)
+            yield _Launch(chosen, programs, [*sizes, *more, *tensors], settings, common)
 
 
-class _Shape(NamedTuple):
-    """A parameter in memory: [lines, neurons, width]. One of rows has one line."""
+def _in_memory(p: Tensor) -> tuple[int, int, int]:
+    """How a parameter [n, ...] lies in the memory that it fills: (lines, n, width).
 
-    lines: int
-    neurons: int
-    width: int
-
-
-def _in_memory(p: Tensor) -> _Shape:
-    """How a parameter [n, ...] lies in memory, all of which it fills."""
-    neurons = p.shape[0]
-    width = p.stride(0) if neurons > 1 else p.numel()
-    return _Shape(p.numel() // (neurons * width or 1), neurons, width)
+    One whose neurons are rows has one line.
+    """
+    neurons, numel = p.shape[0], p.numel()
+    width = p.stride(0) if neurons > 1 else numel
+    return numel // (neurons * width or 1), neurons, width
 
 
 def _filled(values: Sequence[int], by: int = 0) -> tuple[int, ...]:

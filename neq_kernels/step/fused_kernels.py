@@ -36,14 +36,16 @@ def _elements(
     count = _pick(counts, i).to(tl.uint32)
     program = (program - _pick(starts, i)).to(tl.uint32)
     blocks = tl.cdiv(count * width, BLOCK)  # of a line
-    line = program // blocks * LINES + tl.arange(0, LINES)
     unit = program % blocks * BLOCK + tl.arange(0, BLOCK)
     j = unit // width
     order = _pick(orders, i).to(tl.pointer_type(tl.int64))
     neuron = tl.load(order + j, mask=j < count, other=0).to(tl.uint32)
-    line_at = line * (_pick(neurons, i).to(tl.uint32) * width)
-    first = line_at[:, None] + (neuron * width + unit % width)[None, :]
-    there = (line < _pick(lines, i).to(tl.uint32))[:, None] & (j < count)[None, :]
+    first = (neuron * width + unit % width)[None, :]
+    there = (j < count)[None, :]
+    if lines is not None:
+        line = program // blocks * LINES + tl.arange(0, LINES)
+        first += (line * (_pick(neurons, i).to(tl.uint32) * width))[:, None]
+        there &= (line < _pick(lines, i).to(tl.uint32))[:, None]
     return i, first[:, :, None] * UNIT + tl.arange(0, UNIT)[None, None, :], there[:, :, None]
 
 
@@ -60,8 +62,8 @@ def sgd(
     starts,  # its first program
     counts,  # how many neurons are active
     widths,  # units of a neuron in a line
-    neurons,  # how many there are
-    lines,  # 1 where each neuron is in one piece
+    neurons,  # how many there are, or None where each is in one piece
+    lines,  # in which a neuron lies, or None
     orders,  # addresses of int64 [neurons], the active ones first
     parameters,  # addresses of [lines, neurons, width]
     grads,  # the same

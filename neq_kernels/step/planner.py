@@ -1,8 +1,8 @@
 """Picks the backend that steps a parameter: a kernel if there is one, else torch on packed rows.
 
-The kernels read and write the active rows where they are. They need each row in one piece, with the
-same layout in the parameter, its gradient and its state. Contiguous and channels_last weights have
-such rows. The CPU kernel also takes column-major matrices, for which packing is slow.
+The kernels read and write the active rows where they are, with the same layout in the parameter,
+its gradient and its state. All step rows in one piece, those of contiguous and channels_last
+weights, and column-major matrices. The GPU's also step the weights of transposed convolutions.
 """
 
 from collections.abc import Iterator, Sequence
