@@ -2,9 +2,11 @@
 
     python bench/optimizer_speed.py
     python bench/optimizer_speed.py --only adamw --active .5,.1 --json out.json
+    python bench/optimizer_speed.py --only gpt2 --granule 16
 
-The parameters are those of ResNet-50 and ViT-B/16, their gradients are random. A random fraction f
-of each layer's neurons is active. These are timed in turns, on the same parameters:
+The parameters are those of ResNet-50, ViT-B/16 and GPT-2's layers, of which the last are
+column-major. Their gradients are random. A fraction f of each layer's neurons is active: random
+ones, or random aligned groups of --granule. These are timed in turns, on the same parameters:
 
     default    torch's optimizer without flags
     foreach    torch's with foreach=True
@@ -23,7 +25,7 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
@@ -34,6 +36,7 @@ from bench.lib import cli, optimizers, results
 from bench.lib.environment import environment
 from bench.lib.results import Result
 from bench.lib.timing import interleave
+from neq_kernels.shapes import ceil_div
 
 FLAGS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -77,7 +80,26 @@ def vit_b16() -> Iterator[nn.Module]:
     yield nn.Linear(width, 1000)
 
 
-MODELS: dict[str, Callable[[], Iterator[nn.Module]]] = {"resnet50": resnet50, "vit_b16": vit_b16}
+def gpt2() -> Iterator[nn.Module]:
+    """Its layers, without the embeddings."""
+    from transformers.pytorch_utils import Conv1D
+
+    width = 768
+    for _ in range(12):
+        yield nn.LayerNorm(width)
+        yield Conv1D(3 * width, width)
+        yield Conv1D(width, width)
+        yield nn.LayerNorm(width)
+        yield Conv1D(4 * width, width)
+        yield Conv1D(width, 4 * width)
+    yield nn.LayerNorm(width)
+
+
+MODELS: dict[str, Callable[[], Iterator[nn.Module]]] = {
+    "resnet50": resnet50,
+    "vit_b16": vit_b16,
+    "gpt2": gpt2,
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -86,7 +108,8 @@ def main(arguments: list[str] | None = None) -> None:
     results.show_environment(facts)
     found: list[Result] = []
     for model, optimizer in tqdm(given.pairs, unit="optimizer", disable=None, leave=False):
-        for result in measure(model, optimizer, given.active, given.device, given.seconds):
+        timed = given.active, given.granule, given.device, given.seconds
+        for result in measure(model, optimizer, *timed):
             found.append(result)
             results.save(found, facts, given.json)  # the next fraction may be cut off
     results.show_table(table(found))
@@ -101,7 +124,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def measure(
-    name: str, optimizer: str, fractions: list[float], device: torch.device, seconds: float
+    name: str,
+    optimizer: str,
+    fractions: list[float],
+    granule: int,
+    device: torch.device,
+    seconds: float,
 ) -> Iterator[Result]:
     torch.manual_seed(0)
     model = neq.convert(nn.Sequential(*MODELS[name]()).to(device))
@@ -123,7 +151,7 @@ def measure(
 
     for fraction in fractions:
         for layer in model:
-            layer.set_active(torch.randperm(layer.n_neurons)[: round(fraction * layer.n_neurons)])
+            layer.set_active(chosen(layer.n_neurons, fraction, granule))
         times = interleave(calls, device, seconds, backlog=BACKLOG)
         fused, mine = times["fused"].p50, times["neq"].p50
         active = sum(
@@ -137,11 +165,19 @@ def measure(
             "optimizer": optimizer,
             "parameters": sum(p.numel() for p in model.parameters()),
             "active": fraction,
+            "granule": granule,
             **{f"{k}_{at}": v for k, t in times.items() for at, v in t._asdict().items()},
             "ratio": mine / fused,
             "of_copy": moved * times["copy"].p50 / mine,
             "realised": (fused - mine) / ((1 - fraction) * fused) if fraction < 1 else None,
         }
+
+
+def chosen(neurons: int, fraction: float, granule: int) -> Tensor:
+    """A mask [neurons] of random granules."""
+    granules = ceil_div(neurons, granule)
+    mask = torch.randperm(granules) < round(fraction * granules)
+    return mask.repeat_interleave(granule)[:neurons]
 
 
 def table(found: list[Result]) -> Table:
@@ -160,6 +196,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = cli.new_parser(__doc__)
     cli.add_device(parser)
     cli.add_active(parser, "1,.5,.25,.1")
+    parser.add_argument(
+        "--granule", type=cli.whole, default=1, metavar="G",
+        help="neighbouring neurons that are active together (default: 1)",
+    )  # fmt: skip
     cli.add_seconds(parser, 2, "model, optimizer and fraction")
     cli.add_only(parser, "resnet50 or 'vit_b16 adamw'")
     cli.add_json(parser)

@@ -22,6 +22,7 @@ from neq_kernels.step.options import SGD, AdamW, AdamWLists, SGDLists
 
 MANY = 32  # parameters in a launch
 BLOCK, WARPS = 512, 4  # of a program: units of elements that it steps, and its warps
+ELEMENTS = 16  # that a thread steps of neurons in many lines: each in a line of its own, or a unit
 DTYPES = {
     torch.float64: tl.float64,
     torch.float32: tl.float32,
@@ -78,30 +79,49 @@ def _launches(
 ) -> Iterator[_Launch]:
     params, dtype, size = lists[0], lists[0][0].dtype, lists[0][0].element_size()
     active = [int(k) for k in counts]
-    widths = [p.numel() // (p.shape[0] or 1) for p in params]
+    shapes = [_in_memory(p) for p in params]
     addresses = [[t.data_ptr() for t in tensors] for tensors in (orders, *lists)]
-    groups: dict[tuple[int, object], list[int]] = {}
-    for i, (k, width) in enumerate(zip(active, widths, strict=True)):
-        if k * width > 0:
-            # how many elements of its rows can be read at once: up to 16 bytes
+    groups: dict[tuple[int, bool, object], list[int]] = {}
+    for i, (k, (lines, _, width)) in enumerate(zip(active, shapes, strict=True)):
+        if k * lines * width > 0:
+            # how many of a neuron's elements can be read at once: up to 16 bytes
             unit = gcd(16, width * size, *(a[i] for a in addresses[1:] if a)) // size
-            groups.setdefault((unit, alike and alike[i]), []).append(i)
-    for (unit, common), group in groups.items():
+            groups.setdefault((unit, lines > 1, alike and alike[i]), []).append(i)
+    for (unit, apart, common), group in groups.items():
+        tall, wide = (ELEMENTS // unit, WARPS * 32) if apart else (1, BLOCK)
         settings = {
             "DTYPE": DTYPES[dtype], "WIDE": tl.float64 if size == 8 else tl.float32,
-            "UNIT": unit, "BLOCK": BLOCK, "num_warps": WARPS, "enable_fp_fusion": False,
+            "LINES": tall, "BLOCK": wide, "UNIT": unit,
+            "num_warps": WARPS, "enable_fp_fusion": False,
         }  # fmt: skip
         for first in range(0, len(group), MANY):
             chosen = group[first : first + MANY]
-            ks, units = [active[i] for i in chosen], [widths[i] // unit for i in chosen]
-            blocks = (ceil_div(k * width, BLOCK) for k, width in zip(ks, units, strict=True))
+            ks = [active[i] for i in chosen]
+            lines_of, neurons, widths = zip(*[shapes[i] for i in chosen], strict=True)
+            units = [width // unit for width in widths]
+            blocks = (
+                ceil_div(lines, tall) * ceil_div(k * width, wide)
+                for lines, k, width in zip(lines_of, ks, units, strict=True)
+            )
             *starts, programs = accumulate(blocks, initial=0)
             sizes = _filled(starts, by=programs), _filled(ks), _filled(units)
+            # each tuple takes the CPU microseconds: rows go without
+            more = (_filled(neurons), _filled(lines_of)) if apart else (None, None)
             tensors = [_filled([a[i] for i in chosen]) if a else None for a in addresses]
-            yield _Launch(chosen, programs, [*sizes, *tensors], settings, common)
+            yield _Launch(chosen, programs, [*sizes, *more, *tensors], settings, common)
 
 
-def _filled(values: list[int], by: int = 0) -> tuple[int, ...]:
+def _in_memory(p: Tensor) -> tuple[int, int, int]:
+    """How a parameter [n, ...] lies in the memory that it fills: (lines, n, width).
+
+    One whose neurons are rows has one line.
+    """
+    neurons, numel = p.shape[0], p.numel()
+    width = p.stride(0) if neurons > 1 else numel
+    return numel // (neurons * width or 1), neurons, width
+
+
+def _filled(values: Sequence[int], by: int = 0) -> tuple[int, ...]:
     """A tuple for a launch: ``MANY`` entries, all of them large multiples of 16.
 
     Triton compiles a kernel for each length of a tuple. It also compiles one for each property of

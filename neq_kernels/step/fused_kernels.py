@@ -20,24 +20,38 @@ def _pick(values, i):
 
 
 @triton.jit
-def _elements(starts, counts, widths, orders, BLOCK: tl.constexpr, UNIT: tl.constexpr):
-    """The parameter that this program steps; its elements [BLOCK, UNIT]; which exist [BLOCK, 1]."""
+def _elements(
+    starts, counts, widths, neurons, lines, orders,
+    LINES: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """The parameter that this program steps; its elements; which of them exist [.., .., 1].
+
+    A parameter is [lines, neurons, width] in memory. Elements are [LINES, BLOCK, UNIT].
+    """
     program = tl.program_id(0).to(tl.int64)
     i = tl.full((), 0, tl.int32)
     for j in tl.static_range(1, len(starts)):
         i += (16 * program + BASE >= starts[j]).to(tl.int32)
-    unit = ((program - _pick(starts, i)) * BLOCK).to(tl.uint32) + tl.arange(0, BLOCK)
     width = _pick(widths, i).to(tl.uint32)
+    count = _pick(counts, i).to(tl.uint32)
+    program = (program - _pick(starts, i)).to(tl.uint32)
+    blocks = tl.cdiv(count * width, BLOCK)  # of a line
+    unit = program % blocks * BLOCK + tl.arange(0, BLOCK)
     j = unit // width
-    there = j < _pick(counts, i).to(tl.uint32)
-    row = tl.load(_pick(orders, i).to(tl.pointer_type(tl.int64)) + j, mask=there, other=0)
-    first = (row * width + unit % width) * UNIT
-    return i, first[:, None] + tl.arange(0, UNIT)[None, :], there[:, None]
+    order = _pick(orders, i).to(tl.pointer_type(tl.int64))
+    neuron = tl.load(order + j, mask=j < count, other=0).to(tl.uint32)
+    first = (neuron * width + unit % width)[None, :]
+    there = (j < count)[None, :]
+    if lines is not None:
+        line = program // blocks * LINES + tl.arange(0, LINES)
+        first += (line * (_pick(neurons, i).to(tl.uint32) * width))[:, None]
+        there &= (line < _pick(lines, i).to(tl.uint32))[:, None]
+    return i, first[:, :, None] * UNIT + tl.arange(0, UNIT)[None, None, :], there[:, :, None]
 
 
 @triton.jit
 def _at(addresses, i, at, DTYPE: tl.constexpr, UNIT: tl.constexpr):
-    """Pointers [BLOCK, UNIT] into the i-th tensor, which is aligned to whole units."""
+    """Pointers to elements ``at`` of the i-th tensor, which is aligned to whole units."""
     address = _pick(addresses, i).to(tl.pointer_type(DTYPE))
     return tl.multiple_of(address, UNIT * DTYPE.primitive_bitwidth // 8) + at
 
@@ -46,10 +60,12 @@ def _at(addresses, i, at, DTYPE: tl.constexpr, UNIT: tl.constexpr):
 def sgd(
     # tuples with an entry for each parameter:
     starts,  # its first program
-    counts,  # how many rows are active
-    widths,  # units in a row
-    orders,  # addresses of int64 [n], the active rows first
-    parameters,  # addresses of [n, width]
+    counts,  # how many neurons are active
+    widths,  # units of a neuron in a line
+    neurons,  # how many there are, or None where each is in one piece
+    lines,  # in which a neuron lies, or None
+    orders,  # addresses of int64 [neurons], the active ones first
+    parameters,  # addresses of [lines, neurons, width]
     grads,  # the same
     momenta,  # the same, or None
     # numbers:
@@ -63,10 +79,11 @@ def sgd(
     FIRST: tl.constexpr,
     DTYPE: tl.constexpr,
     WIDE: tl.constexpr,
-    UNIT: tl.constexpr,
+    LINES: tl.constexpr,
     BLOCK: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
-    i, at, there = _elements(starts, counts, widths, orders, BLOCK, UNIT)
+    i, at, there = _elements(starts, counts, widths, neurons, lines, orders, LINES, BLOCK, UNIT)
     p_at = _at(parameters, i, at, DTYPE, UNIT)
     p = tl.load(p_at, mask=there).to(WIDE)
     g = tl.load(_at(grads, i, at, DTYPE, UNIT), mask=there).to(WIDE)
@@ -97,6 +114,8 @@ def adamw(
     starts,
     counts,
     widths,
+    neurons,
+    lines,
     orders,
     parameters,
     grads,
@@ -117,10 +136,11 @@ def adamw(
     STEP: tl.constexpr,  # dtype of the steps
     DTYPE: tl.constexpr,
     WIDE: tl.constexpr,
-    UNIT: tl.constexpr,
+    LINES: tl.constexpr,
     BLOCK: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
-    i, at, there = _elements(starts, counts, widths, orders, BLOCK, UNIT)
+    i, at, there = _elements(starts, counts, widths, neurons, lines, orders, LINES, BLOCK, UNIT)
     beta1 = tl.full((), beta1, tl.float64)
     beta2 = tl.full((), beta2, tl.float64)
     rate = tl.full((), lr, tl.float64)

@@ -1,8 +1,8 @@
 """Picks the backend that steps a parameter: a kernel if there is one, else torch on packed rows.
 
-The kernels read and write the active rows where they are. They need each row in one piece, with the
-same layout in the parameter, its gradient and its state. Contiguous and channels_last weights have
-such rows. The CPU kernel also takes column-major matrices, for which packing is slow.
+The kernels read and write the active rows where they are, with the same layout in the parameter,
+its gradient and its state. All step rows in one piece, those of contiguous and channels_last
+weights, and column-major matrices. The GPU's also step the weights of transposed convolutions.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from neq_kernels.device.gpu import triton_is_there
-from neq_kernels.shapes import INT32, is_column_major
+from neq_kernels.shapes import INT32
 from neq_kernels.step import native, pack
 from neq_kernels.step.options import SGD, AdamW, AdamWLists, SGDLists
 
@@ -43,14 +43,14 @@ def adamw_rows_(lists: AdamWLists, options: AdamW) -> None:
 
 def choose(p: Tensor, *others: Tensor) -> Backend:
     """The backend for a parameter p [n, ...]. ``others``: its gradient and its state, like p."""
-    whole = _in_one_piece((p, *others))
+    alike = p, *others
     if p.is_cpu and p.dtype in native.DTYPES:
-        if whole or all(is_column_major(t) and t.t().is_contiguous() for t in (p, *others)):
+        if _in_one_piece(alike) or (p.dim() == 2 and _in_lines(alike)):
             return native
-    elif whole and p.is_cuda and p.numel() < INT32 and triton_is_there():
+    elif p.is_cuda and p.numel() < INT32 and triton_is_there():
         from neq_kernels.step import fused
 
-        if p.dtype in fused.DTYPES:
+        if p.dtype in fused.DTYPES and (_in_one_piece(alike) or _in_lines(alike)):
             return fused
     return pack
 
@@ -79,3 +79,8 @@ def _in_one_piece(tensors: Sequence[Tensor]) -> bool:
         return True
     other = _CHANNELS_LAST.get(tensors[0].dim())
     return other is not None and all(t.is_contiguous(memory_format=other) for t in tensors)
+
+
+def _in_lines(tensors: Sequence[Tensor]) -> bool:
+    """Are these tensors [n, inputs, ...] stored as [inputs, n, ...], with one layout for all?"""
+    return tensors[0].dim() > 1 and _in_one_piece([t.transpose(0, 1) for t in tensors])

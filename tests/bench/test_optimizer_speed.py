@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from torch import nn
 
 from bench import optimizer_speed
@@ -26,6 +27,9 @@ def test_bench_of_the_optimizers(name, moved, tmp_path, monkeypatch, capsys):
         assert copies == pytest.approx(share * moved / 2)
     assert "of a copy's bandwidth" in capsys.readouterr().out
 
+    optimizer_speed.main([*options, "--granule", "5", "--device", "cpu", "--json", str(file)])
+    assert [row["granule"] for row in json.loads(file.read_text())["results"]] == [5, 5]
+
     interleave, timed = optimizer_speed.interleave, []
 
     def interrupted(*args, **options):
@@ -39,3 +43,17 @@ def test_bench_of_the_optimizers(name, moved, tmp_path, monkeypatch, capsys):
         optimizer_speed.main([*options, "--device", "cpu", "--json", str(file)])
     (row,) = json.loads(file.read_text())["results"]
     assert row["active"] == 1
+
+
+def test_granules_are_active_as_a_whole():
+    mask = optimizer_speed.chosen(40, 0.5, 16)
+    first, second, rest = mask.split(16)
+    assert all(part.all() or not part.any() for part in (first, second, rest))
+    assert optimizer_speed.chosen(40, 0.5, 1).sum() == 20
+
+
+def test_gpt2s_weights_are_column_major():
+    with torch.device("meta"):
+        layers = [*optimizer_speed.gpt2()]
+    assert sum(p.numel() for layer in layers for p in layer.parameters()) == 85_056_000
+    assert [*layers[1].weight.shape] == [768, 3 * 768]

@@ -24,6 +24,7 @@ from neq_kernels.wgrad import grouped
 from tests.support import recording_cuda
 from tests.support.cases import conv_case
 from tests.support.recording_cuda import in_triton, stream_of
+from tests.support.steps import laid_out
 
 PACKED = {"i1": "<?", "i32": "<i", "i64": "<q", "f32": "<f", "f64": "<d"}
 SCRATCH = 2  # pointers that Triton adds to every kernel's parameters: none is used here
@@ -42,19 +43,19 @@ def similar(*shape, dtypes=(torch.float32, torch.float32)):
     return lambda: similarity.row_similarity(*(torch.zeros(shape, dtype=d) for d in dtypes))
 
 
-def lists(states, active, shape=(64, 24)):
-    tensors = [[torch.zeros(shape) for _ in active] for _ in range(2 + states)]
-    return *tensors, [torch.arange(shape[0]) for _ in active], [torch.tensor(k) for k in active]
+def lists(states, active, layout):
+    tensors = [[laid_out(torch.zeros(64, 24), layout) for _ in active] for _ in range(2 + states)]
+    return *tensors, [torch.arange(64) for _ in active], [torch.tensor(k) for k in active]
 
 
-def sgd(active, momentum=0.9):
-    p, g, m, *rows = lists(1, active)
+def sgd(active, momentum=0.9, layout="plain"):
+    p, g, m, *rows = lists(1, active, layout)
     options = SGD(torch.tensor(0.125), momentum, 0, 0.5, *[False] * 3)
     return lambda: step.sgd_rows_(SGDLists(p, g, m if momentum else [], *rows), options)
 
 
-def adamw(active, amsgrad=True):
-    p, g, m, v, largest, *rows = lists(3, active)
+def adamw(active, amsgrad=True, layout="plain"):
+    p, g, m, v, largest, *rows = lists(3, active, layout)
     taken = [torch.tensor(3.0) for _ in active]
     options = AdamW(torch.tensor(0.125), 0.9, 0.99, 1e-8, 0.5, amsgrad, False)
     states = AdamWLists(p, g, m, v, largest if amsgrad else [], taken, *rows)
@@ -77,6 +78,8 @@ CALLS = {
     "sgd without momentum": sgd([1], momentum=0),
     "adamw of many": adamw([3] * 40),
     "adamw": adamw([64, 1], amsgrad=False),
+    "sgd, column-major": sgd([5, 9, 64], layout="inputs_first"),
+    "adamw of many, column-major": adamw([3] * 40, layout="inputs_first"),
 }
 on_calls = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 
@@ -183,8 +186,9 @@ def test_grid_block_memory_device_and_stream(recording, call, device):
         [wgrad(grouped, DEPTHWISE.with_rows(range(k))) for k in (3, 7, 16, 1)],
         [sgd([5, 9]), sgd([64, 1]), sgd([2, 0])],
         [adamw([5, 9]), adamw([1, 64]), adamw([1, 1])],
+        [adamw(active, layout="inputs_first") for active in ([5, 9], [1, 64], [1, 1])],
     ],
-    ids=["grouped", "sgd", "adamw"],
+    ids=["grouped", "sgd", "adamw", "adamw, column-major"],
 )
 def test_other_masks_take_the_same_kernels(recording, masks):
     kernels = []

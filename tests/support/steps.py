@@ -12,7 +12,12 @@ SHARES = [0.0, 0.1, 0.5, 1.0]
 
 
 def laid_out(t, layout):
-    """The same values in another order in memory; dimension 0 counts the neurons."""
+    """The same values in another order in memory; dimension 0 counts the neurons.
+
+    "inputs_first" is how GPT-2's weights lie, and those of transposed convolutions.
+    """
+    if layout == "inputs_first" and t.dim() > 1:
+        return t.transpose(0, 1).contiguous().transpose(0, 1)
     if layout == "transposed":
         return t.transpose(0, -1).contiguous().transpose(0, -1)
     if layout == "channels_last" and t.dim() == 4:

@@ -7,12 +7,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.optim.adamw import adamw
+from transformers.pytorch_utils import Conv1D
 
+import neq
 from neq_kernels import ops, reference
 from neq_kernels.step import fused as triton_step
 from neq_kernels.step import planner as row_step
 from tests.support.interpreter import INTERPRETED, not_interpreted, on_devices
+from tests.support.layers import trained_elements
 from tests.support.steps import ADAMW_OPTIONS, SGD_OPTIONS, assert_lists_equal, lr, problem
 
 DTYPES = [torch.float32, torch.float16, torch.float64]
@@ -38,14 +42,22 @@ def by_the_kernel():
 
 
 def lending(step):
-    """Its tensors are given as numbers, which the interpreter's check has to be told of."""
+    """Its tensors are given as numbers, which the interpreter's check has to be told of.
+
+    Of what has rows, it may use the active ones only.
+    """
 
     def lent_step(lists, options):
         if not INTERPRETED:
             return step(lists, options)
         from tests.support.addresses import lent
 
-        with lent(t for tensors in lists for t in tensors):
+        active = [o[: int(k)].tolist() for o, k in zip(lists.orders, lists.counts, strict=True)]
+        by_rows = {*lists._fields} - {"steps", "orders", "counts"}
+        used = [t for name, ts in lists._asdict().items() if name not in by_rows for t in ts]
+        for name in by_rows:
+            used += [t[i] for t, of in zip(getattr(lists, name), active, strict=False) for i in of]
+        with lent(used):
             return step(lists, options)
 
     return lent_step
@@ -86,6 +98,45 @@ def test_sgd_has_the_bits_of_the_reference(device, dtype, options):
     check_sgd(options, dtype, made_up(1, 0.5, dtype, device))
 
 
+LINES = [(5, 40), (300, 3), (6, 5, 3, 3), (7, 5, 4, 4)]  # the first two of several programs
+
+
+@on_devices
+@in_dtypes
+@pytest.mark.parametrize("layout", ["inputs_first", "transposed"])
+@pytest.mark.parametrize("options", [*SGD_OPTIONS, (0.9, 0.1, 0.01, False, False, False)], ids=str)
+def test_sgd_of_neurons_in_many_lines(device, dtype, layout, options):
+    check_sgd(options, dtype, made_up(1, 0.5, dtype, device, layout, LINES))
+
+
+@on_devices
+@in_dtypes
+@pytest.mark.parametrize("options", ADAMW_OPTIONS, ids=str)
+def test_adamw_of_neurons_in_many_lines(device, dtype, options):
+    """It has the bits that it has of rows, in parameters and state."""
+    results = []
+    for layout in ("plain", "inputs_first"):
+        torch.manual_seed(1)
+        (p, g, m, v, v_max), rows, counts = made_up(3, 0.5, dtype, device, layout, LINES)
+        v_max = v_max if options[0] else []
+        steps = [torch.tensor(float(i % 2), device=device) for i in range(len(p))]
+        numbers = 0.9, 0.99, 1e-8, options[2], *options[:2]
+        ops.adamw_rows_(p, g, m, v, v_max, steps, rows, counts, lr(0.01), *numbers)
+        results.append([*p, *m, *v, *v_max])
+    assert_lists_equal(*results)
+
+
+@on_devices
+@in_dtypes
+@pytest.mark.parametrize("n", [2, 9, 130])
+@pytest.mark.parametrize("most", [False, True], ids=["one is active", "one is frozen"])
+def test_one_neuron_in_many_lines(device, dtype, n, most):
+    shapes, share = [(n, 1), (n, 3), (n, 50), (n, 4, 2, 2)], (n - 1 if most else 1) / n
+    for layout in ("inputs_first", "transposed"):
+        given = made_up(1, share, dtype, device, layout, shapes)
+        check_sgd(SGD_OPTIONS[3], dtype, given)
+
+
 @on_devices
 @pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
 def test_sgd_of_any_share(device, share, scalars):
@@ -102,7 +153,7 @@ GEOMETRY = (  # shapes, share, dtype, layout, shift
     shapes(),
     st.sampled_from([0.0, 0.3, 0.5, 1.0]),
     st.sampled_from(DTYPES),
-    st.sampled_from(["plain", "channels_last"]),
+    st.sampled_from(["plain", "channels_last", "inputs_first", "transposed"]),
     st.integers(0, 3),
 )
 
@@ -178,19 +229,53 @@ def test_what_is_not_finite_stays_in_its_element(device):
         assert t.isnan().nonzero().tolist() == [[1, 2]]
 
 
+@on_devices
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_layers_whose_neurons_lie_in_many_lines(device, name):
+    """As torch has them by neq.optim: GPT-2's and transposed convolutions."""
+    torch.manual_seed(1)
+    mine = nn.ModuleList([Conv1D(37, 20), nn.ConvTranspose2d(5, 6, 3), nn.Linear(4, 5)]).to(device)
+    dense = copy.deepcopy(mine)
+    before = copy.deepcopy([*mine.parameters()])
+    neq.convert(mine)
+    options = {"momentum": 0.9} if name == "SGD" else {"amsgrad": True}
+    optimizer = getattr(neq.optim, name)(mine.parameters(), lr=0.01, layers=mine, **options)
+    truth = getattr(torch.optim, name)(dense.parameters(), lr=0.01, **options)
+    for layer in mine:
+        layer.set_active(range(0, layer.n_neurons, 2))
+    inputs = [torch.randn(3, *size, device=device) for size in ((20,), (5, 4, 4), (4,))]
+    for _ in range(3):
+        for layers in (mine, dense):
+            sum(layer(x).square().sum() for layer, x in zip(layers, inputs, strict=True)).backward()
+        for p, q in zip(mine.parameters(), dense.parameters(), strict=True):
+            assert p.grad.stride() == p.stride()  # else the planner would not take the kernel
+            q.grad = p.grad.clone()
+        optimizer.step()
+        truth.step()
+    active = trained_elements(mine)
+    for p, q, b in zip(mine.parameters(), dense.parameters(), before, strict=True):
+        assert not torch.equal(p[active[p]], b[active[p]])
+        assert torch.equal(p[~active[p]], b[~active[p]])
+        torch.testing.assert_close(p[active[p]], q[active[p]])
+    assert row_step.choose.called
+
+
 def on_gpu(kind):
     """A function that steps fresh parameters, those, and what a captured step needs."""
-    given, rows, counts = made_up(3, 0.5, torch.float32, "cuda")
-    p, g, m, v, _ = given
+    rows, lines = (
+        made_up(3, 0.5, torch.float32, "cuda", *more) for more in ((), ("inputs_first", LINES))
+    )
+    p, g, m, v, _ = (a + b for a, b in zip(rows[0], lines[0], strict=True))
+    orders, counts = rows[1] + lines[1], rows[2] + lines[2]
     rate = torch.tensor(0.1, device="cuda")
     steps = [torch.zeros((), device="cuda") for _ in p]
 
     def step():
         if kind == "sgd":
-            ops.sgd_rows_(p, g, m, rows, counts, rate, 0.9, 0.0, 0.1, False, False, False)
+            ops.sgd_rows_(p, g, m, orders, counts, rate, 0.9, 0.0, 0.1, False, False, False)
         else:
             numbers = 0.9, 0.99, 1e-8, 0.1, False, False
-            ops.adamw_rows_(p, g, m, v, [], steps, rows, counts, rate, *numbers)
+            ops.adamw_rows_(p, g, m, v, [], steps, orders, counts, rate, *numbers)
 
     return step, p, g, rate
 

@@ -12,14 +12,18 @@ import torch
 from neq_kernels.step import fused as triton_step
 from neq_kernels.step.options import SGD, AdamW, AdamWLists, SGDLists
 from tests.support.aot import every_target, kernels, launches
+from tests.support.steps import laid_out
 
 
-def steps(kind, dtype, shape, active, shift=0, **options):
+def steps(kind, dtype, shape, active, shift=0, layout="plain", **options):
     """One step of parameters of this shape, of which so many rows are active; ``shift`` elements
     lie between where memory begins and the tensors."""
-    size = prod(shape)
+    like = laid_out(torch.empty(shape, dtype=dtype), layout)
     p, g, m, v, v_max = (
-        [torch.empty(size + shift, dtype=dtype)[shift:].view(shape) for _ in active]
+        [
+            like.new_empty(prod(shape) + shift).as_strided(shape, like.stride(), shift)
+            for _ in active
+        ]
         for _ in range(5)
     )
     orders_and_counts = [torch.arange(shape[0]) for _ in active], [torch.tensor(k) for k in active]
@@ -38,7 +42,11 @@ def steps(kind, dtype, shape, active, shift=0, **options):
 
 
 def three_run_at_a_time(kernel):
-    return 3 * kernel.registers * 32 * triton_step.WARPS <= 2**16
+    return many_run_at_a_time(3, kernel)
+
+
+def many_run_at_a_time(programs, kernel):
+    return programs * kernel.registers * 32 * triton_step.WARPS <= 2**16
 
 
 @every_target
@@ -87,6 +95,32 @@ def test_steps_by_numbers(arch, kind, lists, options):
 
 
 @every_target
+@pytest.mark.parametrize(
+    ("kind", "lists", "options", "programs"),
+    [
+        ("sgd", 3, {}, 3),
+        ("adamw", 5, {}, 2),
+        ("adamw", 4, {"amsgrad": False}, 2),
+    ],
+)
+@pytest.mark.parametrize("shape", [(64, 576), (64, 40, 2, 2)], ids=["1 element", "4 elements"])
+def test_steps_of_neurons_in_many_lines(arch, kind, lists, options, programs, shape):
+    """Of each line a thread reads one element, or a unit of them. Which neuron it is, it reads
+    once. Two programs of AdamW have enough registers: 64 KB are on their way without amsgrad."""
+    step = steps(kind, torch.float32, shape, [5, 9], 0, "inputs_first", **options)
+    (kernel,) = kernels(arch, step)
+    unit = prod(shape[2:])
+    width = "128" if unit == 4 else "E"
+    units = triton_step.ELEMENTS // unit
+    assert kernel.count("LDG") == units * lists + 1
+    assert kernel.count("LDG", width) == units * lists + (unit == 1)
+    assert kernel.count("STG") == kernel.count("STG", width) == units * (lists - 1)
+    assert many_run_at_a_time(programs, kernel)
+    if kind == "sgd":
+        assert not kernel.count("FFMA")
+
+
+@every_target
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
 @pytest.mark.parametrize(
     ("dtype", "shift"), [(torch.float32, 1), (torch.float16, 1), (torch.float64, 0)], ids=str
@@ -117,6 +151,17 @@ def test_rows_are_read_in_units_to_which_all_their_tensors_are_aligned(dtype, wi
     assert launch.settings["UNIT"] == unit
 
 
+@pytest.mark.parametrize(
+    ("layout", "lines", "width"),
+    [("plain", 1, 120), ("channels_last", 1, 120), ("inputs_first", 8, 15), ("transposed", 120, 1)],
+)
+def test_where_neurons_lie_in_memory(layout, lines, width):
+    p = laid_out(torch.empty(7, 8, 5, 3), layout)
+    assert triton_step._in_memory(p) == (lines, 7, width)
+    assert triton_step._in_memory(laid_out(torch.empty(1, 8, 5, 3), layout)) == (1, 1, 120)
+    assert triton_step._in_memory(torch.empty(7)) == (1, 7, 1)
+
+
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
 def test_other_parameters_and_rows_compile_nothing_new(kind):
     with launches(90) as compiled:
@@ -126,3 +171,6 @@ def test_other_parameters_and_rows_compile_nothing_new(kind):
         assert len(compiled) == 1
         steps(kind, torch.float16, (64, 44), [2])()  # in units half as large
         assert len(compiled) == 2
+        for shape, active in sizes:
+            steps(kind, torch.float16, shape, active, layout="inputs_first")()
+        assert len(compiled) == 3

@@ -39,6 +39,36 @@ def test_chosen_backend_of_a_transposed_matrix():
     assert row_step.choose(torch.ones(4, 3, 2).transpose(0, 1)) is pack_step
 
 
+class OnGpu(torch.Tensor):
+    """A tensor that says that it is on a GPU."""
+
+    is_cpu, is_cuda = False, True
+
+
+def test_chosen_backend_on_a_gpu_of_neurons_in_many_lines():
+    def shaped(*sizes, like=torch.contiguous_format):
+        return torch.ones(sizes).contiguous(memory_format=like).as_subclass(OnGpu)
+
+    whole, column_major = shaped(3, 4), shaped(4, 3).t()
+    last = torch.channels_last
+    convolution, its_last = shaped(3, 4, 2, 2), shaped(3, 4, 2, 2, like=last)
+    transposed, transposed_last = (
+        t.transpose(0, 1) for t in (shaped(4, 3, 2, 2), shaped(4, 3, 2, 2, like=last))
+    )
+    for p in (whole, column_major, convolution, its_last, transposed, transposed_last):
+        assert row_step.choose(p, p, p).__name__ == "neq_kernels.step.fused"
+    for p, state in (
+        (whole, column_major),
+        (column_major, whole),
+        (convolution, transposed),
+        (transposed, transposed_last),
+        (transposed_last, its_last),
+    ):
+        assert row_step.choose(p, p, state) is pack_step
+    apart = shaped(8, 6).t()[::2]
+    assert row_step.choose(apart) is pack_step
+
+
 def test_without_triton_torch_steps_on_a_gpu():
     p = mock.Mock(is_cpu=False, is_cuda=True, numel=lambda: 9)
     with mock.patch.object(row_step, "triton_is_there", return_value=False):
