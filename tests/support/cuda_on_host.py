@@ -11,6 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 import pybind11
+import torch
 
 from neq_kernels import _torch
 from neq_kernels.device import extension
@@ -38,6 +39,19 @@ def build(folder: Path):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def packed_by(module, dy, rows, want_sums=True, left=0):
+    """What a module's pack_columns writes into memory that begins as NaN.
+
+    ``left``: elements of that memory before ``packed``.
+    """
+    k = len(rows)
+    packed = dy.new_full((left + len(dy) * k,), torch.nan)[left:].view(len(dy), k)
+    sums = dy.new_full((k,), torch.nan, dtype=torch.promote_types(dy.dtype, torch.float32))
+    scratch = torch.empty(module.cuda_pack_scratch_bytes(dy, k), dtype=torch.uint8)
+    module.cuda_pack_columns(dy, rows, packed, sums if want_sums else None, scratch, 0, 0)
+    return packed, sums
 
 
 @contextmanager
