@@ -1,13 +1,16 @@
 """What the planner promises on GPUs where nothing was measured."""
 
 from dataclasses import replace
+from math import inf
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 
+from bench import roofline
 from bench.lib.cards import CARDS
+from bench.lib.designs import GRANULE
 from bench.lib.problems import problems
 from neq_kernels.device import gpu
 from neq_kernels.device.gpu import Gpu
@@ -19,7 +22,7 @@ SUITE = {p.name: p for p in problems("full", "cuda")}
 SHARES = (4, 8, 12)  # sixteenths
 
 
-def posed(name, bucket=8):
+def posed(name, bucket=8, granule=1):
     """A layer of the suite, as the planner sees it on a GPU."""
     p = SUITE[name]
     conv, last = None, False
@@ -27,7 +30,7 @@ def posed(name, bucket=8):
         sizes = ((p.stride,) * 2, (p.padding,) * 2, (1, 1), False, (0, 0), p.groups)
         conv, last = Conv(*sizes), True
     layout = last, conv, bucket, p.column_major, p.bias
-    return Problem(p.op, "cuda", torch.bfloat16, p.dy, p.x, p.weight, *layout)
+    return Problem(p.op, "cuda", torch.bfloat16, p.dy, p.x, p.weight, *layout, granule=granule)
 
 
 def on(*cards):
@@ -69,6 +72,23 @@ def test_a_bias_is_part_of_the_problem():
             costs.append(planner.BACKENDS["pack"].cost(replace(problem, bias=bias)))
     assert costs[1] < costs[0] - 0.05
     assert problem.key != replace(problem, bias=False).key
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_granules_promise_what_the_roofline_says(card):
+    """Its lines for granules are choices that the planner can make, and some are won by them."""
+    more = 0
+    for name, bucket in ((name, bucket) for name in SUITE for bucket in SHARES):
+        r = roofline.line(card, SUITE[name], GRANULE, bucket / 16)
+        problem = posed(name, bucket, r["granule"])
+        if bounds.Layer.of(problem).k != r["active"] * problem.neurons:
+            continue  # sixteenths that are no whole granules
+        time = r["us"].get("pack", inf)
+        won = time <= (1 - planner.GPU_MARGIN) * r["us"]["dense"]
+        with on(card):
+            assert planner.predict(problem) == ("pack" if won else "dense"), name
+            more += won and planner.predict(replace(problem, granule=1)) == "dense"
+    assert more > 0
 
 
 def test_what_is_not_known_promises_nothing():

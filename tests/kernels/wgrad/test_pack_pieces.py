@@ -45,6 +45,18 @@ def test_exact_in_granules(cuda_on_host, geometry, left):
     assert sums.isnan().all()
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("granule", [1, 2, 3, 4, 6, 8, 16])
+def test_exact_at_the_seam(cuda_on_host, granule, dtype):
+    """Small granules mix in a piece, and so do the last active neurons with the first frozen."""
+    dy = integers((70, 96), dtype, "cpu", most=8)
+    order = in_granules(96, granule, [False, True, True] * (32 // granule + 1))
+    for rows in (order[:64], order[:72], order.contiguous()):
+        packed, sums = packed_by(cuda_on_host, dy, rows)
+        assert torch.equal(packed, dy.index_select(1, rows))
+        assert torch.equal(sums.double(), dy.double().sum(0)[rows])
+
+
 def summed_by(threads, columns):
     """The sums of [samples, k], if so many threads share the samples of a column."""
     wide = torch.promote_types(columns.dtype, torch.float32)
