@@ -133,9 +133,9 @@ def granule_of(mask: Tensor) -> int:
     A power of two, at most ``LARGEST_GRANULE``. The last granule may be smaller.
     """
     starts = 1 + (mask[1:] != mask[:-1]).nonzero()  # of runs of active or frozen neurons
-    granule = LARGEST_GRANULE
-    while bool((starts % granule).any()):
-        granule //= 2
+    granule = 1
+    while granule < LARGEST_GRANULE and not (starts % (2 * granule)).any():
+        granule *= 2
     return granule
 
 
