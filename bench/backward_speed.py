@@ -12,8 +12,8 @@ For every problem, layout and active fraction f, these are timed in turns on the
     gather     index the active channels, call the vendor, index into zeros
     realised   (dense - neq) / ((1 - f) dense): the share of the saving that is wall-clock
 
-With --granule 16, aligned granules of 16 neurons are active or frozen as one, in layers that have whole
-ones.
+With --granule 16, aligned granules of 16 neurons are active or frozen as one, in layers that have
+whole ones.
 
 Each is first compared with neq_kernels.reference in float64. If its error is more than twice the
 vendor's, it is named instead of timed, and the run fails in the end.
