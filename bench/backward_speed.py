@@ -2,6 +2,7 @@
 
     python bench/backward_speed.py
     python bench/backward_speed.py --suite full --only resnet --json out.json --plot out.png
+    python bench/backward_speed.py --only llama --granule 16
 
 For every problem, layout and active fraction f, these are timed in turns on the same inputs:
 
@@ -10,6 +11,9 @@ For every problem, layout and active fraction f, these are timed in turns on the
     masked     dense, then zeros for the frozen neurons: the published way, the same at any f
     gather     index the active channels, call the vendor, index into zeros
     realised   (dense - neq) / ((1 - f) dense): the share of the saving that is wall-clock
+
+With --granule 16, aligned granules of 16 neurons are active or frozen as one, in layers that have
+whole ones.
 
 Each is first compared with neq_kernels.reference in float64. If its error is more than twice the
 vendor's, it is named instead of timed, and the run fails in the end.
@@ -32,7 +36,14 @@ from bench.lib.environment import environment
 from bench.lib.problems import Problem, problems
 from bench.lib.results import Result
 from bench.lib.timing import Times, interleave
-from bench.lib.wgrad_contenders import Active, Case, Gate, WrongResultError, active_count
+from bench.lib.wgrad_contenders import (
+    Active,
+    Case,
+    Gate,
+    WrongResultError,
+    active_count,
+    granule_in,
+)
 
 LAYOUTS = ("contiguous", "channels_last")
 Key = tuple[Any, ...]  # of a contender: its name, its layout, its number of active neurons
@@ -48,7 +59,8 @@ def main(arguments: list[str] | None = None) -> None:
     found: list[Result] = []
     with cli.tuned(given):
         for problem in tqdm(given.problems, unit="problem", disable=None, leave=False):
-            found += measure(problem, given.layouts, given.active, device, dtype, given.seconds)
+            options = given.layouts, given.active, device, dtype, given.seconds, given.granule
+            found += measure(problem, *options)
             results.save(found, facts, given.json)  # the next problem may be cut off
     wgrad_report.show(found, facts)
     if given.plot:
@@ -63,6 +75,7 @@ def measure(
     device: torch.device,
     dtype: torch.dtype,
     seconds: float,
+    granule: int,
 ) -> list[Result]:
     """Check every contender for one problem, then time all of them in turns."""
     # dense runs in every layout, asked for or not: the fastest is the baseline
@@ -70,8 +83,9 @@ def measure(
     asked = [case for case in cases.values() if case.layout in layouts] or [*cases.values()]
     weight, truth = asked[0].weight, asked[0].truth()
     # several fractions of few neurons may be the same number
-    counts = dict.fromkeys(active_count(f, problem.neurons) for f in fractions)
-    masks = [Active.random(k, weight) for k in counts]
+    granule = granule_in(problem.neurons, granule)
+    counts = dict.fromkeys(active_count(f, problem.neurons, granule) for f in fractions)
+    masks = [Active.random(k, weight, granule) for k in counts]
     half = Active.random(problem.neurons // 2, weight)
 
     calls: dict[Key, Callable[[int], object]] = {
@@ -112,6 +126,7 @@ def result(case: Case, active: Active, times: dict[Key, Times], faults: dict[Key
         "dtype": str(case.weight.dtype).removeprefix("torch."),
         "layout": layout,
         "active": active.k / problem.neurons,
+        "granule": active.granule,
         "backend": case.backend(active),
         "dense_layout": fastest,
     }
@@ -137,6 +152,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=cli.DTYPES, default="float32")
     parser.add_argument("--layout", choices=(*LAYOUTS, "both"), default="both", help="of images")
     cli.add_active(parser, "1,.75,.5,.25,.1,0")
+    parser.add_argument(
+        "--granule",
+        type=cli.whole,
+        default=1,
+        metavar="N",
+        help="neighbours that are active together (default: 1)",
+    )
     cli.add_only(parser, "resnet50 or swin.*mlp")
     cli.add_seconds(parser, 3, "problem")
     cli.add_table(parser)

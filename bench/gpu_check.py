@@ -61,6 +61,7 @@ SPEED = {
     "llama-8b": 60,
     "swin-b|vit-l|gpt2|gpt2-medium": 60,
 }
+GRANULAR = "llama-8b|vit-l|gpt2-medium"  # where neurons that are active together can gain most
 OTHERS = "resnet18|swin-t|vit-s|vit-b|llama-1b"
 STEPS = {"resnet50": 45, "gpt2-medium": 45, "swin-b": 45, "llama-1b": 45}
 KERNELS = [  # a small problem of each
@@ -120,19 +121,21 @@ def main(arguments: list[str] | None = None) -> int:
         run(part, out, end, facts["revision"]) for part in every if given.parts.search(part.name)
     ]
     known |= {outcome.name: outcome for outcome in outcomes}
-    wgrads, steps = read(out, "speed"), read(out, "steps")
+    wgrads, granular, steps = (read(out, kind) for kind in ("speed", "granules", "steps"))
     ended = [known[part.name] for part in every if part.name in known]
     summary = {"environment": facts, "parts": [asdict(outcome) for outcome in ended]}
-    summary |= {"results": wgrads, "steps": steps}
+    summary |= {"results": wgrads + granular, "steps": steps}
     (out / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
 
     results.show_table(endings(ended))
-    if wrong := results.faults(wgrads + steps):
+    if wrong := results.faults(wgrads + granular + steps):
         print(*wrong, sep="\n")
     if wgrads:
         results.show_table(medians(wgrads))
         print(wgrad_report.verdict(wgrads, device_name(facts)))
         wgrad_report.plot(wgrads, facts, out / "backward_speed.png")
+    if granular:
+        results.show_table(medians(granular, "in granules: "))
     if steps:
         step_report.show(steps, facts)
         step_report.plot(steps, facts, out / "end_to_end.png")
@@ -174,10 +177,10 @@ def parts(out: Path) -> Iterator[Part]:
     yield Part("other gpu tests", [*on_gpu, "--continue-on-collection-errors", *others], 150)
     tuned = "--tune", "--table", out / "planner.json"
 
-    def speed(models: str, seconds: float) -> Part:
+    def speed(models: str, seconds: float, kind: str = "speed", *more: object) -> Part:
         flags = "--dtype", "bfloat16", "--suite", "full", "--only", f"^({models})/"
-        flags += "--active", "1,.75,.5,.25,.1", "--seconds", 0.5, *tuned
-        return benchmark(f"speed {models.replace('|', ' ')}", "backward_speed", seconds, *flags)
+        flags += "--active", "1,.75,.5,.25,.1", "--seconds", 0.5, *tuned, *more
+        return benchmark(f"{kind} {models.replace('|', ' ')}", "backward_speed", seconds, *flags)
 
     def steps(network: str, seconds: float, *mode: str) -> Part:
         flags = "--only", f"^{network}$", "--active", ".5" if mode else ".5,.25,.1"
@@ -186,6 +189,7 @@ def parts(out: Path) -> Iterator[Part]:
 
     for models, limit in SPEED.items():
         yield speed(models, limit)
+    yield speed(GRANULAR, 60, "granules", "--layout", "channels_last", "--granule", 16)
     for network, limit in STEPS.items():
         yield steps(network, limit)
     yield benchmark("optimizer_speed", "optimizer_speed", 30, "--active", ".5,.1", "--seconds", 0.5)
@@ -299,9 +303,9 @@ def endings(outcomes: list[Outcome]) -> Table:
     return table
 
 
-def medians(wgrads: list[Result]) -> Table:
+def medians(wgrads: list[Result], kind: str = "") -> Table:
     """Medians over a model's layers, each in the layout in which its dense gradient is fastest."""
-    table = results.new_table(("realised at f =",), [*map(str, FRACTIONS)], ("backends",))
+    table = results.new_table((f"{kind}realised at f =",), [*map(str, FRACTIONS)], ("backends",))
     some = [r for r in wgrads if 0 < r["active"] < 1]
     for model, its in wgrad_report.by_model(some).items():
         cells = []

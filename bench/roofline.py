@@ -274,7 +274,7 @@ def compared(run: Result) -> Any:
         sys.exit(f"no card of {', '.join(CARDS)} is {device_name(run['environment'])}")
     suite = {p.name: p for p in problems("full", "cuda")}
     figures = ("f", "dense ms", "modelled", "ratio", "neq ms", "modelled", "ratio")
-    table = results.new_table(("layer", "backend"), figures, ("modelled bound",))
+    table = results.new_table(("layer", "granule", "backend"), figures, ("modelled bound",))
     for r in run["results"]:
         problem = suite.get(r["name"])
         if problem is None or r["dtype"] != "bfloat16" or not 0 < r["active"] < 1:
@@ -282,7 +282,8 @@ def compared(run: Result) -> Any:
         if problem.kernel and r["layout"] != "channels_last":
             continue
         backend = "masked" if r["backend"] == "dense" else r["backend"]
-        known = line(card, problem, 1, r["active"])
+        granule = r.get("granule", 1)  # older files have none
+        known = line(card, problem, granule, r["active"])
         pairs = [(r["dense_ms"], known["us"]["dense"]), (r["neq_ms"], known["us"].get(backend))]
         cells = [f"{r['active']:.3g}"]
         for ms, us in pairs:
@@ -290,7 +291,9 @@ def compared(run: Result) -> Any:
             cells.append(results.milliseconds(ms))
             cells.append(results.milliseconds(us / 1e3 if us is not None else None))
             cells.append(results.cell(1e3 * ms / us if there else None))
-        table.add_row(r["name"], r["backend"], *cells, known["bound"].get(backend, "-"))
+        table.add_row(
+            r["name"], str(granule), r["backend"], *cells, known["bound"].get(backend, "-")
+        )
     return table
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from bench.lib import naive_gather
 from bench.lib.problems import Problem
 from bench.lib.timing import cache_bytes
-from neq_kernels import ops, reference
+from neq_kernels import reference
 from neq_kernels.wgrad import planner
 from neq_kernels.wgrad.geometry import Conv
 
@@ -25,9 +25,14 @@ class WrongResultError(Exception):
     """A contender computes another gradient, so its speed says nothing."""
 
 
-def active_count(fraction: float, neurons: int) -> int:
-    """At least one neuron, unless the fraction is 0."""
-    return max(round(fraction * neurons), 1) if fraction else 0
+def granule_in(neurons: int, asked: int) -> int:
+    """The size of granules that is asked for, or 1 where so many neurons make no whole ones."""
+    return 1 if neurons % asked else asked
+
+
+def active_count(fraction: float, neurons: int, granule: int = 1) -> int:
+    """Whole granules: at least one, unless the fraction is 0."""
+    return max(round(fraction * neurons / granule), 1) * granule if fraction else 0
 
 
 @dataclass(frozen=True)
@@ -37,15 +42,17 @@ class Active:
     k: int
     order: Tensor  # int64 [n]: the active neurons, then the frozen ones, each ascending
     mask: Tensor  # [n], of the gradient's dtype: 1 where active
+    granule: int = 1  # neighbours that are active together
 
     @classmethod
-    def random(cls, k: int, weight: Tensor) -> "Active":
-        """``k`` random neurons of the weight."""
-        neurons = len(weight)
-        random = torch.randperm(neurons, generator=torch.Generator().manual_seed(k))
-        order = torch.cat([random[:k].sort().values, random[k:].sort().values]).to(weight.device)
+    def random(cls, k: int, weight: Tensor, granule: int = 1) -> "Active":
+        """``k`` random neurons of the weight, in aligned granules."""
+        neurons, some = len(weight), k // granule
+        random = torch.randperm(neurons // granule, generator=torch.Generator().manual_seed(k))
+        first = torch.cat([random[:some].sort().values, random[some:].sort().values]) * granule
+        order = (first[:, None] + torch.arange(granule)).flatten().to(weight.device)
         mask = weight.new_zeros(neurons).index_fill_(0, order[:k], 1)
-        return cls(k, order, mask)
+        return cls(k, order, mask, granule)
 
     @property
     def rows(self) -> Tensor:
@@ -56,8 +63,9 @@ class Active:
         return self.order[self.k :]
 
     @property
-    def count(self) -> Tensor:
-        return torch.tensor(self.k)
+    def hint(self) -> int:
+        """The granule that a layer tells the planner: on a CPU none."""
+        return self.granule if on_gpu(self.order) else 1
 
 
 @dataclass(frozen=True)
@@ -117,9 +125,9 @@ class Case:
             return lambda turn: None
         if active.k == len(active.order):
             return self.dense
-        operator, geometry = getattr(ops, self.problem.op), self.conv or ()
-        others = (self.weight, active.order, active.count, self.problem.bias, *geometry)
-        return lambda turn: operator(*self._inputs(turn), *others)
+        run, geometry = getattr(planner, self.problem.op), [self.conv] if self.conv else []
+        others = (self.weight, active.order, active.k, self.problem.bias, *geometry)
+        return lambda turn: run(*self._inputs(turn), *others, granule=active.hint)
 
     def backend(self, active: Active) -> str:
         """The name of the backend behind ``neq``."""
@@ -129,11 +137,10 @@ class Case:
             return "plain"
         x, neurons = self.inputs[0][1], len(active.order)
         sizes = neurons, active.k, self.problem.bias
-        backend = planner.choose(x, self.weight, *sizes, self.conv)
+        backend = planner.choose(x, self.weight, *sizes, self.conv, active.hint)
         if backend is None:  # while tuning: a call measures
             self.neq(active)(0)
-            sizes = neurons, active.k, self.problem.bias
-        backend = planner.choose(x, self.weight, *sizes, self.conv)
+            backend = planner.choose(x, self.weight, *sizes, self.conv, active.hint)
         return str(backend)
 
     def truth(self) -> Gradient:
@@ -203,6 +210,10 @@ def _fault(got: Tensor, truth: Tensor, allowed: float, active: Active) -> str | 
     if got[active.frozen].count_nonzero():
         return "it is not zero for frozen neurons"
     return None
+
+
+def on_gpu(t: Tensor) -> bool:
+    return t.is_cuda
 
 
 def _channels_last(t: Tensor) -> Tensor:

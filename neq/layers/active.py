@@ -8,6 +8,8 @@ from torch import Tensor
 
 from neq import sharding
 
+LARGEST_GRANULE = 16  # neurons: in 16 bits they fill a sector of a GPU's memory
+
 
 class ActiveSet:
     """The active neurons of a weight: all of them at first.
@@ -34,6 +36,7 @@ class ActiveSet:
     # Eager layers read these, which are parts of ``order``.
     rows: Tensor  # int64 [k]: the active neurons
     frozen: Tensor  # int64 [neurons - k]: the frozen neurons
+    granule: int  # on a GPU, the active neurons come in aligned granules of so many; elsewhere 1
 
     def __init__(self, neurons: int, device: torch.device) -> None:
         self._device = device
@@ -87,6 +90,8 @@ class ActiveSet:
         order = torch.argsort(self._mask, descending=True, stable=True)
         self.mask, self.order = self._mask.to(self._device), order.to(self._device)
         self.rows, self.frozen = self.order[: self.k], self.order[self.k :]
+        # elsewhere a choice of backend for each granule would be one too many
+        self.granule = granule_of(self._mask) if _is_gpu(self._device) else 1
 
     def on(self, device: torch.device) -> "ActiveSet":
         """This set with its tensors on ``device``, where its layer is now, to be read at once."""
@@ -107,6 +112,10 @@ class ActiveSet:
         self.set(torch.tensor(mask, dtype=torch.bool, device="cpu"))
 
 
+def _is_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
 def _is_capturing(device: torch.device) -> bool:
     """Is a CUDA graph being captured on the device?"""
     # A compiled model's own graphs copy what they read. A graph captured by hand from compiled code
@@ -116,6 +125,42 @@ def _is_capturing(device: torch.device) -> bool:
         and not torch.compiler.is_compiling()
         and torch.cuda.is_current_stream_capturing()
     )
+
+
+def granule_of(mask: Tensor) -> int:
+    """The size of the largest aligned granules that a bool mask [neurons] consists of.
+
+    A power of two, at most ``LARGEST_GRANULE``. The last granule may be smaller.
+    """
+    starts = 1 + (mask[1:] != mask[:-1]).nonzero()  # of runs of active or frozen neurons
+    granule = 1
+    while granule < LARGEST_GRANULE and not (starts % (2 * granule)).any():
+        granule *= 2
+    return granule
+
+
+def in_whole(mask: Tensor, granule: int, layer: str) -> Tensor:
+    """The bool mask [neurons] of the aligned granules of which at least half is in ``mask``.
+
+    Args:
+        mask: bool [neurons], on the CPU.
+        granule: How many neighbours make a granule. The last one may be smaller.
+        layer: How errors name the layer.
+
+    Raises:
+        TypeError: If ``granule`` is no integer.
+        ValueError: If it is below 1.
+    """
+    if isinstance(granule, bool) or not isinstance(granule, int):
+        raise TypeError(f"{layer}: granule must be a number of neurons, got {granule!r}")
+    if granule < 1:
+        raise ValueError(f"{layer}: granule must be at least 1, got {granule}")
+    if granule == 1:
+        return mask
+    number = torch.arange(len(mask), device="cpu") // granule  # of each neuron's granule
+    inside = torch.bincount(number, weights=mask.double())
+    active = 2 * inside >= torch.bincount(number)
+    return active[number]
 
 
 def as_mask(rows: Any, neurons: int, layer: str) -> Tensor:

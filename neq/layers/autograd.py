@@ -90,7 +90,7 @@ def choose_backend(
     """
     if torch.compiler.is_compiling():
         return None
-    return planner.choose(x, weight, active.neurons, active.k, bias, conv)
+    return planner.choose(x, weight, active.neurons, active.k, bias, conv, active.granule)
 
 
 class RowGrad(torch.autograd.Function):
@@ -113,12 +113,13 @@ class RowGrad(torch.autograd.Function):
         conv: Conv | None,
         k: int | None,
         backend: str | None,
+        granule: int,
     ) -> Tensor:
         # Only x is a saved tensor, since a saved_tensors_hook may round or offload those. Of the
         # weight the layout is needed, and no value.
         ctx.save_for_backward(x)
         ctx.weight, ctx.order, ctx.count, ctx.conv = weight, order, count, conv
-        ctx.k, ctx.backend = k, backend
+        ctx.k, ctx.backend, ctx.granule = k, backend, granule
         ctx.shape = None if x is None else x.shape
         ctx.bias = bias if bias is not None and bias.requires_grad else None
         # y itself would count as a view made here, on which torch forbids in-place activations
@@ -144,16 +145,16 @@ class RowGrad(torch.autograd.Function):
         elif not is_compiling and _may_bypass_dispatcher(dy, x, ctx):
             args = (dy, x, ctx.weight, ctx.order, ctx.k, with_bias)
             if ctx.conv is None:
-                dw, db = planner.linear_wgrad(*args, ctx.backend)
+                dw, db = planner.linear_wgrad(*args, ctx.backend, ctx.granule)
             else:
-                dw, db = planner.conv_wgrad(*args, ctx.conv, ctx.backend)
+                dw, db = planner.conv_wgrad(*args, ctx.conv, ctx.backend, ctx.granule)
         else:  # the same through the operators, which check their arguments
             args = (dy, x, ctx.weight, ctx.order, ctx.count, with_bias)
             if ctx.conv is None:
                 dw, db = ops.linear_wgrad(*args)
             else:
                 dw, db = ops.conv_wgrad(*args, *ctx.conv)
-        return dy, None, dw, db if with_bias else None, None, None, None, None, None
+        return dy, None, dw, db if with_bias else None, None, None, None, None, None, None
 
 
 def _may_bypass_dispatcher(dy: Tensor, x: Tensor, node: Any) -> bool:
@@ -245,8 +246,9 @@ def row_grad(
     args = (y, x, weight, bias, active.order, active.count, conv)
     is_compiling = torch.compiler.is_compiling()
     apply: Any = RowGrad.apply if is_compiling else _apply
-    # as a number, k would make a graph for this mask alone
-    out: Tensor = apply(*args, None if is_compiling else active.k, backend)
+    # numbers would make a graph for this mask alone
+    of_mask = (None, backend, 1) if is_compiling else (active.k, backend, active.granule)
+    out: Tensor = apply(*args, *of_mask)
     return out
 
 

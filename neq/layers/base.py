@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from neq import sharding
-from neq.layers.active import ActiveSet, as_mask
+from neq.layers.active import ActiveSet, as_mask, in_whole
 from neq.layers.autograd import detach, row_grad
 from neq.layers.leaves import CompactForm
 from neq_kernels import _torch
@@ -168,7 +168,9 @@ class NeuronLayer(CompactForm):
         """The share of the neurons that is active."""
         return self.active.k / self.active.neurons
 
-    def set_active(self, rows: Tensor | Sequence[int] | Sequence[bool] | None) -> None:
+    def set_active(
+        self, rows: Tensor | Sequence[int] | Sequence[bool] | None, granule: int = 1
+    ) -> None:
         """Choose the neurons that train, from the next forward on.
 
         With activation checkpointing, do not call it between a forward and its backward: the
@@ -177,12 +179,24 @@ class NeuronLayer(CompactForm):
         Args:
             rows: The active neurons: indices in any order, a bool mask [n_neurons], or None for
                 all.
+            granule: How many neighbours are decided together. Neurons 0 to granule - 1 are the
+                first granule, and so on; the last one may be smaller. A granule is active, as a
+                whole, if at least half of its neurons are in ``rows``. On a GPU granules of 16
+                are fast.
 
         Raises:
-            TypeError: If ``rows`` holds neither integers nor bools.
-            ValueError: If a row is out of range or named twice, or the mask has another length.
+            TypeError: If ``rows`` holds neither integers nor bools, or ``granule`` is no integer.
+            ValueError: If a row is out of range or named twice, the mask has another length, or
+                ``granule`` is below 1.
+
+        Examples:
+            >>> layer = neq.NEqLinear(3, 10)
+            >>> layer.set_active([0, 1, 4, 8], granule=4)
+            >>> layer.active_rows
+            tensor([0, 1, 2, 3, 8, 9])
         """
         mask = as_mask(rows, self.n_neurons, self._described())
+        mask = in_whole(mask, granule, self._described())
         self.active.on(self.weight.device)
         if self.leaves is None:
             self.active.set(mask)

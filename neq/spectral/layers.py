@@ -98,8 +98,8 @@ class SpectralLayer(NeuronLayer, Spectral):
     def by_neuron(self, output: Tensor) -> tuple[Tensor, int]:
         return samples_first(output, -self._along(self.weight).dim())
 
-    def set_active(self, rows: Any) -> None:
-        super().set_active(rows)
+    def set_active(self, rows: Any, granule: int = 1) -> None:
+        super().set_active(rows, granule)
         thaw_whole(self)
         for name in self.shared if self.active.nothing else ():
             freeze_whole(self, name)

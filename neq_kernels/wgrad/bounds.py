@@ -80,7 +80,7 @@ class Layer(NamedTuple):
         dy, weight = problem.dy, prod(problem.weight)
         sizes = dy[0] * prod(dy[2:]), problem.neurons, weight // problem.neurons, prod(problem.x)
         size, k = problem.dtype.itemsize, problem.k
-        return cls(*sizes, size, problem.bias, k, compact=problem.compact)
+        return cls(*sizes, size, problem.bias, k, problem.granule, problem.compact)
 
     @property
     def active(self) -> float:

@@ -1,12 +1,14 @@
 """Picks the backend for a weight gradient: the fastest, or ``dense`` if none is faster.
 
-For each problem (device, dtype, layout, shape, bias, active share) the planner takes the first of
-these:
+For each problem (device, dtype, layout, shape, bias, active share, granule) the planner takes the
+first of these:
 
 1. the choice that was measured for it inside ``tuning()``, or is in a table given to ``load``, or
    in the table that this package brings for devices of that name;
 2. the choice that was measured for the nearest number of samples, at most ``NEAR`` times more or
-   fewer;
+   fewer; if there is none for these granules, that for the next finer ones, down to single neurons:
+   no backend takes longer when active neurons lie together, and what was measured comes before
+   what is modelled;
 3. the backend with the lowest ``cost(problem)``, its predicted time in units of the dense
    gradient's. It has to promise a gain of ``MARGIN``, or on a GPU of ``GPU_MARGIN``, otherwise
    ``dense`` runs.
@@ -55,6 +57,7 @@ def linear_wgrad(
     k: int,
     bias: bool,
     backend: str | None = None,
+    granule: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """dW and db of a linear layer, by the backend that suits. Nothing is checked.
 
@@ -66,6 +69,7 @@ def linear_wgrad(
         k: How many neurons are active; at least 1.
         bias: Is db wanted?
         backend: The answer of ``choose`` for the same tensors, if it was called.
+        granule: As for ``choose``.
 
     Returns:
         dW like ``weight``, and db with an entry for each of its neurons, or [0] without ``bias``.
@@ -73,7 +77,8 @@ def linear_wgrad(
     args = (dy, x, weight, order, k, bias)
     chosen = LINEAR.get(backend or "")  # one of ``only`` may be gone
     if chosen is None:
-        chosen = LINEAR[choose(x, weight, len(order), k, bias) or _measure(*args)]
+        name = choose(x, weight, len(order), k, bias, None, granule)
+        chosen = LINEAR[name or _measure(*args, None, granule)]
     return chosen.linear_wgrad(*args)
 
 
@@ -86,6 +91,7 @@ def conv_wgrad(
     bias: bool,
     conv: Conv,
     backend: str | None = None,
+    granule: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """dW and db of a convolution, by the backend that suits. Nothing is checked.
 
@@ -100,6 +106,7 @@ def conv_wgrad(
         bias: Is db wanted?
         conv: The geometry.
         backend: The answer of ``choose`` for the same tensors, if it was called.
+        granule: As for ``choose``.
 
     Returns:
         dW like ``weight``, and db with an entry for each of its neurons, or [0] without ``bias``.
@@ -107,12 +114,19 @@ def conv_wgrad(
     args = (dy, x, weight, order, k, bias, conv)
     chosen = BACKENDS.get(backend or "")
     if chosen is None:
-        chosen = BACKENDS[choose(x, weight, len(order), k, bias, conv) or _measure(*args)]
+        name = choose(x, weight, len(order), k, bias, conv, granule)
+        chosen = BACKENDS[name or _measure(*args, granule)]
     return chosen.conv_wgrad(*args)
 
 
 def choose(
-    x: Tensor, weight: Tensor, neurons: int, k: int, bias: bool, conv: Conv | None = None
+    x: Tensor,
+    weight: Tensor,
+    neurons: int,
+    k: int,
+    bias: bool,
+    conv: Conv | None = None,
+    granule: int = 1,
 ) -> str | None:
     """The backend for a weight gradient. It needs no dY, so a forward can ask.
 
@@ -124,6 +138,7 @@ def choose(
         k: How many of them are active.
         bias: Is the bias's gradient wanted?
         conv: The geometry of a convolution; None for a linear layer.
+        granule: The active neurons come in whole aligned granules of so many, a power of two.
 
     Returns:
         A name in ``BACKENDS``. None inside ``tuning()`` if the problem has yet to be timed, for
@@ -138,10 +153,10 @@ def choose(
         return "dense"
     layout = is_column_major(weight) if conv is None else x.stride(1) == 1
     where = x.device, torch.get_num_threads()
-    key = (k, neurons, x.shape, weight.shape, bias, conv, layout, x.dtype, where)
+    key = (k, neurons, x.shape, weight.shape, bias, conv, granule, layout, x.dtype, where)
     choice = _choices.get(key)
     if choice is None:
-        problem = problem_of(x, weight, neurons, k, bias, conv)
+        problem = problem_of(x, weight, neurons, k, bias, conv, granule)
         choice = _look_up(problem, names.name(x.device))
         if choice is not None:
             if len(_choices) >= MOST_CHOICES:
@@ -151,25 +166,30 @@ def choose(
 
 
 def problem_of(
-    x: Tensor, weight: Tensor, neurons: int, k: int, bias: bool, conv: Conv | None
+    x: Tensor,
+    weight: Tensor,
+    neurons: int,
+    k: int,
+    bias: bool,
+    conv: Conv | None,
+    granule: int = 1,
 ) -> Problem:
     """The problem for x [..., inputs] or [N, inputs, *pixels], and a weight as for ``choose``."""
     bucket = ceil_div(k * BUCKETS, neurons)
     device, dtype, shape = x.device.type, x.dtype, full_shape(weight, neurons, conv)
     compact = is_compact(weight, neurons, conv)
     if conv is None:
-        samples = x.shape[:-1].numel()
-        sizes = (samples, neurons), (samples, *x.shape[-1:]), shape
-        column_major = is_column_major(weight)
-        return Problem(
-            "linear_wgrad", device, dtype, *sizes, False, None, bucket, column_major, bias, compact
-        )
-    samples, _, *pixels = conv.output(x.shape, weight)
-    images = (samples, neurons, *pixels), tuple(x.shape), shape
-    last = x.stride(1) == 1
-    return Problem(
-        "conv_wgrad", device, dtype, *images, last, conv, bucket, bias=bias, compact=compact
-    )
+        op, column_major, last = "linear_wgrad", is_column_major(weight), False
+        samples, pixels = x.shape[:-1].numel(), []
+        x_shape: tuple[int, ...] = (samples, *x.shape[-1:])
+    else:
+        op, column_major, last = "conv_wgrad", False, x.stride(1) == 1
+        samples, _, *pixels = conv.output(x.shape, weight)
+        x_shape = tuple(x.shape)
+        granule = granule if last else 1  # else each neuron has planes of its own
+    sizes = (samples, neurons, *pixels), x_shape, shape
+    flags = column_major, bias, compact
+    return Problem(op, device, dtype, *sizes, last, conv, bucket, *flags, granule)
 
 
 def predict(problem: Problem) -> str:
@@ -189,11 +209,15 @@ def supporting(problem: Problem) -> dict[str, Backend]:
 def _look_up(problem: Problem, device: str) -> str | None:
     if _only is not None:
         return _only if _only in supporting(problem) else "dense"
-    measured = _supported(_measured.get(device, {}), problem)
-    if _tuning and problem.samples not in measured:
+    measured = _measured.get(device, {})
+    if _tuning and problem.samples not in _supported(measured, problem):
         return None
-    known = _supported(tables.shipped(device, frozenset(BACKENDS)), problem) | measured
-    return tables.nearest(known, problem.samples, NEAR) or predict(problem)
+    shipped = tables.shipped(device, frozenset(BACKENDS))
+    for alike in problem.and_finer():
+        known = _supported(shipped, alike) | _supported(measured, alike)
+        if (found := tables.nearest(known, problem.samples, NEAR)) is not None:
+            return found
+    return predict(problem)
 
 
 def _supported(table: Table, problem: Problem) -> dict[int, str]:
@@ -310,10 +334,11 @@ def _measure(
     k: int,
     bias: bool,
     conv: Conv | None = None,
+    granule: int = 1,
 ) -> str:
     """Time the backends on these tensors, and remember the fastest."""
     _refuse_ranks()
-    problem = problem_of(x, weight, len(order), k, bias, conv)
+    problem = problem_of(x, weight, len(order), k, bias, conv, granule)
     able = supporting(problem)
     fastest = timing.fastest(problem, able, MARGIN, dy, x, weight, order, k, bias)
     table = _measured.setdefault(names.name(x.device), {})

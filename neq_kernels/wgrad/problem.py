@@ -1,6 +1,7 @@
 """One weight gradient to compute, as the planner sees it: sizes without values."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 
@@ -28,6 +29,7 @@ class Problem:
     column_major: bool = False  # a linear layer with a weight stored as [inputs, n]
     bias: bool = False  # is its gradient wanted too?
     compact: bool = False  # are there active rows only in dW?
+    granule: int = 1  # neurons that are active together, aligned; 1 where bytes do not depend on it
 
     @property
     def samples(self) -> int:
@@ -55,6 +57,13 @@ class Problem:
         """The groups of a convolution; 1 for a linear layer."""
         return 1 if self.conv is None else self.conv.groups
 
+    def and_finer(self) -> Iterator["Problem"]:
+        """The problem, and the same ones with neurons in halves of its granules, down to 1."""
+        granule = self.granule
+        while granule >= 1:
+            yield self if granule == self.granule else replace(self, granule=granule)
+            granule //= 2
+
     @property
     def key(self) -> str:
         """The name of the problem in a table, which has a choice for each number of samples."""
@@ -66,4 +75,6 @@ class Problem:
         dtype = str(self.dtype).removeprefix("torch.")
         op = f"compact_{self.op}" if self.compact else self.op
         kind = op, self.device, dtype, layout, *["bias"] * self.bias
+        if self.granule > 1:
+            kind = *kind, f"granules_of_{self.granule}"
         return " ".join([*kind, *sizes, f"{self.bucket}/{BUCKETS}", geometry])

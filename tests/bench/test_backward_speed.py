@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from bench import backward_speed
-from bench.lib import naive_gather
-from neq_kernels import ops
+from bench.lib import naive_gather, wgrad_contenders
+from bench.lib.wgrad_contenders import Active
 from neq_kernels.wgrad import planner
 from neq_kernels.wgrad.geometry import Conv
 from tests.support.benches import PROBLEMS, assert_refused, results_of
@@ -22,7 +22,18 @@ TIMED = {
     for contender in ("dense", "plain", "neq", "masked", "gather")
     for p in ("p20", "ms", "p80")
 }
-FACTS = {"op", "name", "shape", "count", "dtype", "layout", "active", "backend", "dense_layout"}
+FACTS = {
+    "op",
+    "name",
+    "shape",
+    "count",
+    "dtype",
+    "layout",
+    "active",
+    "granule",
+    "backend",
+    "dense_layout",
+}
 
 
 @pytest.fixture
@@ -82,6 +93,29 @@ def test_layout(results):
 
 def test_active(results):
     assert {row["active"] for row in results("--active", ".5,1,.51")} == {0.5, 1}
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_granule(results, monkeypatch, gpu):
+    """Whole granules are active, of which the planner learns on a GPU."""
+    masks, asked = [], []
+    random, choose = Active.random, planner.choose
+
+    def drawn(k, weight, granule=1):
+        masks.append(random(k, weight, granule))
+        return masks[-1]
+
+    monkeypatch.setattr(Active, "random", drawn)
+    monkeypatch.setattr(wgrad_contenders, "on_gpu", lambda t: gpu)
+    monkeypatch.setattr(planner, "choose", lambda *sizes: asked.append(sizes[-1]) or choose(*sizes))
+    rows = results("--granule", "4", "--active", "1,.5,.3,0", "--only", "linear")
+    assert [(row["active"], row["granule"]) for row in rows] == [(1, 4), (0.5, 4), (0, 4)]
+    for active in (mask for mask in masks if mask.granule == 4):
+        assert active.mask.view(-1, 4).unique(dim=1).shape[1] == 1
+        assert active.mask[active.rows].all()
+        assert active.mask.sum() == active.k == len(active.rows)
+    assert {*asked} == {4 if gpu else 1}
+    assert {row["granule"] for row in results("--granule", "3", "--only", "linear")} == {1}
 
 
 def test_only(results):
@@ -202,14 +236,14 @@ def wrong_bias(dw, db):
     ],
 )
 def test_a_wrong_kernel_is_not_timed(results, tmp_path, monkeypatch, capsys, fault, message):
-    right = ops.linear_wgrad
+    right = planner.linear_wgrad
 
-    def wrong(*args):
-        dw, db = right(*args)
+    def wrong(*args, **options):
+        dw, db = right(*args, **options)
         fault(dw, db)
         return dw, db
 
-    monkeypatch.setattr(ops, "linear_wgrad", wrong)
+    monkeypatch.setattr(planner, "linear_wgrad", wrong)
     plot = str(tmp_path / "plot.png")
     with pytest.raises(SystemExit, match=rf"error: .*{message}"):
         results("--active", "1,.5,0", "--plot", plot)

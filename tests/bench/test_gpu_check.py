@@ -174,6 +174,19 @@ def test_what_one_part_loses_the_others_keep(check, tmp_path, capsys):
     assert "vit-s x 256" in printed
 
 
+def test_granules_are_results_of_their_own(check, tmp_path, capsys):
+    """Beside those of scattered neurons, with which they are not mixed in medians."""
+    row = ROW | {"granule": 16, "realised": 0.95}
+    parts = [writes(tmp_path, "speed vit", [ROW]), writes(tmp_path, "granules vit", [row])]
+    assert check(*parts) == 0
+    summary = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert summary["results"] == [ROW, row]
+    of_one, of_granules = capsys.readouterr().out.split("in granules: realised")
+    assert "0.95" in of_granules
+    assert "0.95" not in of_one
+    assert check(writes(tmp_path, "granules vit", [row | {"wrong": {"neq": "is off"}}])) == 1
+
+
 def test_what_is_cut_off_or_missing_is_named_and_no_failure(check, capsys):
     assert check(Part("tests", python(TESTS("1 skipped")), 3), Part("tool", ["no-tool"], 60)) == 0
     printed = capsys.readouterr().out
@@ -255,7 +268,7 @@ def test_finds_tools_that_only_cuda_has_on_its_path(tmp_path, monkeypatch):
 
 def test_parts_are_commands_that_exist(tmp_path):
     parts = list(gpu_check.parts(tmp_path))
-    timed, stepped = [], []
+    timed, stepped, granular = [], [], []
     for part in parts:
         if part.name.startswith("steps"):
             steps = [argument.replace("cuda", "cpu") for argument in part.command[2:]]
@@ -266,10 +279,15 @@ def test_parts_are_commands_that_exist(tmp_path):
         elif part.name.startswith("speed"):
             speed = [argument.replace("cuda", "cpu") for argument in part.command[2:]]
             timed += [problem.name for problem in backward_speed.parse(speed).problems]
+        elif part.name.startswith("granules"):
+            given = [argument.replace("cuda", "cpu") for argument in part.command[2:]]
+            granular.append(backward_speed.parse(given))
         elif part.command[1].startswith("bench/"):
             script = importlib.import_module(f"bench.{part.name}")
             script.parse([argument.replace("cuda", "cpu") for argument in part.command[2:]])
     assert sorted(timed) == sorted(problem.name for problem in problems("full", "cpu"))
+    assert [given.granule for given in granular] == [16]
+    assert len(granular[0].problems) > 10
     assert stepped[:4] == [(name,) for name in gpu_check.STEPS]
     assert stepped[4:] == [
         ("resnet50", "--graphs"),

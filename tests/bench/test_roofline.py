@@ -182,13 +182,17 @@ def test_compare(tmp_path, capsys):
         MEASURED | change
         for change in ({"active": 1.0}, {"dtype": "float32"}, {"name": "none/such"})
     ]
+    granular = MEASURED | {"granule": 16, "active": 0.25}
     wrong = MEASURED | {"neq_ms": None, "backend": "dense", "active": 0.25}
     images = MEASURED | {"name": "resnet50/layer1.conv3", "layout": "contiguous"}
     run = {"environment": {"gpu": "NVIDIA H200", "threads": 1}}
-    file.write_text(json.dumps(run | {"results": [MEASURED, *others, wrong, images]}))
+    file.write_text(json.dumps(run | {"results": [MEASURED, *others, wrong, images, granular]}))
     roofline.main(["--compare", str(file)])
     lines = [line for line in capsys.readouterr().out.splitlines() if "llama" in line]
-    assert len(lines) == 2
+    assert len(lines) == 3
+    in_granules, scattered = (roofline.line("H200", WIDE, g, 0.25)["us"]["pack"] for g in (16, 1))
+    assert f"{0.5e3 / in_granules:.2f}" in lines[2]
+    assert f"{0.5e3 / scattered:.2f}" not in lines[2]
     modelled = roofline.line("H200", WIDE, 1, 0.5)["us"]
     for us, ms in ((modelled["dense"], 1.0), (modelled["pack"], 0.5)):
         assert f"{us / 1e3:.3f}"[:5] in lines[0]

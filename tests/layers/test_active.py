@@ -10,6 +10,7 @@ from torch import nn
 
 import neq
 from neq.layers import active as neq_rows
+from neq_kernels.wgrad import planner
 
 each = pytest.mark.parametrize
 NEURONS = 8
@@ -255,3 +256,87 @@ def test_what_an_optimizer_reads_while_captured_outlives_its_mask(layer):
         step(layer)
         optimizer.step()
     assert order().tolist() == [1, 0, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("rows", "granule", "expected"),
+    [
+        ([0, 1, 4, 9], 4, [0, 1, 2, 3, 8, 9]),  # one of four is too few, one of the last two enough
+        ([0, 1, 4, 9], 1, [0, 1, 4, 9]),
+        ([4, 5, 6], 3, [3, 4, 5]),
+        ([3], 16, []),
+        ([0, 1, 2, 3, 4], 16, [*range(10)]),
+        (None, 3, [*range(10)]),
+        ([], 3, []),
+        ([True] * 3 + [False] * 7, 5, [0, 1, 2, 3, 4]),
+    ],
+)
+def test_granules_of_which_half_is_named(rows, granule, expected):
+    layer = neq.NEqLinear(2, 10)
+    layer.set_active(rows, granule=granule)
+    assert layer.active_rows.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("granule", "error", "message"),
+    [
+        (0, ValueError, "granule must be at least 1, got 0"),
+        (2.0, TypeError, "granule must be a number of neurons, got 2.0"),
+        (True, TypeError, "granule must be a number of neurons, got True"),
+        ("auto", TypeError, "granule must be a number of neurons, got 'auto'"),
+    ],
+)
+def test_granules_that_there_are_not(granule, error, message):
+    layer = neq.NEqLinear(2, 10)
+    layer.set_active([1])
+    with pytest.raises(error, match=f"NEqLinear: {message}|Linear.*: {message}"):
+        layer.set_active([2], granule=granule)
+    assert layer.active_rows.tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "neurons", "granule"),
+    [
+        (range(16, 48), 64, 16),
+        (range(8, 48), 64, 8),
+        ([0, 1, 4, 5, 6, 7], 12, 2),
+        ([1], 12, 1),
+        ([11], 12, 1),
+        (range(64, 96), 128, 16),  # no larger ones are told apart
+        (range(16, 20), 20, 16),  # the last one is smaller
+        ([*range(16), *range(16, 18)], 20, 2),
+        ([], 5, 16),
+    ],
+)
+def test_the_granules_that_a_mask_consists_of(monkeypatch, rows, neurons, granule):
+    layer = neq.NEqLinear(2, neurons)
+    layer.set_active([*rows])
+    assert layer.active.granule == 1  # a CPU is indifferent
+    monkeypatch.setattr(neq_rows, "_is_gpu", lambda device: True)
+    layer.set_active([*rows])
+    assert layer.active.granule == granule
+
+
+@pytest.mark.usefixtures("fresh_planner")
+def test_the_planner_learns_of_granules(monkeypatch):
+    """Before the forward, and in the backward while it times."""
+    monkeypatch.setattr(neq_rows, "_is_gpu", lambda device: True)
+    linear, images = neq.NEqLinear(6, 32), neq.NEqConv2d(3, 32, 3)
+    asked = []
+    problem_of = planner.problem_of
+    monkeypatch.setattr(
+        planner, "problem_of", lambda *sizes: asked.append(problem_of(*sizes)) or asked[-1]
+    )
+    for layer, x in (
+        (linear, torch.randn(5, 6)),
+        (images, torch.randn(2, 3, 5, 5).contiguous(memory_format=torch.channels_last)),
+        (images, torch.randn(2, 3, 5, 5)),  # where each neuron has planes of its own
+    ):
+        layer.set_active(range(16))
+        with planner.tuning():
+            layer(x).sum().backward()
+        assert {p.granule for p in asked} == {
+            16 if asked[0].conv is None or x.stride(1) == 1 else 1
+        }
+        assert len(asked) >= 3  # two look-ups, and what was measured
+        asked.clear()

@@ -105,6 +105,7 @@ struct Warp {
   Barrier barrier;
   // what its threads exchange, for this and the next exchange
   const char* rows[2][32];
+  bool votes[2][32];
   uint32_t a[2][32][4], b[2][32][2];
 };
 
@@ -229,6 +230,16 @@ float value(uint32_t pair, int half) {
 }  // namespace emulated
 
 inline void __syncthreads() { emulated::wait(emulated::block.barrier); }
+
+// Of a whole warp.
+inline bool __all_sync(unsigned lanes, bool mine) {
+  emulated::Warp& warp = *emulated::me->warp;
+  if (lanes != ~0u || warp.barrier.threads != 32) emulated::fail("a vote of a part of a warp");
+  const int phase = warp.barrier.phase % 2;
+  warp.votes[phase][emulated::me->lane] = mine;
+  emulated::wait(warp.barrier);
+  return std::all_of(warp.votes[phase], warp.votes[phase] + 32, [](bool vote) { return vote; });
+}
 
 // CUDA's runtime. All devices have the same memory.
 

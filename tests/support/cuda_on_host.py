@@ -12,6 +12,7 @@ from pathlib import Path
 from unittest import mock
 
 import pybind11
+import torch
 from filelock import FileLock
 
 from neq_kernels import _torch
@@ -54,6 +55,19 @@ def _digest(command: list[str]) -> str:
     sources = [SOURCE, *sorted(path for path in CSRC.rglob("*") if path.is_file())]
     read = b"".join(path.read_bytes() for path in sources)
     return blake2b(shlex.join(command).encode() + version + read, digest_size=8).hexdigest()
+
+
+def packed_by(module, dy, rows, want_sums=True, left=0):
+    """What a module's pack_columns writes into memory that begins as NaN.
+
+    ``left``: elements of that memory before ``packed``.
+    """
+    k = len(rows)
+    packed = dy.new_full((left + len(dy) * k,), torch.nan)[left:].view(len(dy), k)
+    sums = dy.new_full((k,), torch.nan, dtype=torch.promote_types(dy.dtype, torch.float32))
+    scratch = torch.empty(module.cuda_pack_scratch_bytes(dy, k), dtype=torch.uint8)
+    module.cuda_pack_columns(dy, rows, packed, sums if want_sums else None, scratch, 0, 0)
+    return packed, sums
 
 
 @contextmanager

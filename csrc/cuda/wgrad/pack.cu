@@ -14,11 +14,86 @@ __device__ inline double value(double x) { return x; }
 __device__ inline float value(__half x) { return __half2float(x); }
 __device__ inline float value(__nv_bfloat16 x) { return __bfloat162float(x); }
 
+// Of a warp: a block has as many columns, if there are so many.
+constexpr int kWarp = 32;
+
+// 16 bytes, which one instruction loads or stores.
+template <class T>
+struct alignas(16) Piece {
+  static constexpr int size = 16 / sizeof(T);
+  T at[size];
+};
+
+// Do the block's columns come in pieces: neighbours in dY too, at multiples of 16 bytes there and
+// in `packed`? All warps of a block have the same columns, and so the same answer.
+template <class T>
+__device__ bool in_pieces(const T* dy, int64_t stride, const int64_t* rows, int64_t k,
+                          const T* packed) {
+  constexpr int size = Piece<T>::size;
+  if (blockDim.x != kWarp || k % size || stride % size ||
+      reinterpret_cast<uintptr_t>(packed) % sizeof(Piece<T>))
+    return false;
+  const int64_t j = int64_t(blockIdx.x) * kWarp + threadIdx.x;
+  bool mine = true;
+  if (j < k) {
+    const int64_t first = rows[j - j % size];
+    mine = rows[j] == first + j % size &&
+           reinterpret_cast<uintptr_t>(dy + first) % sizeof(Piece<T>) == 0;
+  }
+  return __all_sync(~0u, mine);
+}
+
+// What `pack` does, by pieces. A row of threads copies one sample of the block's columns.
+template <class T, class Sum>
+__device__ void pack_pieces(const T* __restrict__ dy, int64_t begin, int64_t end, int64_t stride,
+                            const int64_t* __restrict__ rows, int64_t k, T* __restrict__ packed,
+                            Sum* __restrict__ partial) {
+  constexpr int size = Piece<T>::size, unroll = 2;
+  constexpr int across = kWarp / size, step = PackGrid::threads / across;
+  const int me = threadIdx.y * kWarp + threadIdx.x, y = me / across;
+  const int64_t strip = int64_t(blockIdx.x) * kWarp, j = strip + me % across * size;
+  Sum sum[size] = {};
+  int left = int(end - begin) - y;
+  if (j < k && left > 0) {
+    const T* src = dy + (begin + y) * stride + rows[j];
+    T* dst = packed + (begin + y) * k + j;
+#pragma unroll 1
+    for (; left > (unroll - 1) * step; left -= unroll * step) {
+      Piece<T> x[unroll];
+#pragma unroll
+      for (int i = 0; i < unroll; ++i, src += step * stride)
+        x[i] = *reinterpret_cast<const Piece<T>*>(src);
+#pragma unroll
+      for (int i = 0; i < unroll; ++i, dst += step * k) {
+        *reinterpret_cast<Piece<T>*>(dst) = x[i];
+#pragma unroll
+        for (int e = 0; e < size; ++e) sum[e] += value(x[i].at[e]);
+      }
+    }
+    if (left > 0) {
+      const Piece<T> x = *reinterpret_cast<const Piece<T>*>(src);
+      *reinterpret_cast<Piece<T>*>(dst) = x;
+#pragma unroll
+      for (int e = 0; e < size; ++e) sum[e] += value(x.at[e]);
+    }
+  }
+  if (!partial) return;
+  __shared__ Sum all[step * kWarp];  // by sample and column
+#pragma unroll
+  for (int e = 0; e < size; ++e) all[me * size + e] = sum[e];
+  __syncthreads();
+  if (threadIdx.y != 0 || strip + threadIdx.x >= k) return;
+  double total = 0;  // as in sum_over_y
+#pragma unroll 4
+  for (int other = 0; other < step; ++other) total += all[other * kWarp + threadIdx.x];
+  partial[blockIdx.y * k + strip + threadIdx.x] = Sum(total);
+}
+
 // A thread copies one column of every blockDim.y-th sample of its block. Adjacent threads copy
 // adjacent columns of `packed`, so a warp's loads fall into few cache lines, and each thread keeps
-// `unroll` loads in flight.
+// `unroll` loads in flight. Columns that come in pieces are copied 16 bytes at a time.
 template <class T, class Sum>
-__global__ void __launch_bounds__(PackGrid::threads)
+__global__ void __launch_bounds__(PackGrid::threads, sizeof(T) == 8 ? 4 : 6)
     pack(const T* __restrict__ dy, int64_t samples, int64_t stride,
          const int64_t* __restrict__ rows, int64_t k, T* __restrict__ packed,
          Sum* __restrict__ partial, int64_t samples_per_block) {
@@ -27,6 +102,8 @@ __global__ void __launch_bounds__(PackGrid::threads)
   const int64_t begin = blockIdx.y * samples_per_block;
   const int64_t end = min(samples, begin + samples_per_block);
   const int64_t step = blockDim.y;
+  if (in_pieces(dy, stride, rows, k, packed))
+    return pack_pieces(dy, begin, end, stride, rows, k, packed, partial);
   Sum sum = 0;
   if (j < k) {
     int64_t t = begin + threadIdx.y;
@@ -43,8 +120,9 @@ __global__ void __launch_bounds__(PackGrid::threads)
       }
     }
     for (; t < end; t += step, src += step * stride, dst += step * k) {
-      *dst = *src;
-      sum += value(*src);
+      const T x = *src;
+      *dst = x;
+      sum += value(x);
     }
   }
   if (!partial) return;
@@ -53,8 +131,6 @@ __global__ void __launch_bounds__(PackGrid::threads)
 }
 
 // sums[j] = sum over s of partial[s, j], partial being [splits, k].
-constexpr int kWarp = 32;
-
 template <class Sum>
 __global__ void __launch_bounds__(kWarp* kWarp)
     add_splits(const Sum* __restrict__ partial, int64_t splits, int64_t k, Sum* __restrict__ sums) {

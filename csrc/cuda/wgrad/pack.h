@@ -9,7 +9,7 @@ namespace neq::cuda {
 // How the k columns and the samples are split among thread blocks.
 struct PackGrid {
   static constexpr int threads = 256;
-  static constexpr int unroll = 8;             // samples that a thread loads before it stores any
+  static constexpr int unroll = 11;            // samples that a thread loads before it stores any
   static constexpr int64_t max_blocks = 2048;  // fill any GPU a few times over
 
   int columns;             // of a block: blockDim.x, a power of two, at most a warp

@@ -3,14 +3,17 @@
 from collections import Counter
 from dataclasses import replace
 from itertools import product
+from math import inf
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 
+from bench import roofline
 from bench.lib import designs
 from bench.lib.cards import CARDS
+from bench.lib.designs import GRANULE
 from bench.lib.problems import problems
 from bench.lib.second_opinion import FLOPS_PER_BYTE, opinion
 from neq_kernels.device import gpu
@@ -22,9 +25,9 @@ SUITE = {p.name: p for p in problems("full", "cuda")}
 HEADS = "/fc", "/classifier"  # of one sample for an image: dW is most of what moves
 
 
-def posed(name, bucket=8):
+def posed(name, bucket=8, granule=1):
     """A layer of the suite, with so many sixteenths of its neurons active."""
-    return designs.posed(SUITE[name], bucket / BUCKETS)
+    return replace(designs.posed(SUITE[name], bucket / BUCKETS), granule=granule)
 
 
 def on(*cards):
@@ -84,6 +87,23 @@ def test_a_bias_is_part_of_the_problem():
             costs.append(planner.BACKENDS["pack"].cost(replace(problem, bias=bias)))
     assert costs[1] < costs[0] - 0.05
     assert problem.key != replace(problem, bias=False).key
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_granules_promise_what_the_roofline_says(card):
+    """Its lines for granules are choices that the planner can make, and some are won by them."""
+    more = 0
+    for name, bucket in product(SUITE, (4, 8, 12)):  # sixteenths
+        r = roofline.line(card, SUITE[name], GRANULE, bucket / 16)
+        problem = posed(name, bucket, r["granule"])
+        if bounds.Layer.of(problem).k != r["active"] * problem.neurons:
+            continue  # sixteenths that are no whole granules
+        time = r["us"].get("pack", inf)
+        won = time <= (1 - planner.GPU_MARGIN) * r["us"]["dense"]
+        with on(card):
+            assert planner.predict(problem) == ("pack" if won else "dense"), name
+            more += won and planner.predict(replace(problem, granule=1)) == "dense"
+    assert more > 0
 
 
 def test_what_is_not_known_promises_nothing():

@@ -6,6 +6,7 @@ from functools import cache
 
 import pytest
 
+from neq_kernels.shapes import ceil_div
 from tests.support import ROOT
 from tests.support.aot import every_target, functions
 
@@ -55,18 +56,40 @@ def test_conv_wgrad_multiplies_on_tensor_cores_what_it_copies_asynchronously(com
     assert products == {(dtype, 10 * octets) for dtype in (False, True) for octets in (1, 2, 3, 4)}
 
 
-@every_target
-def test_pack_columns_has_enough_on_its_way(compile_for, arch):
-    """Eight loads in each thread, and registers for all of a multiprocessor's 2048 threads."""
+@pytest.fixture
+def packing(compile_for):
+    """By dtype: a kernel's machine code for a target, and how many threads a processor holds."""
     (source,) = (source for source in SOURCES if source.stem == "pack")
-    cubin, said = compile_for(source, arch)
-    registers = dict(re.findall(r"function '(\S+)'.*?Used (\d+) registers", said, re.DOTALL))
-    in_16_bits = 0
-    for name, code in functions(cubin).items():
-        if "4packI" not in name:
-            continue
-        assert int(registers[name]) <= (40 if "packId" in name else 32), name
-        if "half" in name or "bfloat16" in name:
-            in_16_bits += 1
-            assert code.count("LDG", "U16") == code.count("STG", "U16") > 8, name
-    assert in_16_bits == 2
+
+    def packing(arch):
+        cubin, said = compile_for(source, arch)
+        registers = dict(re.findall(r"function '(\S+)'.*?Used (\d+) registers", said, re.DOTALL))
+        found = {}
+        for name, code in functions(cubin).items():
+            if dtype := re.search(r"4packI(?:\d+)?(f|d|__half|__nv_bfloat16)[fd]E", name):
+                of_block = 256 * ceil_div(int(registers[name]), 8) * 8
+                found[dtype[1]] = code, 256 * min(65536 // of_block, 8)
+        return found
+
+    return packing
+
+
+@every_target
+def test_pack_columns_has_enough_on_its_way(packing, arch):
+    """At least what eight loads of 16 bits in each of 2048 threads ask for."""
+    kernels = packing(arch)
+    assert kernels.keys() == {"f", "d", "__half", "__nv_bfloat16"}
+    for dtype, (code, threads) in kernels.items():
+        in_16_bits = dtype.startswith("__")
+        loads = 11
+        assert threads * loads * (2 if in_16_bits else 4) >= 2048 * 8 * 2, dtype
+        if in_16_bits:
+            assert code.count("LDG", "U16") == code.count("STG", "U16") > loads, dtype
+
+
+@every_target
+def test_pack_columns_moves_neighbours_16_bytes_at_a_time(packing, arch):
+    """Two loads in a round, and a last one: 32 bytes of each thread are on their way."""
+    for dtype, (code, threads) in packing(arch).items():
+        assert code.count("LDG", "128") == code.count("STG", "128") == 3, dtype
+        assert threads * 2 * 16 >= 2048 * 8 * 2, dtype

@@ -57,9 +57,11 @@ def narrow_wgrad(bindings, device, dtype=torch.bfloat16, case=CASE):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("samples", [5, 9000])
 @pytest.mark.parametrize("want_sums", [True, False])
-def test_pack_columns(recording, bindings, device, dtype, samples, want_sums):
-    """All parameters, of one part and of several."""
-    dy, rows = torch.zeros(samples, 48, dtype=dtype)[:, :40], torch.arange(0, 40, 3)
+@pytest.mark.parametrize("together", [1, 16])
+def test_pack_columns(recording, bindings, device, dtype, samples, want_sums, together):
+    """All parameters, of one part and of several; the kernel itself sees how rows lie together."""
+    dy, rows = torch.zeros(samples, 96, dtype=dtype)[:, :80], torch.arange(0, 80, 3)
+    rows = rows if together == 1 else torch.arange(0, 80).view(5, together)[::2].flatten()
     k, wide = len(rows), torch.promote_types(dtype, torch.float32)
     packed, sums = dy.new_empty(samples, k), torch.empty(k, dtype=wide) if want_sums else None
     scratch = torch.empty(bindings.cuda_pack_scratch_bytes(dy, k), dtype=torch.uint8)
@@ -70,13 +72,15 @@ def test_pack_columns(recording, bindings, device, dtype, samples, want_sums):
     partial = scratch if splits > 1 else sums
     *given, samples_of_block = struct.unpack("8q", b"".join(pack.parameters))
     written = packed.data_ptr(), partial.data_ptr() if want_sums else 0
-    assert given == [dy.data_ptr(), samples, 48, rows.data_ptr(), k, *written]
+    assert given == [dy.data_ptr(), samples, 96, rows.data_ptr(), k, *written]
     assert samples_of_block >= ceil_div(samples, splits)
     assert len(adding) == (want_sums and splits > 1)
     for launch in adding:
         expected = partial.data_ptr(), splits, k, sums.data_ptr()
         assert struct.unpack("4q", b"".join(launch.parameters)) == expected
-        assert launch.grid == (1, 1, 1)
+        assert launch.grid == (ceil_div(k, 32), 1, 1)
+    assert "4packI" in pack.kernel
+    assert (pack.grid[0], pack.block) == (ceil_div(k, 32), (32, 8, 1))
     for launch in (pack, *adding):
         assert (launch.device, launch.stream, launch.shared) == (device, STREAM, 0)
 

@@ -12,6 +12,7 @@ from torch._subclasses import FakeTensorMode
 
 from neq_kernels.device import extension as compiled
 from neq_kernels.wgrad.columns import pack_columns
+from tests.support.cuda_on_host import packed_by
 from tests.support.tensors import FLOATS, integers, on_devices
 
 if compiled.why_not("cpu"):
@@ -60,22 +61,12 @@ def test_exact(shape, dtype, device):
     )
 
 
-def by_cuda_on_host(module, dy, rows, want_sums=True):
-    """What the CUDA kernel, compiled for a CPU, writes into memory that begins as NaN."""
-    k = len(rows)
-    packed = dy.new_full((len(dy), k), torch.nan)
-    sums = dy.new_full((k,), torch.nan, dtype=torch.promote_types(dy.dtype, torch.float32))
-    scratch = torch.empty(module.cuda_pack_scratch_bytes(dy, k), dtype=torch.uint8)
-    module.cuda_pack_columns(dy, rows, packed, sums if want_sums else None, scratch, 0, 0)
-    return packed, sums
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_the_cuda_kernel_exact_on_a_cpu(cuda_on_host, shape, dtype):
     samples, neurons, k = shape
     dy, rows = integers((samples, neurons), dtype, "cpu", most=8), ascending(neurons, k)
-    packed, sums = by_cuda_on_host(cuda_on_host, dy, rows)
+    packed, sums = packed_by(cuda_on_host, dy, rows)
     assert torch.equal(packed, dy.index_select(1, rows))
     assert torch.equal(sums.double(), dy.double().sum(0)[rows])
 
@@ -106,10 +97,10 @@ def test_exact_at_any_geometry(data, device):
 @settings(max_examples=60, deadline=None)
 def test_the_cuda_kernel_exact_at_any_geometry(cuda_on_host, geometry):
     dy, rows = geometry
-    packed, sums = by_cuda_on_host(cuda_on_host, dy, rows)
+    packed, sums = packed_by(cuda_on_host, dy, rows)
     assert torch.equal(packed, dy.index_select(1, rows))
     assert torch.equal(sums.double(), dy.double().sum(0)[rows])
-    packed, sums = by_cuda_on_host(cuda_on_host, dy, rows, want_sums=False)
+    packed, sums = packed_by(cuda_on_host, dy, rows, want_sums=False)
     assert torch.equal(packed, dy.index_select(1, rows))
     assert sums.isnan().all()
 
@@ -118,9 +109,9 @@ def test_the_cuda_kernel_exact_at_any_geometry(cuda_on_host, geometry):
 def test_the_cuda_kernel_gives_the_same_bits_however_scheduled(cuda_on_host, dtype):
     """Its warps and threads take turns in another random order each time."""
     dy, rows = torch.randn(700, 70).to(dtype), ascending(70, 41)
-    packed, sums = by_cuda_on_host(cuda_on_host, dy, rows)
+    packed, sums = packed_by(cuda_on_host, dy, rows)
     for _ in range(3):
-        again = by_cuda_on_host(cuda_on_host, dy, rows)
+        again = packed_by(cuda_on_host, dy, rows)
         assert torch.equal(again[0], packed)
         assert torch.equal(again[1], sums)
 

@@ -1,6 +1,7 @@
 """What the planner measures, keeps in tables, and takes from them."""
 
 import json
+from dataclasses import replace
 from math import inf
 from unittest import mock
 
@@ -54,6 +55,34 @@ def test_tuning_measures_a_problem_once(backends):
     with planner.tuning():
         choose(CONV)
     assert len(calls) == 2 * once
+
+
+def choose_in(granule, case=LINEAR):
+    _, x, weight, order, count, bias, *_ = case.args()
+    return planner.choose(x, weight, len(order), int(count), bias, case.conv, granule)
+
+
+def test_what_was_measured_for_finer_granules_holds_for_coarser_ones(backends):
+    """The next finer ones come first, and what was measured before what is guessed."""
+    backends(dense=(1.0, 1), one=(0.9, 1), two=(0.1, 1))
+    assert [choose_in(granule) for granule in (1, 16)] == ["two", "two"]  # predicted
+    measure(LINEAR, "one")
+    planner._choices.clear()
+    assert [choose_in(granule) for granule in (1, 4, 16)] == ["one"] * 3
+    measure(LINEAR, "dense", granule=4)
+    planner._choices.clear()
+    assert [choose_in(granule) for granule in (1, 2, 4, 16)] == ["one", "one", "dense", "dense"]
+    with planner.tuning():
+        assert choose_in(1) == "one"
+        assert choose_in(16) is None  # it has to be timed for itself
+
+
+def test_granules_are_part_of_a_choice():
+    plain = planner.problem_of(torch.ones(4, 8), torch.ones(32, 8), 32, 16, False, None)
+    granular = replace(plain, granule=8)
+    assert granular.key == plain.key.replace("contiguous", "contiguous granules_of_8")
+    assert [p.granule for p in granular.and_finer()] == [8, 4, 2, 1]
+    assert next(granular.and_finer()) is granular
 
 
 def test_tuning_drops_a_backend_that_fails(backends):
