@@ -9,7 +9,7 @@ from neq_kernels.wgrad import planner
 def backend(request, monkeypatch):
     """What computes the gradient: tiny layers alone would meet the joint backward only."""
 
-    def measured(dy, x, weight, order, k, bias, conv=None):
+    def measured(dy, x, weight, order, k, bias, conv=None, granule=1):
         return "dense" if conv is not None and conv.groups > 1 else request.param
 
     known_early = "dense" if request.param == "joint" else None
