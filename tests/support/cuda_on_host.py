@@ -79,3 +79,23 @@ def lent(module, on=0, stream=0):
         mock.patch.object(_torch, "current_stream", current_stream),
     ):
         yield
+
+
+@contextmanager
+def passing_for_gpu(module, device=0, stream=7):
+    """Inside, tensors on the CPU pass for a GPU's, and the module's kernels take them."""
+    names = "cuda_pack_scratch_bytes", "cuda_pack_columns", "cuda_zero_rows"
+    bindings = {name: getattr(module, name) for name in names}
+
+    def gpu_of(t):  # no mock: benchmarks time it
+        return device
+
+    def current_stream(device):
+        return stream
+
+    with (
+        mock.patch.object(extension, "gpu_of", gpu_of),
+        mock.patch.object(_torch, "current_stream", current_stream),
+        mock.patch.multiple(extension._C, create=True, **bindings),
+    ):
+        yield
