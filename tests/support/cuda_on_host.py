@@ -84,7 +84,7 @@ def lent(module, on=0, stream=0):
 @contextmanager
 def passing_for_gpu(module, device=0, stream=7):
     """Inside, tensors on the CPU pass for a GPU's, and the module's kernels take them."""
-    names = "cuda_pack_scratch_bytes", "cuda_pack_columns", "cuda_zero_rows"
+    names = "cuda_pack_scratch_bytes", "cuda_pack_columns", "cuda_place_rows", "cuda_zero_rows"
     bindings = {name: getattr(module, name) for name in names}
 
     def gpu_of(t):  # no mock: benchmarks time it

@@ -70,3 +70,18 @@ def test_pack_columns_has_enough_on_its_way(compile_for, arch):
             in_16_bits += 1
             assert code.count("LDG", "U16") == code.count("STG", "U16") > 8, name
     assert in_16_bits == 2
+
+
+@every_target
+def test_place_rows_moves_16_bytes_at_a_time(compile_for, arch):
+    """Of dW; of packed rows in 16 bits that become float32, eight."""
+    (source,) = (source for source in SOURCES if source.stem == "place")
+    kernels = functions(compile_for(source, arch)[0])
+    assert len(kernels) == 12
+    for name, code in kernels.items():
+        if "Li1E" in name:  # element by element
+            continue
+        widens = "halff" in name or "bfloat16f" in name
+        assert code.count("STG", "128") >= 1, name
+        assert code.count("LDG", "64" if widens else "128") >= 1, name
+        assert not code.count("LDG", "U16"), name
