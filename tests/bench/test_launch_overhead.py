@@ -35,6 +35,6 @@ def check_layers(rows):
     assert set(rows) == {(name, by) for name in matrices for by in ("dense", "pack")} | {*norms}
     for (name, backend), row in rows.items():
         assert row["goal"] == {"dense": 15, "pack": 40}[backend]
-        assert row["launches"] == 1, (name, backend)  # zeroing, or packing of few samples
-        assert row["p20"] <= row["us"] <= row["p80"]
+        assert row["launches"] == {"dense": 1, "pack": 2}[backend]  # zeroes, or packs and places
         assert row["plain"] > 0
+        assert {"us", "p50"} < set(row)

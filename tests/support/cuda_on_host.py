@@ -23,7 +23,7 @@ HEADERS = "cuda_bf16.h", "cuda_fp16.h", "cuda_runtime.h"  # empty: SOURCE has wh
 
 
 def build(folder: Path):
-    """The module that SOURCE makes, which stays in the folder for the next who asks."""
+    """The module that SOURCE makes, which stays in the folder for the next call."""
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++"))))
     for header in HEADERS:
         (folder / header).touch()
