@@ -8,8 +8,9 @@ own time, 2 to 3 us for a launch, and what torch does to tensors on a GPU. "noth
 kernel with one argument. Tensors are small, since no kernel runs. Processor time, on one thread.
 
 A second table has whole layers with half of their neurons frozen: forward and backward, above what
-torch's own layer takes, where the vendor computes (dense) and where pack does, by the 20th
-percentiles and by the medians of both. The goal stands beside each. Their driver's time is missing too, and the vendor's kernels run on the CPU.
+torch's own layer takes, where the vendor computes (dense) and where pack does. "us" compares the
+20th percentiles of both, "p50" their medians. The goal stands beside them. The driver's time is
+missing here too, and the vendor's kernels run on the CPU.
 """
 
 import argparse

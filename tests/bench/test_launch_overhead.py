@@ -33,7 +33,7 @@ def check_layers(rows):
     matrices = [f"{name}{bias}" for name in ("Linear", "Conv2d") for bias in ("", " without bias")]
     norms = [("LayerNorm", "dense"), ("BatchNorm2d", "dense")]
     assert set(rows) == {(name, by) for name in matrices for by in ("dense", "pack")} | {*norms}
-    for (name, backend), row in rows.items():
+    for (_, backend), row in rows.items():
         assert row["goal"] == {"dense": 15, "pack": 40}[backend]
         assert row["launches"] == {"dense": 1, "pack": 2}[backend]  # zeroes, or packs and places
         assert row["plain"] > 0
