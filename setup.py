@@ -35,6 +35,7 @@ CUDA_SOURCES = [
     "csrc/bindings_cuda.cpp",
     "csrc/cuda/wgrad/conv_wgrad.cu",
     "csrc/cuda/wgrad/pack.cu",
+    "csrc/cuda/wgrad/place.cu",
     "csrc/cuda/wgrad/zero.cu",
 ]
 CUDA_TARGETS = [80, 90, 100]

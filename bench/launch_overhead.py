@@ -6,6 +6,11 @@ Triton's launcher and the compiled bindings do all that they do before a GPU, an
 records takes the launches (tests/support/recording_cuda.cpp). So what is left out is the driver's
 own time, 2 to 3 us for a launch, and what torch does to tensors on a GPU. "nothing" is a Triton
 kernel with one argument. Tensors are small, since no kernel runs. Processor time, on one thread.
+
+A second table has whole layers with half of their neurons frozen: forward and backward, above what
+torch's own layer takes, where the vendor computes (dense) and where pack does. "us" compares the
+20th percentiles of both, "p50" their medians. The goal stands beside them. The driver's time is
+missing here too, and the vendor's kernels run on the CPU.
 """
 
 import argparse
@@ -17,7 +22,6 @@ from contextlib import ExitStack
 from itertools import repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from unittest import mock
 
 import torch
 import triton
@@ -25,18 +29,17 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.lib import cli, results
+from bench.lib import cli, host_layers, results
 from bench.lib.environment import environment
 from bench.lib.results import Result
 from bench.lib.timing import interleave
-from neq_kernels import _torch
 from neq_kernels.similarity import fused as similarity
 from neq_kernels.step import fused as step
 from neq_kernels.step.options import SGD, AdamW, AdamWLists, SGDLists
-from neq_kernels.wgrad import dense, grouped, narrow
+from neq_kernels.wgrad import columns, dense, grouped, narrow
 from neq_kernels.wgrad.geometry import Conv
 from tests.support import recording_cuda
-from tests.support.cuda_on_host import lent
+from tests.support.cuda_on_host import lent, passing_for_gpu
 
 CALLS = 20  # timed as one
 NOTHING = "nothing"
@@ -97,27 +100,13 @@ def adamw() -> Callable[[], object]:
     return lambda: step.adamw_rows_(AdamWLists(*tensors, [], taken, *rows), options)
 
 
-def first_gpu(t: Tensor) -> int:
-    return 0
-
-
-def some_stream(device: int) -> int:
-    return 1
-
-
-def compiled_calls(bindings) -> Calls:
-    """Of the CUDA sources: ``narrow`` and zeroing whole, and what ``pack`` launches."""
+def compiled_calls() -> Calls:
+    """Of the CUDA sources: ``narrow`` and zeroing whole, and how ``pack`` packs."""
     dy, rows = torch.zeros(4096, 64, dtype=torch.bfloat16), torch.arange(32)
-    packed, sums = dy.new_empty(4096, 32), torch.empty(32)
-
-    def pack() -> None:
-        scratch = torch.empty(bindings.cuda_pack_scratch_bytes(dy, 32), dtype=torch.uint8)
-        bindings.cuda_pack_columns(dy, rows, packed, sums, scratch, 0, 1)
-
     dw, db, frozen = torch.zeros(64, 64), torch.zeros(64), torch.arange(32)
     return {
         "conv_wgrad, narrow": wgrad(narrow, 3),
-        "pack_columns": pack,
+        "pack_columns": lambda: columns.pack_columns(dy, rows, True),
         "zero_frozen_, weight and bias": lambda: dense.zero_frozen_(dw, frozen, 0, None, db),
     }
 
@@ -133,21 +122,26 @@ def main(arguments: list[str] | None = None) -> None:
         recording.device = 0
         stack.enter_context(recording_cuda.in_triton(recording))
         calls = triton_calls()
+        bindings = None
         if shutil.which("nvcc"):
             bindings = recording_cuda.build_bindings(recording)
             stack.enter_context(lent(bindings))
-            stack.enter_context(mock.patch.object(dense, "_gpu_of", first_gpu))
-            stack.enter_context(mock.patch.object(_torch, "current_stream", some_stream))
-            stack.enter_context(
-                mock.patch.object(dense._C, "cuda_zero_rows", bindings.cuda_zero_rows, create=True)
-            )
-            calls |= compiled_calls(bindings)
+            stack.enter_context(passing_for_gpu(bindings))
+            calls |= compiled_calls()
         found = list(measure(recording, calls, given.seconds))
+        whole = list(host_layers.measure(recording, given.seconds)) if bindings else []
     table = results.new_table(("call",), ("launches", "us", "p20", "p80"))
     for r in found:
         table.add_row(r["call"], str(r["launches"]), *(f"{r[n]:.1f}" for n in ("us", "p20", "p80")))
     results.show_table(table)
-    results.save(found, facts, given.json)
+    if whole:
+        figures = "launches", "plain", "us", "p50", "goal"
+        table = results.new_table(("layer", "backend"), figures)
+        for r in whole:
+            cells = (format(r[n], ".1f") for n in figures[1:-1])
+            table.add_row(r["layer"], r["backend"], str(r["launches"]), *cells, str(r["goal"]))
+        results.show_table(table)
+    results.save([*found, *whole], facts, given.json)
 
 
 def measure(recording, calls: Calls, seconds: float) -> Iterator[Result]:

@@ -5,6 +5,7 @@
 #include "bindings_wgrad.h"
 #include "cuda/wgrad/conv_wgrad.h"
 #include "cuda/wgrad/pack.h"
+#include "cuda/wgrad/place.h"
 #include "cuda/wgrad/zero.h"
 
 namespace py = pybind11;
@@ -67,6 +68,67 @@ bool cuda_zero_rows(const Tensor& dw, int dim, const std::optional<Tensor>& db, 
   check("zero_rows",
         cuda::zero_rows(rows_of(dw, dim), db ? rows_of(*db, 0) : none, rows.data<const int64_t>(),
                         rows.size(0), device, reinterpret_cast<void*>(stream)));
+  return true;
+}
+
+// Does a packed gradient lie in memory as dw does, but for how many rows there are along `dim`?
+bool lies_as(const Tensor& dw, const Tensor& rows, int dim, int64_t piece) {
+  for (int d = 0; d < dw.dims(); ++d) {
+    const bool outer = d != dim && dw.stride(d) >= piece * dw.size(dim);
+    const int64_t theirs = outer ? dw.stride(d) / dw.size(dim) * rows.size(dim) : dw.stride(d);
+    if (rows.size(d) > 1 && rows.stride(d) != theirs) return false;
+  }
+  return true;
+}
+
+// db and its sums: [neurons] in dw's dtype, and [packed] in that in which pack_columns adds.
+void check_placed_bias(const Tensor& db, const Tensor& sums, const Tensor& dw, const Tensor& rows,
+                       int dim) {
+  require(db.dims() == 1 && db.is_contiguous() && db.size(0) == dw.size(dim) &&
+              db.dtype() == dw.dtype(),
+          "db", "contiguous, of dw's neurons and dtype");
+  const bool wide = rows.dtype() == DType::float64;
+  require(sums.dims() == 1 && sums.is_contiguous() && sums.size(0) == rows.size(dim) &&
+              sums.dtype() == (wide ? DType::float64 : DType::float32),
+          "sums", "contiguous, one for each of rows, in float32, or float64 if rows are");
+}
+
+// Writes dw, and db if given, from packed rows and their sums. Returns false, having done nothing,
+// if dw does not fill its memory, if it is empty or too large, if rows lie differently, or if there
+// is no kernel for the dtypes.
+bool cuda_place_rows(const Tensor& rows, const std::optional<Tensor>& sums, const Tensor& dw,
+                     const std::optional<Tensor>& db, int dim, const Tensor& order, int64_t k,
+                     int device, uintptr_t stream) {
+  require_cuda(device, rows, sums.value_or(rows), dw, db.value_or(dw), order);
+  require(dim >= 0 && dim < dw.dims(), "dim", dim, "a dimension of dw");
+  require(rows.dims() == dw.dims(), "dimensions of rows", rows.dims(), "those of dw");
+  const int64_t neurons = dw.size(dim), packed = rows.size(dim);
+  for (int d = 0; d < dw.dims(); ++d)
+    require(d == dim || rows.size(d) == dw.size(d), "a size of rows", rows.size(d), "that of dw");
+  require_order(order, neurons);
+  require_between("rows", packed, 0, neurons);
+  require(k >= 0 && k <= packed, "k", k, "between 0 and the number of rows");
+  require(sums.has_value() == db.has_value(), "sums", "given if db is");
+  if (db) check_placed_bias(*db, *sums, dw, rows, dim);
+  if (!dw.fills_its_memory() || dw.numel() == 0) return false;
+  const cuda::Rows to = rows_of(dw, dim);
+  const int64_t piece = to.piece / bytes_of(dw.dtype());
+  if (neurons * piece > cuda::kMostPlaced || !lies_as(dw, rows, dim, piece) ||
+      !cuda::can_place(rows.dtype(), dw.dtype()))
+    return false;
+  const cuda::Placing p{rows.dtype(),
+                        dw.dtype(),
+                        rows.data(),
+                        sums ? sums->data() : nullptr,
+                        dw.data(),
+                        db ? db->data() : nullptr,
+                        order.data<const int64_t>(),
+                        to.lines,
+                        packed,
+                        neurons,
+                        piece,
+                        k};
+  check("place_rows", cuda::place_rows(p, device, reinterpret_cast<void*>(stream)));
   return true;
 }
 
@@ -186,6 +248,9 @@ void bind_cuda(py::module_& m) {
         py::arg("sums"), py::arg("scratch"), py::arg("device"), py::arg("stream"));
   m.def("cuda_zero_rows", &cuda_zero_rows, py::arg("dw"), py::arg("dim"), py::arg("db"),
         py::arg("rows"), py::arg("device"), py::arg("stream"));
+  m.def("cuda_place_rows", &cuda_place_rows, py::arg("rows"), py::arg("sums"), py::arg("dw"),
+        py::arg("db"), py::arg("dim"), py::arg("order"), py::arg("k"), py::arg("device"),
+        py::arg("stream"));
   m.def("cuda_conv_wgrad", &cuda_conv_wgrad, py::arg("dy"), py::arg("x"), py::arg("dw"),
         py::arg("db"), py::arg("order"), py::arg("k"), py::arg("stride"), py::arg("padding"),
         py::arg("dilation"), py::arg("tile"), py::arg("octets"), py::arg("slices"),

@@ -93,6 +93,17 @@ def cuda_pack_columns(
 def cuda_zero_rows(
     dw: Tensor, dim: int, db: Tensor | None, rows: Tensor, device: int, stream: int
 ) -> bool: ...
+def cuda_place_rows(
+    rows: Tensor,
+    sums: Tensor | None,
+    dw: Tensor,
+    db: Tensor | None,
+    dim: int,
+    order: Tensor,
+    k: int,
+    device: int,
+    stream: int,
+) -> bool: ...
 def cuda_conv_wgrad(
     dy: Tensor,
     x: Tensor,

@@ -76,6 +76,23 @@ def will_execute(node: Any) -> bool:
         return True
 
 
+def nodes_of_linear(y: Tensor) -> tuple[Any, Any] | None:
+    """The nodes of autograd's graph by which ``F.linear`` made ``y``; None if it took others.
+
+    The first is the product's, with the gradients (dX, dW.T), or (db, dX, dW.T) with a bias. The
+    second transposes the weight.
+    """
+    node: Any = y.grad_fn
+    if node.name() in ("ViewBackward0", "UnsafeViewBackward0"):
+        ((node, _),) = node.next_functions
+    if node is None or node.name() not in ("AddmmBackward0", "MmBackward0"):
+        return None
+    transposed, _ = node.next_functions[-1]
+    if transposed is None or transposed.name() != "TBackward0":
+        return None
+    return node, transposed
+
+
 def exchange_data(p: Tensor, data: Tensor) -> None:
     """Give a leaf of autograd's graph other data, whose shape the graphs after this one see.
 

@@ -13,8 +13,9 @@ y = F.linear(x, W, b)                        # its backward gives dX, dW and db
 Where the layer is one node of autograd's graph, a hook on that node does the same and costs less:
 
 y = mask_node(F.conv2d(x, W, b), active)     # the same y; the node's dW and db lose the frozen rows
+y = mask_linear(F.linear(x, W, b), active)   # the same of a linear layer, which is a few nodes
 
-``train_active`` chooses between the three.
+``train_active`` chooses between the four.
 """
 
 from collections.abc import Callable
@@ -45,7 +46,7 @@ def train_active(
     leaves: tuple[Tensor, Tensor | None] | None = None,
     dim: int = 0,
     conv: Conv | None = None,
-    is_one_node: bool = False,
+    may_hook: bool = False,
 ) -> Tensor:
     """y of the vendor's kernel. Only active neurons get gradients.
 
@@ -58,7 +59,7 @@ def train_active(
         leaves: In the compact form, what gets the gradients in place of weight and bias.
         dim: The dimension of the weight that counts its neurons.
         conv: The geometry of a convolution; None for a linear layer.
-        is_one_node: Is y one node of autograd's graph, with the gradients dX, dW, db?
+        may_hook: Are the nodes of autograd's graph known? Then hooks on them zero frozen rows.
     """
     # neq's kernels take a linear layer's weight as [n, inputs]
     trained, trained_bias = leaves or (weight, bias)
@@ -68,8 +69,11 @@ def train_active(
     if leaves is not None or backend != "dense":
         y = run(weight.detach(), detach(bias))
         return row_grad(y, x, matrix, trained_bias, active, conv, backend)
-    if is_one_node:
-        return mask_node(run(weight, bias), active, dim, conv)
+    if may_hook:
+        y = run(weight, bias)
+        masked = mask_linear(y, active) if conv is None else mask_node(y, active, dim, conv)
+        if masked is not None:
+            return masked
     return run(*mask_grad(weight, bias, active, dim, conv))
 
 
@@ -291,3 +295,38 @@ def _mask_node(
     _refuse_second_derivative()  # W would get a gradient from dX's node, which has no hook
     dx, dw, db = gradients
     return dx, *_masked(dw, db, frozen, dim, conv)
+
+
+def is_usual_product(x: Tensor, weight: Tensor) -> bool:
+    """Will ``F.linear`` of these be the nodes that ``mask_linear`` knows?"""
+    return (x.is_cuda or x.is_cpu) and x.is_contiguous() and is_one_node(x, weight)
+
+
+def mask_linear(y: Tensor, active: ActiveSet) -> Tensor | None:
+    """``y`` of ``F.linear``, with a hook that zeroes frozen rows; None if its nodes are others."""
+    nodes = _torch.nodes_of_linear(y)
+    if nodes is None:
+        return None
+    product, transposed = nodes
+    product.register_hook(partial(_mask_product, active.frozen, transposed))
+    return y
+
+
+def _mask_product(
+    frozen: Tensor,
+    transposed: Any,
+    gradients: tuple[Gradient, ...],
+    of_outputs: tuple[Tensor, ...],
+) -> tuple[Gradient, ...]:
+    *biases, dx, dw = gradients  # dw [inputs, n]
+    db = biases[0] if biases else None
+    if torch.is_grad_enabled():
+        # dX gets a graph, which gives W gradients too. All of them are transposed.
+        transposed.register_hook(partial(_mask_matrix, frozen))
+    dw, db = _masked(dw, db, frozen, 1, None)  # sums, in memory of their own
+    return (db, dx, dw) if biases else (dx, dw)
+
+
+def _mask_matrix(frozen: Tensor, gradients: tuple[Gradient], of_outputs: object) -> tuple[Gradient]:
+    (dw,) = gradients  # [n, inputs]
+    return (None if dw is None else dw.index_fill(0, frozen, 0),)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neq.layers.autograd import train_active
+from neq.layers.autograd import is_usual_product, train_active
 from neq.layers.base import NeuronLayer, autocast
 
 
@@ -30,4 +30,5 @@ class NEqLinear(NeuronLayer, nn.Linear):
             return None
         x = autocast(input)
         run = partial(F.linear, x)
-        return train_active(run, x, weight, bias, self.active, self.trained())
+        leaves, may_hook = self.trained(), is_usual_product(x, weight)
+        return train_active(run, x, weight, bias, self.active, leaves, may_hook=may_hook)

@@ -24,7 +24,8 @@ else:
     )
     devices = frozenset(("cpu", "cuda") if _C.has_cuda else ("cpu",))
 
-__all__ = ["DTYPES", "LARGEST_KEPT", "_C", "devices", "fresh_like", "sum_dtype", "why_not"]
+__all__ = ["DTYPES", "LARGEST_KEPT", "_C"]
+__all__ += ["devices", "fresh_like", "gpu_of", "sum_dtype", "why_not"]
 
 # the dtypes that the kernels take
 DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16} if devices else set()
@@ -35,6 +36,11 @@ def why_not(device: str) -> str | None:
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}")
     return None if device in devices else _reason
+
+
+def gpu_of(t: Tensor) -> int | None:
+    """The number of the GPU where compiled kernels can reach it; None on a CPU."""
+    return t.get_device() if t.is_cuda and "cuda" in devices else None
 
 
 # The C library returns larger blocks to the system, which then gives them out page by page.

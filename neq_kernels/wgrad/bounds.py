@@ -25,8 +25,9 @@ from neq_kernels.wgrad.problem import Problem
 SECTOR = 32  # bytes
 GRANULE = 64  # rows and columns to which a vendor's product is rounded up
 START = 2.0  # microseconds of a kernel before its first useful instruction
-# microseconds of the CPU: for an operator of torch, and for the driver to launch a kernel
-OPERATOR, DRIVER = 6.0, 2.5
+# microseconds of the CPU: for an operator of torch, or one that only makes a tensor; for a call of
+# our compiled code; and for the driver to launch a kernel (bench/launch_overhead.py)
+OPERATOR, TENSOR, CALL, DRIVER = 6.0, 2.0, 4.0, 2.5
 
 
 class Kernel(NamedTuple):
@@ -128,9 +129,10 @@ def dense(layer: Layer, gpu: Gpu) -> Plan:
 
 
 def pack(layer: Layer, gpu: Gpu) -> Plan:
-    """Copy the active rows side by side, multiply, scatter. The copy brings the sums of the bias.
+    """Copy the active rows side by side, multiply, place dW and db among zeros.
 
-    A compact gradient is not scattered. A warp copies 32 columns of 8 samples in 73 instructions.
+    The copy brings the sums of the bias. A compact gradient is not placed. A warp copies 32 columns
+    of 8 samples in 73 instructions, and writes 512 bytes of dW in 100.
     """
     rows = min(ceil_div(layer.k, GRANULE) * GRANULE, layer.neurons)
     packing = Kernel(
@@ -138,14 +140,13 @@ def pack(layer: Layer, gpu: Gpu) -> Plan:
         memory=(layer.sectors(rows) + rows / layer.neurons) * layer.dy_bytes,
     )
     kernels = [packing, product(layer, rows, gpu), *[Kernel()] * layer.bias]  # the parts' sums
+    calls, tensors = 1, 1 + 2 * layer.bias  # the packed rows; sums and parts
     if not layer.compact:
-        kernels += [
-            Kernel(memory=layer.dw_bytes),  # zeros
-            Kernel(memory=2 * layer.active * layer.dw_bytes),  # scatter
-            *[Kernel()] * (2 * layer.bias),
-        ]
-    memory = len(kernels) - 1  # operators that only make tensors
-    return Plan(kernels, (len(kernels) + memory) * OPERATOR + len(kernels) * DRIVER)
+        slots, memory = layer.dw_bytes / 512 * 100, (1 + layer.active) * layer.dw_bytes
+        kernels.append(Kernel(slots=slots, memory=memory))
+        calls, tensors = 2, tensors + 2  # dW, db
+    host = OPERATOR + tensors * TENSOR + calls * CALL + len(kernels) * DRIVER
+    return Plan(kernels, host)
 
 
 def relative(problem: Problem, model: Model) -> float:

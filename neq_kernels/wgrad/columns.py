@@ -34,17 +34,17 @@ def pack_columns(dy: Tensor, rows: Tensor, want_sums: bool) -> tuple[Tensor, Ten
         raise ValueError(f"dy must be [samples, neurons], got {list(dy.shape)}")
     if rows.dtype is not torch.int64 or rows.dim() != 1:
         raise ValueError(f"rows must be int64 of shape [k], got {rows.dtype} {list(rows.shape)}")
-    device = dy.get_device()  # -1: the CPU, or a device without memory
-    if rows.get_device() != device or rows.is_cpu != dy.is_cpu:
+    if rows.get_device() != dy.get_device() or rows.is_cpu != dy.is_cpu:
         raise ValueError(f"rows must be on the device of dy, {dy.device}, got {rows.device}")
-    there = "cpu" if dy.is_cpu else "cuda" if dy.is_cuda else "elsewhere"
-    if dy.dtype not in extension.DTYPES or dy.stride(1) != 1 or there not in extension.devices:
+    device = extension.gpu_of(dy)
+    is_there = device is not None or (dy.is_cpu and "cpu" in extension.devices)
+    if dy.dtype not in extension.DTYPES or dy.stride(1) != 1 or not is_there:
         return _pack_columns_in_torch(dy, rows, want_sums)
     samples, k = dy.shape[0], rows.numel()
     packed = dy.new_empty((samples, k))
     sums = dy.new_empty(k, dtype=extension.sum_dtype(dy)) if want_sums else None
     problem = dy, rows.contiguous(), packed, sums
-    if device < 0:
+    if device is None:
         _C.cpu_pack_columns(*problem, torch.get_num_threads())
     else:
         size = _C.cuda_pack_scratch_bytes(dy, k) if want_sums else 0

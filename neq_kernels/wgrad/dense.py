@@ -145,7 +145,7 @@ def zero_frozen_(
 
 def _zeroed_on_gpu(dw: Tensor, frozen: Tensor, dim: int, db: Tensor | None) -> bool:
     """Zero both in one launch, if the compiled kernel can. torch takes three to five."""
-    device = _gpu_of(dw)
+    device = extension.gpu_of(dw)
     both = [dw] if db is None else [dw, db]
     done = (
         device is not None
@@ -159,11 +159,6 @@ def _zeroed_on_gpu(dw: Tensor, frozen: Tensor, dim: int, db: Tensor | None) -> b
     if done:
         torch.autograd.graph.increment_version(both)
     return bool(done)
-
-
-def _gpu_of(t: Tensor) -> int | None:
-    """The number of the GPU where compiled kernels can reach it."""
-    return t.get_device() if t.is_cuda and "cuda" in extension.devices else None
 
 
 def _zeroed_in_memory(dw: Tensor, frozen: Tensor, dim: int) -> bool:

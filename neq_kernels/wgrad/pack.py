@@ -1,6 +1,6 @@
-"""Pack the active rows of dY, let the vendor compute their gradient, scatter it into dW.
+"""Pack the active rows of dY, let the vendor compute their gradient, place it in dW.
 
-A compact gradient needs no scattering.
+On a GPU one launch places dW and db, with zeros elsewhere. A compact gradient needs no placing.
 
 Rows are packed in whole granules, since a vendor's kernel takes as long for the next multiple of
 its tile. The surplus rows are frozen ones: they are computed and then dropped.
@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from neq_kernels.device import names
+from neq_kernels import _torch
+from neq_kernels.device import extension, names
 from neq_kernels.device.extension import fresh_like
 from neq_kernels.shapes import as_matrix, ceil_div
 from neq_kernels.wgrad import bounds
@@ -96,17 +97,15 @@ def conv_wgrad(
 ) -> tuple[Tensor, Tensor]:
     neurons = int(conv.transposed)  # the dimension that counts them
     packed = _granules(k, weight.shape[neurons], dy.device.type)
-    dy_packed, db = _pack_channels(dy, order[:packed], bias, weight.dtype)
+    dy_packed, db = _pack_channels(dy, order[:packed], bias)
     if conv.groups > 1:  # depthwise: a neuron reads the channel of X with the same number
-        x, _ = _pack_channels(x, order[:packed], False, weight.dtype)
+        x, _ = _pack_channels(x, order[:packed], False)
         conv = conv._replace(groups=packed)
     dw = vendor_conv_wgrad(dy_packed, x, weight.narrow(neurons, 0, packed), conv)
     return _placed(weight, order, k, conv, dw, db)
 
 
-def _pack_channels(
-    t: Tensor, rows: Tensor, want_sums: bool, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
+def _pack_channels(t: Tensor, rows: Tensor, want_sums: bool) -> tuple[Tensor, Tensor | None]:
     """``t[:, rows]`` in the layout of t [N, channels, *pixels], and its sums [rows] if wanted."""
     channels_last = t.movedim(1, -1)
     if channels_last.is_contiguous():
@@ -114,7 +113,7 @@ def _pack_channels(
         columns, sums = pack_columns(channels_last.flatten(0, -2), rows, want_sums)
         return columns.view(*channels_last.shape[:-1], len(rows)).movedim(-1, 1), sums
     packed = t.index_select(1, rows)
-    return packed, channel_sum(packed, dtype) if want_sums else None
+    return packed, channel_sum(packed, extension.sum_dtype(packed)) if want_sums else None
 
 
 def _placed(
@@ -130,6 +129,9 @@ def _placed(
     if is_compact(weight, len(order), conv):
         db = None if db_packed is None else db_packed[:k]
         return compact(weight, dw_packed.narrow(neurons, 0, k), db, neurons)
+    placed = _placed_on_gpu(weight, order, k, neurons, dw_packed, db_packed)
+    if placed is not None:
+        return placed
     rows = order[:k]
     dw_active = dw_packed.narrow(neurons, 0, k).to(weight.dtype)
     dw = fresh_like(weight, weight.dtype).zero_().index_copy_(neurons, rows, dw_active)
@@ -137,3 +139,17 @@ def _placed(
         return dw, weight.new_empty(0)
     db = weight.new_zeros(len(order)).index_copy_(0, rows, db_packed[:k].to(weight.dtype))
     return dw, db
+
+
+def _placed_on_gpu(
+    weight: Tensor, order: Tensor, k: int, dim: int, dw_packed: Tensor, db_packed: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """dW and db by the compiled kernel; None if it can't. ``dim`` counts the neurons."""
+    device = extension.gpu_of(weight)
+    if device is None or not {weight.dtype, dw_packed.dtype} <= extension.DTYPES:
+        return None
+    dw = torch.empty_like(weight)
+    db = weight.new_empty(0 if db_packed is None else len(order))
+    to = dw, None if db_packed is None else db, dim, order.contiguous(), k, device
+    done = extension._C.cuda_place_rows(dw_packed, db_packed, *to, _torch.current_stream(device))
+    return (dw, db) if done else None

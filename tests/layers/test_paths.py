@@ -1,10 +1,12 @@
 """Which way a layer goes: the plain one, the vendor's joint backward, or one operator."""
 
+import copy
 import math
 from collections import Counter
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import neq
@@ -161,3 +163,87 @@ def test_tuning_waits_for_the_backward(backend, monkeypatch):
                 layer(torch.ones(3, 6)).sum().backward()
             ran.append(len(ops.of_neq))
     assert ran == [1, 0 if backend == "dense" else 1]
+
+
+def nodes_of(y):
+    """The names of the nodes behind ``y``."""
+    found, to_do = Counter(), [y.grad_fn]
+    while to_do:
+        node = to_do.pop()
+        found[node.name()] += 1
+        to_do += [n for n, _ in node.next_functions if n is not None]
+    return found
+
+
+@each("bias", [True, False])
+@each("shape", [(4, 6), (1, 6), (2, 3, 6), (2, 2, 3, 6), (0, 6)], ids=str)
+def test_a_linear_layer_has_the_plain_graph(shape, bias, monkeypatch):
+    """Hooks zero its frozen rows, without a node of their own."""
+    monkeypatch.setattr(planner, "choose", lambda *sizes: "dense")
+    plain = nn.Linear(6, 8, bias=bias)
+    layer = neq.convert(copy.deepcopy(plain))
+    layer.set_active([1, 4])
+    x = torch.randn(shape, requires_grad=True)
+    assert nodes_of(layer(x)) == nodes_of(plain(x))
+
+
+def another_sum(x, weight, bias):
+    return x @ weight.t() + bias
+
+
+def another_transposition(x, weight, bias):
+    return torch.addmm(bias, x, weight.transpose(0, 1))
+
+
+@each(
+    ("x", "linear"),
+    [
+        (torch.randn(6, 3, 2).permute(1, 2, 0), F.linear),
+        (torch.randn(3, 6), another_sum),
+        (torch.randn(3, 6), another_transposition),
+    ],
+    ids=["an input with gaps", "another sum", "another transposition"],
+)
+def test_a_linear_layer_whose_nodes_are_others(x, linear, monkeypatch):
+    """Weight and bias go through a node that zeroes."""
+    monkeypatch.setattr(planner, "choose", lambda *sizes: "dense")
+    monkeypatch.setattr(F, "linear", linear)
+    plain = nn.Linear(6, 8)
+    layer = neq.convert(copy.deepcopy(plain))
+    layer.set_active([1, 4])
+    y = layer(x)
+    assert nodes_of(y)["MaskGradBackward"] > 0
+    y.square().sum().backward()
+    plain(x).square().sum().backward()
+    for p, q in zip(layer.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad[[1, 4]], q.grad[[1, 4]])
+        assert not p.grad[[0, 2, 3, 5, 6, 7]].any()
+
+
+@each("bias", [True, False])
+@each("shape", [(4, 6), (2, 3, 6)], ids=str)
+def test_double_backward_of_a_linear_layer_reaches_no_frozen_row(shape, bias, monkeypatch):
+    """Its weight also gets a gradient through dX; and once more, through that of dX."""
+    monkeypatch.setattr(planner, "choose", lambda *sizes: "dense")
+    layer = neq.convert(nn.Linear(6, 8, bias=bias))
+    layer.set_active([1, 4])
+    x = torch.randn(shape, requires_grad=True)
+    y = layer(x).pow(4).sum()
+    for _ in range(3):
+        y, *grads = torch.autograd.grad(y, [x, *layer.parameters()], create_graph=True)
+        y = y.pow(2).sum()
+        for grad in grads:
+            assert grad[[1, 4]].any()
+            assert not grad[[0, 2, 3, 5, 6, 7]].any()
+
+
+def test_a_gradient_of_one_sample_is_not_written(monkeypatch):
+    """Of a sum of vectors, the bias's gradient is dY itself."""
+    monkeypatch.setattr(planner, "choose", lambda *sizes: "dense")
+    monkeypatch.setattr(F, "linear", another_sum)
+    layer = neq.NEqLinear(6, 8)
+    layer.set_active([1, 4])
+    dy = torch.ones(8)
+    layer(torch.randn(6)).backward(dy)
+    assert dy.all()
+    assert layer.bias.grad.sum() == 2

@@ -372,6 +372,7 @@ void multiply_add(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
 #include "../../csrc/bindings_cuda.cpp"
 #include "../../csrc/cuda/wgrad/conv_wgrad.cu"
 #include "../../csrc/cuda/wgrad/pack.cu"
+#include "../../csrc/cuda/wgrad/place.cu"
 #include "../../csrc/cuda/wgrad/zero.cu"
 #include "placed_tensors.h"
 

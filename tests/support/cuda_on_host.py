@@ -24,7 +24,7 @@ HEADERS = "cuda_bf16.h", "cuda_fp16.h", "cuda_runtime.h"  # empty: SOURCE has wh
 
 
 def build(folder: Path):
-    """The module that SOURCE makes, which stays in the folder for the next who asks."""
+    """The module that SOURCE makes, which stays in the folder for the next call."""
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++"))))
     for header in HEADERS:
         (folder / header).touch()
@@ -91,5 +91,25 @@ def lent(module, on=0, stream=0):
     with (
         mock.patch.object(extension._C, "cuda_conv_wgrad", cuda_conv_wgrad, create=True),
         mock.patch.object(_torch, "current_stream", current_stream),
+    ):
+        yield
+
+
+@contextmanager
+def passing_for_gpu(module, device=0, stream=7):
+    """Inside, tensors on the CPU pass for a GPU's, and the module's kernels take them."""
+    names = "cuda_pack_scratch_bytes", "cuda_pack_columns", "cuda_place_rows", "cuda_zero_rows"
+    bindings = {name: getattr(module, name) for name in names}
+
+    def gpu_of(t):  # no mock: benchmarks time it
+        return device
+
+    def current_stream(device):
+        return stream
+
+    with (
+        mock.patch.object(extension, "gpu_of", gpu_of),
+        mock.patch.object(_torch, "current_stream", current_stream),
+        mock.patch.multiple(extension._C, create=True, **bindings),
     ):
         yield

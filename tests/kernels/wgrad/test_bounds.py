@@ -106,6 +106,20 @@ def test_granules_promise_what_the_roofline_says(card):
     assert more > 0
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("compact", [True, False])
+def test_packing_as_by_hand(bias, compact):
+    """4096 x 4096 weights of which half are active: dW is written once, from packed rows."""
+    layer = bounds.Layer(16384, 4096, 4096, 16384 * 4096, 2, bias, 2048, compact=compact)
+    kernels, host = bounds.pack(layer, CARDS["H200"])
+    assert len(kernels) == 2 + bias + (not compact)
+    if not compact:
+        assert kernels[-1].memory == 1.5 * 2 * 4096**2
+        assert kernels[-1].time(CARDS["H200"])[1] == "memory"
+    calls, tensors = 1 + (not compact), 1 + 2 * bias + 2 * (not compact)
+    assert host == 6 + 2 * tensors + 4 * calls + 2.5 * len(kernels)
+
+
 def test_what_is_not_known_promises_nothing():
     problem = posed("llama-8b/q_proj, o_proj", 4)
     for cards in ([], [Gpu(70, 80)], ["H200", Gpu(90, 132)]):

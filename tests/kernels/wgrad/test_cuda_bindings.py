@@ -67,8 +67,23 @@ def zero_rows():
     }
 
 
+def place_rows():
+    return {
+        "rows": torch.ones(4, 40),
+        "sums": torch.ones(4),
+        "dw": torch.ones(9, 40),
+        "db": torch.ones(9),
+        "dim": 0,
+        "order": torch.arange(9),
+        "k": 3,
+        "device": 0,
+        "stream": 7,
+    }
+
+
 CALLS = [
     ("cuda_pack_columns", pack_columns),
+    ("cuda_place_rows", place_rows),
     ("cuda_conv_wgrad", conv_wgrad),
     ("cuda_zero_rows", zero_rows),
 ]
@@ -208,3 +223,49 @@ def test_rows_to_zero(cuda, change, message):
         cuda.cuda_zero_rows(**given)
     assert given["dw"].all()
     assert cuda.used() == []
+
+
+OF_DB = "db must be contiguous, of dw's neurons and dtype"
+OF_SUMS = "sums must be contiguous, one for each of rows, in float32, or float64 if rows are"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dim": 2}, "dim must be a dimension of dw, got 2"),
+        ({"dim": -1}, "dim must be a dimension of dw, got -1"),
+        ({"rows": torch.ones(4, 40, 1)}, "dimensions of rows must be those of dw, got 3"),
+        ({"rows": torch.ones(4, 39)}, "a size of rows must be that of dw, got 39"),
+        ({"rows": torch.ones(10, 40)}, "rows must be between 0 and neurons = 9, got 10"),
+        ({"order": torch.arange(8)}, "size of order must be neurons = 9, got 8"),
+        ({"order": torch.arange(9).int()}, "order must be contiguous int64"),
+        ({"order": torch.arange(18)[::2]}, "order must be contiguous int64"),
+        ({"k": 5}, "k must be between 0 and the number of rows, got 5"),
+        ({"k": -1}, "k must be between 0 and the number of rows, got -1"),
+        ({"sums": None}, "sums must be given if db is"),
+        ({"db": None}, "sums must be given if db is"),
+        ({"db": torch.ones(8)}, OF_DB),
+        ({"db": torch.ones(9, 1)}, OF_DB),
+        ({"db": torch.ones(18)[::2]}, OF_DB),
+        ({"db": torch.ones(9).half()}, OF_DB),
+        ({"sums": torch.ones(3)}, OF_SUMS),
+        ({"sums": torch.ones(4, 1)}, OF_SUMS),
+        ({"sums": torch.ones(8)[::2]}, OF_SUMS),
+        ({"sums": torch.ones(4).double()}, OF_SUMS),
+        ({"rows": torch.ones(4, 40).double(), "dw": torch.ones(9, 40).double()}, OF_DB),
+    ],
+)
+def test_rows_to_place(cuda, change, message):
+    given = place_rows() | change
+    with pytest.raises(ValueError, match=message):
+        cuda.cuda_place_rows(**given)
+    assert given["dw"].all()
+    assert cuda.used() == []
+
+
+def test_sums_of_rows_in_64_bits(cuda):
+    given = {name: place_rows()[name].double() for name in ("rows", "dw", "db")}
+    with pytest.raises(ValueError, match=OF_SUMS):
+        cuda.cuda_place_rows(**place_rows() | given)
+    assert cuda.cuda_place_rows(**place_rows() | given | {"sums": torch.ones(4).double()})
+    assert cuda.used() == [(0, 7)]

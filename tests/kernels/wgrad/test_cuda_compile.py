@@ -93,3 +93,18 @@ def test_pack_columns_moves_neighbours_16_bytes_at_a_time(packing, arch):
     for dtype, (code, threads) in packing(arch).items():
         assert code.count("LDG", "128") == code.count("STG", "128") == 3, dtype
         assert threads * 2 * 16 >= 2048 * 8 * 2, dtype
+
+
+@every_target
+def test_place_rows_moves_16_bytes_at_a_time(compile_for, arch):
+    """Of dW; of packed rows in 16 bits that become float32, eight."""
+    (source,) = (source for source in SOURCES if source.stem == "place")
+    kernels = functions(compile_for(source, arch)[0])
+    assert len(kernels) == 12
+    for name, code in kernels.items():
+        if "Li1E" in name:  # element by element
+            continue
+        widens = "halff" in name or "bfloat16f" in name
+        assert code.count("STG", "128") >= 1, name
+        assert code.count("LDG", "64" if widens else "128") >= 1, name
+        assert not code.count("LDG", "U16"), name

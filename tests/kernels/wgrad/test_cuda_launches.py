@@ -198,3 +198,30 @@ def test_zero_rows(recording, bindings, device, layout, bias):
     assert [struct.unpack("q", value) for value in rest] == [(rows.data_ptr(),), (len(rows),)]
     assert launch.grid == (1, sizes[0], 1 + bias)
     assert (launch.device, launch.stream, launch.shared) == (device, STREAM, 0)
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_place_rows(recording, bindings, device, layout, bias, dtype):
+    """From 16 bits: rows go 16 bytes of dW at a time, columns one by one."""
+    rows, dw = torch.zeros(22, 40, dtype=torch.bfloat16), torch.zeros(64, 40, dtype=dtype)
+    if layout == "columns":
+        rows, dw = (t.t().contiguous().t() for t in (rows, dw))
+    sums, db = (torch.zeros(22), torch.zeros(64, dtype=dtype)) if bias else (None, None)
+    order = torch.arange(64)
+    assert bindings.cuda_place_rows(rows, sums, dw, db, 0, order, 20, device, STREAM)
+    (launch,) = recording.launches()
+    placing, units = launch.parameters
+    of_rows, of_dw, *found = struct.unpack("2i10q", placing)
+    assert (of_rows, of_dw) == (2, {torch.bfloat16: 2, torch.float32: 0}[dtype])
+    pointers = [0 if t is None else t.data_ptr() for t in (rows, sums, dw, db, order)]
+    lines, piece = (1, 40) if layout == "rows" else (40, 1)
+    assert found == [*pointers, lines, 22, 64, piece, 20]
+    elements = (16 // dtype.itemsize) if layout == "rows" else 1
+    assert struct.unpack("I", units) == (piece // elements,)
+    to = {torch.bfloat16: "S3_", torch.float32: "f"}[dtype]
+    assert f"placeI13__nv_bfloat16{to}Li{elements}E" in launch.kernel
+    assert launch.grid == (ceil_div(64 * piece // elements, 256), lines, 1)
+    assert launch.block == (256, 1, 1)
+    assert (launch.device, launch.stream, launch.shared) == (device, STREAM, 0)

@@ -5,9 +5,9 @@ from unittest import mock
 import pytest
 import torch
 
-from neq_kernels import _torch
 from neq_kernels.device.extension import _C
 from neq_kernels.wgrad import dense
+from tests.support.cuda_on_host import passing_for_gpu
 from tests.support.tensors import FLOATS, LAYOUTS, equal_with_nan
 
 ROWS = torch.tensor([0, 3, 4, 8])
@@ -136,11 +136,7 @@ def test_only_where_nothing_observes():
 @pytest.fixture
 def on_a_gpu(cuda_on_host):
     """Inside, tensors on the CPU pass for a GPU's, and the CUDA kernel runs on them."""
-    with (
-        mock.patch.object(dense, "_gpu_of", return_value=0),
-        mock.patch.object(_torch, "current_stream", return_value=7),
-        mock.patch.object(_C, "cuda_zero_rows", cuda_on_host.cuda_zero_rows, create=True),
-    ):
+    with passing_for_gpu(cuda_on_host, 0, 7):
         cuda_on_host.used()
         yield cuda_on_host
 
