@@ -13,7 +13,7 @@ from unittest import mock
 
 import pybind11
 import torch
-from filelock import FileLock
+from filelock import FileLock  # torch brings it
 
 from neq_kernels import _torch
 from neq_kernels.device import extension
