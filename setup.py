@@ -55,8 +55,9 @@ def nvcc() -> str | None:
     if wanted not in ("", "0", "1"):
         raise ValueError(f"NEQ_CUDA must be 0, 1 or unset, got {wanted!r}")
     found = None if wanted == "0" else shutil.which("nvcc")
-    home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
-    if found is None and wanted != "0":
+    # where CUDA is by default it may be too old, so only who insists gets that
+    home = os.environ.get("CUDA_HOME") or ("/usr/local/cuda" if wanted == "1" else "")
+    if found is None and home and wanted != "0":
         found = shutil.which("nvcc", path=os.path.join(home, "bin"))
     if found is None and wanted == "1":
         raise FileNotFoundError(f"NEQ_CUDA=1, but nvcc is neither on the PATH nor in {home}/bin")

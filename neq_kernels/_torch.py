@@ -42,6 +42,11 @@ plain_tensors = torch._C.DisableTorchFunctionSubclass
 make_subclass = Tensor._make_subclass
 
 
+def gpu_sleep(cycles: int) -> None:
+    """Let the current stream's GPU wait."""
+    torch.cuda._sleep(cycles)
+
+
 def compiler_loaded() -> bool:
     """Can anything be compiled? Asked without loading the compiler."""
     return "torch._dynamo" in sys.modules
@@ -76,7 +81,7 @@ def will_execute(node: Any) -> bool:
         return True
 
 
-def nodes_of_linear(y: Tensor) -> tuple[Any, Any] | None:
+def nodes_of_linear(y: Tensor, weight: Tensor) -> tuple[Any, Any] | None:
     """The nodes of autograd's graph by which ``F.linear`` made ``y``; None if it took others.
 
     The first is the product's, with the gradients (dX, dW.T), or (db, dX, dW.T) with a bias. The
@@ -90,7 +95,14 @@ def nodes_of_linear(y: Tensor) -> tuple[Any, Any] | None:
     transposed, _ = node.next_functions[-1]
     if transposed is None or transposed.name() != "TBackward0":
         return None
-    return node, transposed
+    ((source, output),) = transposed.next_functions
+    if source is not None and source.name() == "ToCopyBackward0":  # autocast's
+        ((source, output),) = source.next_functions
+    if weight.grad_fn is None:
+        is_its = getattr(source, "variable", None) is weight
+    else:
+        is_its = (source, output) == (weight.grad_fn, weight.output_nr)
+    return (node, transposed) if is_its else None
 
 
 def exchange_data(p: Tensor, data: Tensor) -> None:

@@ -57,11 +57,13 @@ def poisoned_memory():
 
 
 @pytest.fixture(scope="session")
-def cuda_on_host(pytestconfig):
+def cuda_on_host(pytestconfig, tmp_path_factory):
     """The CUDA kernels, compiled for the CPU: once for all workers, and for later runs."""
     from tests.support.cuda_on_host import build
 
-    return build(pytestconfig.cache.mkdir("cuda_on_host"))
+    cache = getattr(pytestconfig, "cache", None)  # a plugin that can be left out
+    kind = "cuda_on_host"
+    return build(cache.mkdir(kind) if cache else tmp_path_factory.mktemp(kind))
 
 
 @pytest.fixture

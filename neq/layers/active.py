@@ -1,5 +1,6 @@
 """Which neurons of a weight are active: one choice for all layers that share the weight."""
 
+import operator
 from hashlib import blake2b
 from typing import Any, ClassVar
 
@@ -91,7 +92,7 @@ class ActiveSet:
         self.mask, self.order = self._mask.to(self._device), order.to(self._device)
         self.rows, self.frozen = self.order[: self.k], self.order[self.k :]
         # elsewhere a choice of backend for each granule would be one too many
-        self.granule = granule_of(self._mask) if _is_gpu(self._device) else 1
+        self.granule = largest_granule(self._mask) if _is_gpu(self._device) else 1
 
     def on(self, device: torch.device) -> "ActiveSet":
         """This set with its tensors on ``device``, where its layer is now, to be read at once."""
@@ -127,7 +128,7 @@ def _is_capturing(device: torch.device) -> bool:
     )
 
 
-def granule_of(mask: Tensor) -> int:
+def largest_granule(mask: Tensor) -> int:
     """The size of the largest aligned granules that a bool mask [neurons] consists of.
 
     A power of two, at most ``LARGEST_GRANULE``. The last granule may be smaller.
@@ -151,8 +152,9 @@ def in_whole(mask: Tensor, granule: int, layer: str) -> Tensor:
         TypeError: If ``granule`` is no integer.
         ValueError: If it is below 1.
     """
-    if isinstance(granule, bool) or not isinstance(granule, int):
+    if isinstance(granule, bool) or not hasattr(granule, "__index__"):
         raise TypeError(f"{layer}: granule must be a number of neurons, got {granule!r}")
+    granule = min(operator.index(granule), max(1, len(mask)))  # numpy's integers too
     if granule < 1:
         raise ValueError(f"{layer}: granule must be at least 1, got {granule}")
     if granule == 1:

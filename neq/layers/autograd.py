@@ -13,7 +13,7 @@ y = F.linear(x, W, b)                        # its backward gives dX, dW and db
 Where the layer is one node of autograd's graph, a hook on that node does the same and costs less:
 
 y = mask_node(F.conv2d(x, W, b), active)     # the same y; the node's dW and db lose the frozen rows
-y = mask_linear(F.linear(x, W, b), active)   # the same of a linear layer, which is a few nodes
+y = mask_linear(F.linear(x, W, b), W, active)  # the same of a linear layer, which is a few nodes
 
 ``train_active`` chooses between the four.
 """
@@ -71,7 +71,7 @@ def train_active(
         return row_grad(y, x, matrix, trained_bias, active, conv, backend)
     if may_hook:
         y = run(weight, bias)
-        masked = mask_linear(y, active) if conv is None else mask_node(y, active, dim, conv)
+        masked = mask_linear(y, weight, active) if conv is None else mask_node(y, active, dim, conv)
         if masked is not None:
             return masked
     return run(*mask_grad(weight, bias, active, dim, conv))
@@ -299,12 +299,16 @@ def _mask_node(
 
 def is_usual_product(x: Tensor, weight: Tensor) -> bool:
     """Will ``F.linear`` of these be the nodes that ``mask_linear`` knows?"""
-    return (x.is_cuda or x.is_cpu) and x.is_contiguous() and is_one_node(x, weight)
+    usual = (x.is_cuda or x.is_cpu) and x.is_contiguous() and x.dim() > 1
+    return usual and is_one_node(x, weight)
 
 
-def mask_linear(y: Tensor, active: ActiveSet) -> Tensor | None:
+_MASKED = "neq_masked"  # a mark on a node that has its hook
+
+
+def mask_linear(y: Tensor, weight: Tensor, active: ActiveSet) -> Tensor | None:
     """``y`` of ``F.linear``, with a hook that zeroes frozen rows; None if its nodes are others."""
-    nodes = _torch.nodes_of_linear(y)
+    nodes = _torch.nodes_of_linear(y, weight)
     if nodes is None:
         return None
     product, transposed = nodes
@@ -320,8 +324,9 @@ def _mask_product(
 ) -> tuple[Gradient, ...]:
     *biases, dx, dw = gradients  # dw [inputs, n]
     db = biases[0] if biases else None
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and not transposed.metadata.setdefault(_MASKED, False):
         # dX gets a graph, which gives W gradients too. All of them are transposed.
+        transposed.metadata[_MASKED] = True
         transposed.register_hook(partial(_mask_matrix, frozen))
     dw, db = _masked(dw, db, frozen, 1, None)  # sums, in memory of their own
     return (db, dx, dw) if biases else (dx, dw)

@@ -13,10 +13,18 @@ def may_bypass_dispatcher(*tensors: Tensor) -> bool:
     and checks of what is right by construction. Not to be asked under a compiler.
     """
     return (
-        not _torch.transforms_active()  # first: a transform wraps the tensors compared below
-        and not _torch.dispatch_modes()
+        not _torch.dispatch_modes()
         and not _torch.profiler_enabled()
-        and all(map(_is_ordinary, tensors))
+        and all(map(is_mere_memory, tensors))
+    )
+
+
+def is_mere_memory(t: Tensor) -> bool:
+    """Is there no more to a tensor than its values in memory: no tangent, no batch, no subclass?"""
+    return (
+        not _torch.transforms_active()  # first: a transform wraps the tensor compared below
+        and not _torch.forward_ad_active()
+        and _is_ordinary(t)
     )
 
 

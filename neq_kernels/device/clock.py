@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from neq_kernels import _torch
+
 BACKLOG = 400_000  # cycles of a GPU, some 0.2 ms: longer than it takes to launch most calls
 
 Call = Callable[[], object]
@@ -47,7 +49,7 @@ def on_gpu(
     """
     spans = []
     with torch.cuda.device(device):
-        torch.cuda._sleep(backlog * len(calls))
+        _torch.gpu_sleep(backlog * len(calls))
         for call in calls:
             if between is not None:
                 between()

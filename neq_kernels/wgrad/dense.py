@@ -11,7 +11,7 @@ from torch import Tensor
 
 from neq_kernels import _torch
 from neq_kernels.device import extension
-from neq_kernels.device.bypass import may_bypass_dispatcher
+from neq_kernels.device.bypass import is_mere_memory, may_bypass_dispatcher
 from neq_kernels.shapes import as_matrix
 from neq_kernels.wgrad.geometry import Conv, full_shape, is_compact
 from neq_kernels.wgrad.problem import Problem
@@ -135,7 +135,7 @@ def zero_frozen_(
     if conv is not None and by_group:
         mask = frozen.new_zeros(dw.shape[1] * conv.groups, dtype=torch.bool)
         dw.masked_fill_(conv.spread(mask.index_fill_(0, frozen, True), dw), 0)
-    elif dw.dim() == 2 and dw.stride(dim) == 1 and not dw.requires_grad:
+    elif dw.dim() == 2 and dw.stride(dim) == 1 and _has_bits(dw):
         _zero_columns(dw if dim == 1 else dw.t(), frozen)
     elif _zeroed_in_memory(dw, frozen, dim):
         torch.autograd.graph.increment_version(dw)
@@ -170,6 +170,11 @@ def _zeroed_in_memory(dw: Tensor, frozen: Tensor, dim: int) -> bool:
         and may_bypass_dispatcher(dw)
         and _C.cpu_zero_rows(dw, frozen.contiguous(), dim, torch.get_num_threads())
     )
+
+
+def _has_bits(dw: Tensor) -> bool:
+    """May its values be looked at as integers?"""
+    return not dw.requires_grad and (torch.compiler.is_compiling() or is_mere_memory(dw))
 
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an element

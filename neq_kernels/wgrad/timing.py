@@ -36,7 +36,33 @@ def fastest(problem: Problem, backends: Mapping[str, Backend], margin: float, *a
     """
     runs = contenders(problem, backends, *args)
     _, x, *_ = args
-    runs = {name: run for name, run in runs.items() if _works(name, run, problem)}
+    while True:
+        try:
+            return _fastest(problem, runs, margin, x)
+        except _FailedError as failed:  # of a compiler or a launch, say; dense works anyway
+            error = failed.__cause__ or failed
+            if failed.name == "dense":
+                raise error from None
+            warnings.warn(
+                f"{failed.name} is out of the question for {problem.key} with {problem.samples} "
+                f"samples: {type(error).__name__}: {error}",
+                stacklevel=2,
+            )
+            del runs[failed.name]
+
+
+class _FailedError(Exception):
+    """A contender raised the error that is the cause."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
+def _fastest(problem: Problem, runs: Mapping[str, Call], margin: float, x: Tensor) -> str:
+    for name, run in runs.items():  # which also compiles it
+        _run(name, partial(_and_wait, run, problem))
+    runs = {name: partial(_run, name, run) for name, run in runs.items()}
     one_round = _one_round(problem, x)
     rounds = [dict(zip(runs, one_round([*runs.values()]), strict=True)) for _ in range(ROUNDS)]
     typical = {
@@ -94,22 +120,17 @@ def _vendor(
     return torch.ops.aten.convolution_backward.default(dy, x, weight, bias, *conv, wanted)
 
 
-def _works(name: str, run: Call, problem: Problem) -> bool:
-    """Run it once, which also compiles it; warn if it fails."""
+def _run(name: str, run: Call) -> None:
     try:
         run()
-        if problem.device == "cuda":
-            torch.cuda.synchronize()
-    except Exception as error:  # of a compiler or a launch, say; dense works anyway
-        if name == "dense":
-            raise
-        warnings.warn(
-            f"{name} is out of the question for {problem.key} with {problem.samples} "
-            f"samples: {type(error).__name__}: {error}",
-            stacklevel=2,
-        )
-        return False
-    return True
+    except Exception as error:
+        raise _FailedError(name) from error
+
+
+def _and_wait(run: Call, problem: Problem) -> None:
+    run()
+    if problem.device == "cuda":
+        torch.cuda.synchronize()
 
 
 def _one_round(problem: Problem, x: Tensor) -> Callable[[list[Call]], list[Span]]:

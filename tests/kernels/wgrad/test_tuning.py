@@ -97,6 +97,20 @@ def test_tuning_drops_a_backend_that_fails(backends):
     assert len(warned) == calls.count("broken") == 1
 
 
+def test_tuning_drops_a_backend_that_fails_later(backends, monkeypatch):
+    backends(dense=(1.0, 5), broken=(1.0, 1), other=(1.0, 4))
+    faults = iter([None, None, RuntimeError("out of memory")])
+
+    def third_time_fails(dy, x, weight, *_):
+        if fault := next(faults):
+            raise fault
+        return weight, weight
+
+    monkeypatch.setattr(planner.LINEAR["broken"], "linear_wgrad", third_time_fails)
+    with planner.tuning(), pytest.warns(UserWarning, match="broken is out .* out of memory"):
+        assert choose(LINEAR) == "other"
+
+
 def test_tuning_does_not_hide_that_dense_fails(backends):
     backends(dense=(1.0, RuntimeError("theirs")), other=(1.0, 4))
     with planner.tuning(), pytest.raises(RuntimeError, match="theirs"):
