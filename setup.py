@@ -55,7 +55,7 @@ def nvcc() -> str | None:
     if wanted not in ("", "0", "1"):
         raise ValueError(f"NEQ_CUDA must be 0, 1 or unset, got {wanted!r}")
     found = None if wanted == "0" else shutil.which("nvcc")
-    # where CUDA is by default it may be too old, so only who insists gets that
+    # an nvcc that nothing names may be too old, so it serves only where CUDA is insisted on
     home = os.environ.get("CUDA_HOME") or ("/usr/local/cuda" if wanted == "1" else "")
     if found is None and home and wanted != "0":
         found = shutil.which("nvcc", path=os.path.join(home, "bin"))
