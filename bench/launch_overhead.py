@@ -4,8 +4,9 @@
 
 Triton's launcher and the compiled bindings do all that they do before a GPU, and a driver that only
 records takes the launches (tests/support/recording_cuda.cpp). So what is left out is the driver's
-own time, which the roofline takes to be 2.5 us for a launch, and what torch does to tensors on a GPU. "nothing" is a Triton
-kernel with one argument. Tensors are small, since no kernel runs. Processor time, on one thread.
+own time, which the roofline takes to be 2.5 us for a launch, and what torch does to tensors on a
+GPU. "nothing" is a Triton kernel with one argument. Tensors are small, since no kernel runs.
+Processor time, on one thread.
 
 A second table has whole layers with half of their neurons frozen: forward and backward, above what
 torch's own layer takes, where the vendor computes (dense) and where pack does. "us" compares the
