@@ -70,6 +70,16 @@ def packed_by(module, dy, rows, want_sums=True, left=0):
     return packed, sums
 
 
+def assert_packs_exactly(module, dy, rows, left=0):
+    """Of integers, with and without sums."""
+    packed, sums = packed_by(module, dy, rows, left=left)
+    assert torch.equal(packed, dy.index_select(1, rows))
+    assert torch.equal(sums.double(), dy.double().sum(0)[rows])
+    packed, sums = packed_by(module, dy, rows, want_sums=False, left=left)
+    assert torch.equal(packed, dy.index_select(1, rows))
+    assert sums.isnan().all()
+
+
 @contextmanager
 def lent(module, on=0, stream=0):
     """Inside, tensors on the CPU reach the module's kernels, and those on a GPU the real ones.

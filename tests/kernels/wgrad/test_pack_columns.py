@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 
 from neq_kernels.device import extension as compiled
 from neq_kernels.wgrad.columns import pack_columns
-from tests.support.cuda_on_host import packed_by
+from tests.support.cuda_on_host import assert_packs_exactly, packed_by
 from tests.support.tensors import FLOATS, integers, on_devices
 
 if compiled.why_not("cpu"):
@@ -66,9 +66,7 @@ def test_exact(shape, dtype, device):
 def test_the_cuda_kernel_exact_on_a_cpu(cuda_on_host, shape, dtype):
     samples, neurons, k = shape
     dy, rows = integers((samples, neurons), dtype, "cpu", most=8), ascending(neurons, k)
-    packed, sums = packed_by(cuda_on_host, dy, rows)
-    assert torch.equal(packed, dy.index_select(1, rows))
-    assert torch.equal(sums.double(), dy.double().sum(0)[rows])
+    assert_packs_exactly(cuda_on_host, dy, rows)
 
 
 @st.composite
@@ -97,12 +95,7 @@ def test_exact_at_any_geometry(data, device):
 @settings(max_examples=60, deadline=None)
 def test_the_cuda_kernel_exact_at_any_geometry(cuda_on_host, geometry):
     dy, rows = geometry
-    packed, sums = packed_by(cuda_on_host, dy, rows)
-    assert torch.equal(packed, dy.index_select(1, rows))
-    assert torch.equal(sums.double(), dy.double().sum(0)[rows])
-    packed, sums = packed_by(cuda_on_host, dy, rows, want_sums=False)
-    assert torch.equal(packed, dy.index_select(1, rows))
-    assert sums.isnan().all()
+    assert_packs_exactly(cuda_on_host, dy, rows)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.cuda_on_host import packed_by
+from tests.support.cuda_on_host import assert_packs_exactly, packed_by
 from tests.support.tensors import FLOATS, integers
 
 
@@ -37,12 +37,7 @@ def exactly(count):
 @settings(max_examples=150, deadline=None)
 def test_exact_in_granules(cuda_on_host, geometry, left):
     dy, rows = geometry
-    packed, sums = packed_by(cuda_on_host, dy, rows, left=left)
-    assert torch.equal(packed, dy.index_select(1, rows))
-    assert torch.equal(sums.double(), dy.double().sum(0)[rows])
-    packed, sums = packed_by(cuda_on_host, dy, rows, want_sums=False)
-    assert torch.equal(packed, dy.index_select(1, rows))
-    assert sums.isnan().all()
+    assert_packs_exactly(cuda_on_host, dy, rows, left)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -52,9 +47,7 @@ def test_exact_at_the_seam(cuda_on_host, granule, dtype):
     dy = integers((70, 96), dtype, "cpu", most=8)
     order = in_granules(96, granule, [False, True, True] * (32 // granule + 1))
     for rows in (order[:64], order[:72], order.contiguous()):
-        packed, sums = packed_by(cuda_on_host, dy, rows)
-        assert torch.equal(packed, dy.index_select(1, rows))
-        assert torch.equal(sums.double(), dy.double().sum(0)[rows])
+        assert_packs_exactly(cuda_on_host, dy, rows)
 
 
 def summed_by(threads, columns):
