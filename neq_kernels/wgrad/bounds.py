@@ -132,7 +132,7 @@ def pack(layer: Layer, gpu: Gpu) -> Plan:
     """Copy the active rows side by side, multiply, place dW and db among zeros.
 
     The copy brings the sums of the bias. A compact gradient is not placed. A warp copies 32 columns
-    of 8 samples in 73 instructions, and writes 512 bytes of dW in 100.
+    of 8 samples in 73 instructions at most, and writes 512 bytes of dW in 100.
     """
     rows = min(ceil_div(layer.k, GRANULE) * GRANULE, layer.neurons)
     packing = Kernel(
