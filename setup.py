@@ -38,6 +38,7 @@ CUDA_SOURCES = [
     "csrc/cuda/wgrad/place.cu",
     "csrc/cuda/wgrad/zero.cu",
 ]
+USUAL_CUDA = "/usr/local/cuda"
 CUDA_TARGETS = [80, 90, 100]
 
 # without errno, loops with a square root become vectors
@@ -56,7 +57,7 @@ def nvcc() -> str | None:
         raise ValueError(f"NEQ_CUDA must be 0, 1 or unset, got {wanted!r}")
     found = None if wanted == "0" else shutil.which("nvcc")
     # an nvcc that nothing names may be too old, so it serves only where CUDA is insisted on
-    home = os.environ.get("CUDA_HOME") or ("/usr/local/cuda" if wanted == "1" else "")
+    home = os.environ.get("CUDA_HOME") or (USUAL_CUDA if wanted == "1" else "")
     if found is None and home and wanted != "0":
         found = shutil.which("nvcc", path=os.path.join(home, "bin"))
     if found is None and wanted == "1":

@@ -152,13 +152,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=cli.DTYPES, default="float32")
     parser.add_argument("--layout", choices=(*LAYOUTS, "both"), default="both", help="of images")
     cli.add_active(parser, "1,.75,.5,.25,.1,0")
-    parser.add_argument(
-        "--granule",
-        type=cli.whole,
-        default=1,
-        metavar="N",
-        help="neighbours that are active together (default: 1)",
-    )
+    cli.add_granule(parser)
     cli.add_only(parser, "resnet50 or swin.*mlp")
     cli.add_seconds(parser, 3, "problem")
     cli.add_table(parser)

@@ -207,6 +207,7 @@ def parts(out: Path) -> Iterator[Part]:
 
 def find(tool: str) -> str:
     """The path of a tool; its name alone if it is not installed."""
+    # unlike setup.py, which must not take an old compiler unasked, it only runs what it finds
     homes = os.environ.get("CUDA_HOME"), "/usr/local/cuda"
     folders = [os.environ.get("PATH", ""), *(f"{home}/bin" for home in homes if home)]
     return shutil.which(tool, path=os.pathsep.join(folders)) or tool

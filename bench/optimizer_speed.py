@@ -196,10 +196,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = cli.new_parser(__doc__)
     cli.add_device(parser)
     cli.add_active(parser, "1,.5,.25,.1")
-    parser.add_argument(
-        "--granule", type=cli.whole, default=1, metavar="G",
-        help="neighbouring neurons that are active together (default: 1)",
-    )  # fmt: skip
+    cli.add_granule(parser)
     cli.add_seconds(parser, 2, "model, optimizer and fraction")
     cli.add_only(parser, "resnet50 or 'vit_b16 adamw'")
     cli.add_json(parser)

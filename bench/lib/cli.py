@@ -43,6 +43,11 @@ def add_active(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--active", type=fractions, default=default, metavar="F,F,...")
 
 
+def add_granule(parser: argparse.ArgumentParser) -> None:
+    text = "how many neighbouring neurons are active together (default: 1)"
+    parser.add_argument("--granule", type=whole, default=1, metavar="N", help=text)
+
+
 def add_seconds(parser: argparse.ArgumentParser, default: float, per: str) -> None:
     text = f"of timing per {per} (default: {default:g})"
     parser.add_argument("--seconds", type=positive, default=default, metavar="S", help=text)

@@ -320,11 +320,11 @@ def _mask_product(
     frozen: Tensor,
     transposed: Any,
     gradients: tuple[Gradient, ...],
-    of_outputs: tuple[Tensor, ...],
+    of_outputs: object,
 ) -> tuple[Gradient, ...]:
     *biases, dx, dw = gradients  # dw [inputs, n]
     db = biases[0] if biases else None
-    if torch.is_grad_enabled() and not transposed.metadata.setdefault(_MASKED, False):
+    if torch.is_grad_enabled() and _MASKED not in transposed.metadata:
         # dX gets a graph, which gives W gradients too. All of them are transposed.
         transposed.metadata[_MASKED] = True
         transposed.register_hook(partial(_mask_matrix, frozen))

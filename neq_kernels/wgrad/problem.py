@@ -59,10 +59,9 @@ class Problem:
 
     def and_finer(self) -> Iterator["Problem"]:
         """The problem, and the same ones with neurons in halves of its granules, down to 1."""
-        granule = self.granule
-        while granule >= 1:
-            yield self if granule == self.granule else replace(self, granule=granule)
-            granule //= 2
+        yield self
+        if self.granule > 1:
+            yield from replace(self, granule=self.granule // 2).and_finer()
 
     @property
     def key(self) -> str:

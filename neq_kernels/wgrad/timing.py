@@ -40,23 +40,22 @@ def fastest(problem: Problem, backends: Mapping[str, Backend], margin: float, *a
         try:
             return _fastest(problem, runs, margin, x)
         except _FailedError as failed:  # of a compiler or a launch, say; dense works anyway
-            error = failed.__cause__ or failed
             if failed.name == "dense":
-                raise error from None
+                raise failed.error from None
             warnings.warn(
                 f"{failed.name} is out of the question for {problem.key} with {problem.samples} "
-                f"samples: {type(error).__name__}: {error}",
+                f"samples: {type(failed.error).__name__}: {failed.error}",
                 stacklevel=2,
             )
             del runs[failed.name]
 
 
 class _FailedError(Exception):
-    """A contender raised the error that is the cause."""
+    """A contender raised an error."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, error: Exception) -> None:
         super().__init__(name)
-        self.name = name
+        self.name, self.error = name, error
 
 
 def _fastest(problem: Problem, runs: Mapping[str, Call], margin: float, x: Tensor) -> str:
@@ -124,7 +123,7 @@ def _run(name: str, run: Call) -> None:
     try:
         run()
     except Exception as error:
-        raise _FailedError(name) from error
+        raise _FailedError(name, error) from error
 
 
 def _and_wait(run: Call, problem: Problem) -> None:

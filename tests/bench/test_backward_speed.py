@@ -291,3 +291,20 @@ def test_convolutions_that_the_naive_gather_supports(groups, transposed, support
     assert naive_gather.supports(problem) == supported
     if supported:
         assert naive_gather.cost(problem) == 0.5
+
+
+def test_the_truth_is_not_tuned(results, monkeypatch):
+    """cudnn's benchmark would try all of its kernels in float64."""
+    on = []
+    for op in ("linear_wgrad", "conv_wgrad"):
+        own = getattr(wgrad_contenders.reference, op)
+
+        def watched(*args, own=own):
+            on.append(torch.backends.cudnn.benchmark)
+            return own(*args)
+
+        monkeypatch.setattr(wgrad_contenders.reference, op, watched)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    results()
+    assert on
+    assert not any(on)

@@ -53,6 +53,22 @@ def test_half_of_the_neurons_is_packed(monkeypatch):
     assert not scattered.equal(granules)
 
 
+@pytest.mark.usefixtures("small")
+def test_what_a_call_does(monkeypatch):
+    """By hand: 64 samples of 64 neurons in 16 bits; a cache of 1024 bytes."""
+    h200 = CARDS["H200"]
+    monkeypatch.setattr(constants, "known", lambda device: h200)
+    monkeypatch.setattr(constants, "cache_bytes", lambda device: 1024)
+    found = {name: amount for name, _, amount in constants.constants(torch.device("cpu"))}
+    assert found["product, 64 neurons and inputs"] == (2 * 64**3, h200.flops, "TFLOP/s")
+    assert found["copy, memory"] == (2 * 2 * 64**2, h200.memory_bytes, "TB/s")
+    assert found["copy, cache"] == (2 * 2 * 128, h200.cache_bytes, "TB/s")
+    for name in ("scattered", "granules of 16"):
+        assert found[f"pack half, {name}"] == (2 * 2 * 64 * 32, h200.memory_bytes, "TB/s")
+    rows = constants.measure(torch.device("cpu"), 0.001)
+    assert rows[0]["modelled"] == pytest.approx(791, rel=0.01)  # 0.8 of 989 TFLOP/s
+
+
 def test_the_model_is_that_of_the_card():
     cuda = torch.device("cuda")
     with mock.patch.object(torch.cuda, "get_device_name", return_value="NVIDIA H200"):

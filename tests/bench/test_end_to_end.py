@@ -265,6 +265,16 @@ def test_each_contender_has_its_best_layout(fake):
     ]
 
 
+def test_other_errors_than_of_memory_end_it(tiny, monkeypatch):
+    def measure(name, network, samples, given, bar):
+        raise RuntimeError("a fault of ours")
+        yield
+
+    monkeypatch.setattr(end_to_end, "measure", measure)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        end_to_end.main(["--device", "cpu"])
+
+
 def test_batches_are_halved_until_they_fit(tiny, monkeypatch, capsys):
     tried = []
 

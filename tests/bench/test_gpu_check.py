@@ -249,6 +249,7 @@ def test_a_file_of_tests_that_cannot_be_read_keeps_no_other_from_running(check, 
 
 def test_every_soak_is_in_a_file_that_the_part_names(tmp_path):
     (part,) = (part for part in gpu_check.parts(tmp_path) if part.name == "soak")
+    assert "-n" not in part.command
     files = {f for f in (ROOT / "tests").rglob("test_*.py") if SOAK_TEST in f.read_text()}
     assert {ROOT / argument for argument in part.command if argument.endswith(".py")} >= files
     assert len(files) == 3

@@ -5,6 +5,8 @@ import shutil
 import subprocess
 import sys
 
+from bench.lib import host_layers
+from bench.lib.timing import Times
 from tests.support import ROOT
 
 
@@ -38,3 +40,10 @@ def check_layers(rows):
         assert row["launches"] == {"dense": 1, "pack": 2}[backend]  # zeroes, or packs and places
         assert row["plain"] > 0
         assert {"us", "p50"} < set(row)
+
+
+def test_what_a_layer_takes_above_torchs(monkeypatch):
+    times = Times(10, 11, 12), Times(15, 17, 19)
+    monkeypatch.setattr(host_layers, "compare", lambda *args: (1, *times))
+    for row in host_layers.measure(None, 1.0):
+        assert (row["plain"], row["us"], row["p50"]) == (10, 5, 6)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import neq
 from bench import optimizer_speed
 
 
@@ -27,8 +28,17 @@ def test_bench_of_the_optimizers(name, moved, tmp_path, monkeypatch, capsys):
         assert copies == pytest.approx(share * moved / 2)
     assert "of a copy's bandwidth" in capsys.readouterr().out
 
+    masks, set_active = [], neq.NEqLinear.set_active
+    monkeypatch.setattr(
+        neq.NeuronLayer,
+        "set_active",
+        lambda self, rows: set_active(self, rows) or masks.append(self.active_mask),
+    )
     optimizer_speed.main([*options, "--granule", "5", "--device", "cpu", "--json", str(file)])
     assert [row["granule"] for row in json.loads(file.read_text())["results"]] == [5, 5]
+    assert any(0 < mask.float().mean() < 1 for mask in masks)
+    for mask in masks:
+        assert all(len(granule.unique()) == 1 for granule in mask.split(5))
 
     interleave, timed = optimizer_speed.interleave, []
 

@@ -340,3 +340,12 @@ def test_the_planner_learns_of_granules(monkeypatch):
         }
         assert len(asked) >= 3  # two look-ups, and what was measured
         asked.clear()
+
+
+def test_granules_are_looked_for_where_the_layer_is(monkeypatch):
+    monkeypatch.setattr(neq_rows, "_is_gpu", lambda device: device.type == "meta")
+    layer = neq.NEqLinear(2, 64)
+    layer.set_active(range(16, 48))
+    assert layer.active.granule == 1
+    layer.to("meta")
+    assert layer.active.on(layer.weight.device).granule == 16

@@ -10,6 +10,7 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 import neq
+from neq.layers import active
 from neq.layers.active import ActiveSet
 from tests.support.layers import (
     ALL,
@@ -305,3 +306,13 @@ def test_graphs_that_the_compiler_captures_follow_the_mask():
             _, theirs = train(twin, twin, x)
             assert_same(mine, theirs)
         mask_randomly(model)
+
+
+def test_one_graph_serves_all_granules(monkeypatch):
+    monkeypatch.setattr(active, "_is_gpu", lambda device: True)
+    model = neq.convert(nn.Sequential(nn.Linear(6, 32)))
+    call, count = compiled(model)
+    for rows in (range(16), range(8), [1], range(4, 8)):
+        model[0].set_active(rows)
+        call(torch.randn(5, 6)).sum().backward()
+    assert count.frame_count == 1

@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import neq
 from neq.layers import autograd
-from neq_kernels import planner
+from neq_kernels import _torch, planner
+from tests.layers.test_paths import nodes_of
 
 pytestmark = pytest.mark.usefixtures("by_the_vendor")
 ACTIVE = [1, 3]
@@ -44,13 +45,32 @@ def test_a_linear_of_the_users_is_not_taken_for_torchs(monkeypatch):
     assert rows_with(layer.weight.grad) == ACTIVE
 
 
-@pytest.mark.parametrize("made", [lambda w: w * 1, lambda w: w.unbind()[0]])
-def test_weights_that_are_no_leaves(made):
-    layer, leaf = layer_of(), torch.randn(2, 64, 64, requires_grad=True)
-    weight = made(leaf).view(-1, 64, 64)[0]
-    y = layer._train_active(weight, None, torch.randn(3, 64))
-    (dw,) = torch.autograd.grad(y.sum(), weight)
-    assert rows_with(dw) == ACTIVE
+def test_weights_that_are_no_leaves():
+    """Of a node with several outputs, the one counts that is the weight."""
+    first, second = torch.randn(2, 64, 64, requires_grad=True).unbind()
+    for weight in (first, second):
+        y = layer_of()._train_active(weight, None, torch.randn(3, 64))
+        assert "MaskGradBackward" not in nodes_of(y)
+        (dw,) = torch.autograd.grad(y.sum(), weight)
+        assert rows_with(dw) == ACTIVE
+    other = F.linear(torch.randn(3, 64), first)
+    assert _torch.nodes_of_linear(other, first) is not None
+    assert _torch.nodes_of_linear(other, second) is None
+    assert _torch.nodes_of_linear(other, layer_of().weight) is None
+
+
+def test_a_weight_that_autocast_casts_has_the_plain_graph():
+    plain, layer, x = nn.Linear(64, 64), layer_of(), torch.randn(3, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert nodes_of(layer(x)) == nodes_of(plain(x.bfloat16()))
+
+
+def test_only_a_bias_that_trains():
+    layer = layer_of()
+    layer.weight.requires_grad_(False)
+    layer(torch.randn(3, 64)).sum().backward()
+    assert layer.weight.grad is None
+    assert layer.bias.grad.nonzero().flatten().tolist() == ACTIVE
 
 
 def test_passes_with_a_graph_of_their_own_add_one_hook():
@@ -91,11 +111,14 @@ def test_many_gradients_at_once(inputs, column_major):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_one_sample_runs_forward_once(bias):
+@pytest.mark.parametrize(
+    "x", [torch.randn(64), torch.randn(64, 3, 2).permute(1, 2, 0)], ids=["one sample", "gaps"]
+)
+def test_forward_runs_once(x, bias):
     layer = layer_of(bias=bias)
     with FlopCounterMode(display=False) as counter:
-        layer(torch.randn(64))
-    assert counter.get_total_flops() <= 2 * 64 * 64
+        layer(x)
+    assert counter.get_total_flops() <= 2 * x.numel() * 64
 
 
 @pytest.mark.parametrize("granule", [10**30, 64, np.int64(64)])

@@ -132,6 +132,21 @@ def test_cuda_insisted_on_without_nvcc(tmp_path):
     assert said.endswith(f"NEQ_CUDA=1, but nvcc is neither on the PATH nor in {tmp_path}/bin")
 
 
+@pytest.mark.parametrize(("wanted", "taken"), [("1", True), ("", False), ("0", False)])
+def test_an_nvcc_where_cuda_usually_is(wanted, taken, tmp_path, monkeypatch):
+    """What nothing names may be too old, so it serves only where CUDA is insisted on."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/nvcc").touch(0o755)
+    source = (ROOT / "setup.py").read_text().partition("\nif cxx() is None")[0]
+    names = {"__name__": "setup", "__file__": str(ROOT / "setup.py")}
+    exec(compile(source, "setup.py", "exec"), names)
+    names["USUAL_CUDA"] = str(tmp_path)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("NEQ_CUDA", wanted)
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    assert names["nvcc"]() == (str(tmp_path / "bin/nvcc") if taken else None)
+
+
 def test_cuda_insisted_on_without_a_compiler(tmp_path):
     said = refusal(tmp_path, "", NEQ_CUDA="1", CXX="")
     assert said.endswith("NEQ_CUDA=1, but there is no C++ compiler: put c++ on the PATH")

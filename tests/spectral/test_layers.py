@@ -259,3 +259,9 @@ def test_bad_input():
         neq.SpectralLinear(3, 2)(torch.randn(4, 1))
     with pytest.raises(ValueError, match=r"dimension -3 .* its 3 inputs, got shape \[1, 4, 4"):
         SpectralConv2d(3, 2, 2)(torch.randn(1, 4, 4))
+
+
+def test_granules_are_active_as_a_whole():
+    layer = neq.SpectralLinear(6, 8)
+    layer.set_active([0, 1, 4], granule=4)
+    assert layer.active_rows.tolist() == [0, 1, 2, 3]

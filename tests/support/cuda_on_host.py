@@ -52,8 +52,9 @@ def build(folder: Path):
 def _digest(command: list[str]) -> str:
     """Of the command, the compiler's version, and all that it can read of this project."""
     version = subprocess.run([command[0], "--version"], capture_output=True, check=True).stdout
-    sources = [SOURCE, *sorted(path for path in CSRC.rglob("*") if path.is_file())]
-    read = b"".join(path.read_bytes() for path in sources)
+    sources = [path for path in CSRC.rglob("*") if path.is_file()]
+    sources += SOURCE, *SOURCE.parent.glob("*.h")
+    read = b"".join(path.read_bytes() for path in sorted(sources))
     return blake2b(shlex.join(command).encode() + version + read, digest_size=8).hexdigest()
 
 

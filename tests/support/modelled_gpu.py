@@ -18,6 +18,7 @@ class ModelledGpu:
     def __init__(self, monkeypatch) -> None:
         self.cpu = self.gpu = 0.0  # where the CPU is, and when the GPU's queue is empty
         self.is_cold = True
+        self.slept = []  # for so many cycles each time
         gpu = self
 
         class Event:
@@ -33,10 +34,14 @@ class ModelledGpu:
         def synchronize():
             gpu.cpu = max(gpu.cpu, gpu.gpu)
 
+        def sleep(cycles):
+            gpu.slept.append(cycles)
+            gpu.launch(0, cycles / CYCLES)
+
         facts = SimpleNamespace(L2_cache_size=CACHE)
         for name, stub in {
             "Event": Event,
-            "_sleep": lambda cycles: gpu.launch(0, cycles / CYCLES),
+            "_sleep": sleep,
             "synchronize": synchronize,
             "device": nullcontext,
             "get_device_properties": lambda device: facts,

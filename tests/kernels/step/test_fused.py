@@ -15,6 +15,8 @@ import neq
 from neq_kernels import ops, reference
 from neq_kernels.step import fused as triton_step
 from neq_kernels.step import planner as row_step
+from neq_kernels.step.planner import choose as really_chosen
+from tests.kernels.step.test_planner import OnGpu
 from tests.support.interpreter import INTERPRETED, not_interpreted, on_devices
 from tests.support.layers import trained_elements
 from tests.support.steps import ADAMW_OPTIONS, SGD_OPTIONS, assert_lists_equal, lr, problem
@@ -233,6 +235,7 @@ def test_what_is_not_finite_stays_in_its_element(device):
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
 def test_layers_whose_neurons_lie_in_many_lines(device, name):
     """As torch has them by neq.optim: GPT-2's and transposed convolutions."""
+    row_step.choose.reset_mock()
     torch.manual_seed(1)
     mine = nn.ModuleList([Conv1D(37, 20), nn.ConvTranspose2d(5, 6, 3), nn.Linear(4, 5)]).to(device)
     dense = copy.deepcopy(mine)
@@ -257,7 +260,11 @@ def test_layers_whose_neurons_lie_in_many_lines(device, name):
         assert not torch.equal(p[active[p]], b[active[p]])
         assert torch.equal(p[~active[p]], b[~active[p]])
         torch.testing.assert_close(p[active[p]], q[active[p]])
-    assert row_step.choose.called
+    posed = row_step.choose.call_args_list
+    assert len(posed) >= 5  # one for each parameter
+    for call in posed:
+        on_a_gpu = (t.detach().as_subclass(OnGpu) for t in call.args)
+        assert really_chosen(*on_a_gpu) is triton_step
 
 
 def on_gpu(kind):

@@ -115,6 +115,7 @@ def test_packing_as_by_hand(bias, compact):
     assert len(kernels) == 2 + bias + (not compact)
     if not compact:
         assert kernels[-1].memory == 1.5 * 2 * 4096**2
+        assert kernels[-1].slots == 2 * 4096**2 / 512 * 100
         assert kernels[-1].time(CARDS["H200"])[1] == "memory"
     calls, tensors = 1 + (not compact), 1 + 2 * bias + 2 * (not compact)
     assert host == 6 + 2 * tensors + 4 * calls + 2.5 * len(kernels)

@@ -269,3 +269,12 @@ def test_sums_of_rows_in_64_bits(cuda):
         cuda.cuda_place_rows(**place_rows() | given)
     assert cuda.cuda_place_rows(**place_rows() | given | {"sums": torch.ones(4).double()})
     assert cuda.used() == [(0, 7)]
+
+
+def test_more_than_a_launch_counts_is_not_placed(cuda):
+    """The memory is reserved, and never touched."""
+    dw = torch.empty(2**15 + 1, 2**16, dtype=torch.bfloat16)
+    rows, order = torch.empty(1, 2**16, dtype=torch.bfloat16), torch.arange(len(dw))
+    given = place_rows() | {"rows": rows, "dw": dw, "order": order, "k": 1}
+    assert not cuda.cuda_place_rows(**given | {"db": None, "sums": None})
+    assert cuda.used() == []

@@ -85,3 +85,5 @@ def test_copies_neighbours_in_pieces(cuda_on_host, dtype):
         _, sums = packed_by(cuda_on_host, dy, rows)
         for strip, way in zip((slice(32), slice(32, 64)), strips, strict=True):
             assert torch.equal(sums[strip], summed_by(threads[way], dy[:, rows[strip]]))
+    _, sums = packed_by(cuda_on_host, dy, whole, left=1)  # to where no 16 bytes begin
+    assert torch.equal(sums, summed_by(threads["columns"], dy[:, whole]))

@@ -225,3 +225,16 @@ def test_on_a_gpu(given, dtype, like, dim):
     assert torch.equal(dw, expected)
     assert torch.equal(db[order[:k]], sums.to(dtype))
     assert not db[order[k:]].any()
+
+
+def test_rows_that_the_kernel_does_not_take_by_pack(on_a_gpu):
+    """Values of 32 bits for a weight in 16: it says so, and torch places them."""
+    dy, x = (integers((6, n), torch.float32, most=3) for n in (40, 24))
+    args = dy, x, torch.empty(40, 24).half(), ORDER
+    check(pack.linear_wgrad(*args, K, True), reference.linear_wgrad, args, True)
+
+
+def test_an_order_with_gaps_by_pack(on_a_gpu):
+    dy, x = (integers((6, n), torch.float32, most=3) for n in (40, 24))
+    args = dy, x, torch.empty(40, 24), torch.stack([ORDER, ORDER], 1)[:, 0]
+    check(pack.linear_wgrad(*args, K, True), reference.linear_wgrad, args, True)

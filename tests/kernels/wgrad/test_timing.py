@@ -105,6 +105,39 @@ def test_a_convolution_is_timed_as_a_layers_whole_backward(bias):
     assert asked == {"dense": [joint], "pack": [dgrad, wgrad]}
 
 
+@pytest.mark.parametrize("case", [LINEAR, CONV], ids=lambda case: case.op)
+def test_a_weight_is_timed_in_the_dtype_of_the_input(case, monkeypatch):
+    """As autocast's layer has it; db leaves in the weight's own."""
+    problem, (dy, x, *rest) = on_gpu(case)
+    args = dy.bfloat16(), x.bfloat16(), *rest
+    seen = []
+    monkeypatch.setattr(timing, "zero_frozen_", lambda *args: seen.append(args))
+    for run in timing.contenders(problem, {"dense": dense}, *args).values():
+        run()  # torch multiplies no two dtypes
+    for dw, *_, db in seen:
+        assert dw.dtype == db.dtype == torch.float32
+
+
+def test_the_first_call_does_not_count(gpu):
+    """It compiles."""
+    first = iter([(1.0, 100.0)])
+    problem, args = on_gpu(LINEAR)
+    backends = {
+        "dense": SimpleNamespace(linear_wgrad=lambda *args: gpu.kernel(0.001, 0.06)),
+        "other": SimpleNamespace(
+            linear_wgrad=lambda *args: gpu.kernel(*next(first, (0.001, 0.03)))
+        ),
+    }
+    with Emptied(gpu):
+        assert timing.fastest(problem, backends, 0.05, *args) == "other"
+
+
+def test_a_gpu_waits_until_all_calls_are_queued(gpu):
+    problem, (_, x, *_) = on_gpu(LINEAR)
+    timing._one_round(problem, x)([lambda: gpu.kernel(0.001, 0.1)] * 3)
+    assert gpu.slept == [3 * timing.BACKLOG]
+
+
 def test_the_joint_backward_zeroes_frozen_rows(monkeypatch):
     problem, args = on_gpu(CONV)
     seen = []

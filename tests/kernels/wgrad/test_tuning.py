@@ -77,6 +77,12 @@ def test_what_was_measured_for_finer_granules_holds_for_coarser_ones(backends):
         assert choose_in(16) is None  # it has to be timed for itself
 
 
+def test_a_shipped_choice_holds_for_coarser_granules(backends):
+    backends(dense=(1.0, 1), one=(0.9, 1), two=(0.1, 1))
+    ship(LINEAR, "one")
+    assert choose_in(16) == "one"
+
+
 def test_granules_are_part_of_a_choice():
     plain = planner.problem_of(torch.ones(4, 8), torch.ones(32, 8), 32, 16, False, None)
     granular = replace(plain, granule=8)
