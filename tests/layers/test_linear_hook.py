@@ -45,6 +45,15 @@ def test_a_linear_of_the_users_is_not_taken_for_torchs(monkeypatch):
     assert rows_with(layer.weight.grad) == ACTIVE
 
 
+def test_a_linear_of_the_users_that_trains_no_weight(monkeypatch):
+    own = F.linear
+    monkeypatch.setattr(F, "linear", lambda x, w, b: own(x, w.detach(), b))
+    layer = layer_of()
+    layer(torch.randn(3, 64)).sum().backward()
+    assert layer.weight.grad is None
+    assert layer.bias.grad.nonzero().flatten().tolist() == ACTIVE
+
+
 def test_weights_that_are_no_leaves():
     """Of a node with several outputs, the one counts that is the weight."""
     first, second = torch.randn(2, 64, 64, requires_grad=True).unbind()
