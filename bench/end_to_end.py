@@ -31,12 +31,15 @@ and for a share of the dense step's time (--budget):
 
     budget     what neq.Budget(unit="step_ms") freezes to have such a step
 
-bench/lib/step_contenders.py, compact_contenders.py and prefix_contenders.py define them. Each
-contender runs in its fastest layout. A step is forward, backward and the optimizer's update; the
-update is also timed apart. Peak memory is that of the tensors which a step takes beyond parameters,
-batch and the optimizer's state. Two ceilings say how many times faster a step could be without a
-prefix: one by the FLOPs of the network's layers, the other, 3 / (2 + f), as if weight gradients
-were a third of the step.
+With --granule 16, aligned granules of 16 neurons are active or frozen as one, in layers that have
+whole ones.
+
+bench/lib/step_contenders.py, compact_contenders.py and prefix_contenders.py define the contenders.
+Each runs in its fastest layout. A step is forward, backward and the optimizer's update; the update
+is also timed apart. Peak memory is that of the tensors which a step takes beyond parameters, batch
+and the optimizer's state. Two ceilings say how many times faster a step could be without a prefix:
+one by the FLOPs of the network's layers, the other, 3 / (2 + f), as if weight gradients were a
+third of the step.
 
 The loss and the gradients of each step are first compared with the dense step's, those of a prefix
 with the step by hand, where norms are in eval mode too. If they differ, the step is named instead
@@ -137,8 +140,9 @@ def measure(
     torch.manual_seed(0)
     with device:
         model = network.build().train()
+    options = {"granule": given.granule, "graphs": given.graphs}
     benches = [
-        Bench(name, network, model, layout, samples, device, dtype, graphs=given.graphs)
+        Bench(name, network, model, layout, samples, device, dtype, **options)
         for layout in network.layouts
     ]
     shares = Shares.of(benches[0])
@@ -196,6 +200,7 @@ def checked(
             "contender": entry.name,
             "active": entry.active,
             "requested": entry.requested,
+            "granule": given.granule,
             "dtype": given.dtype,
             "layout": entry.layout,
             "mode": given.mode,
@@ -335,6 +340,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     cli.add_device(parser)
     add("--dtype", choices=DTYPES, help="of autocast (default: bfloat16 on a GPU, else float32)")
     cli.add_active(parser, ".75,.5,.25,.1,0")
+    cli.add_granule(parser)
     cli.add_only(parser, "resnet50 or swin")
     add("--prefix", type=cli.share, default=0.5, metavar="S", help="share of the blocks frozen")
     add(

@@ -192,6 +192,7 @@ def parts(out: Path) -> Iterator[Part]:
     yield speed(GRANULAR, 60, "granules", "--layout", "channels_last", "--granule", 16)
     for network, limit in STEPS.items():
         yield steps(network, limit)
+    yield steps("llama-1b", STEPS["llama-1b"], "--granule", "16")
     yield benchmark("optimizer_speed", "optimizer_speed", 30, "--active", ".5,.1", "--seconds", 0.5)
     flags = "--epochs", 3, "--steps", 5, "--seconds", 0.25
     yield benchmark("probe", "probe", 40, *flags)

@@ -6,7 +6,8 @@
 
 The parameters are those of ResNet-50, ViT-B/16 and GPT-2's layers, of which the last are
 column-major. Their gradients are random. A fraction f of each layer's neurons is active: random
-ones, or random aligned groups of --granule. These are timed in turns, on the same parameters:
+ones, or random aligned groups of --granule in layers that have whole ones. These are timed in
+turns, on the same parameters:
 
     default    torch's optimizer without flags
     foreach    torch's with foreach=True
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
@@ -36,7 +37,7 @@ from bench.lib import cli, optimizers, results
 from bench.lib.environment import environment
 from bench.lib.results import Result
 from bench.lib.timing import interleave
-from neq_kernels.shapes import ceil_div
+from bench.lib.wgrad_contenders import active_count, granule_in, random_mask
 
 FLAGS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -150,8 +151,10 @@ def measure(
     calls["copy"] = lambda turn: target.copy_(source)
 
     for fraction in fractions:
-        for layer in model:
-            layer.set_active(chosen(layer.n_neurons, fraction, granule))
+        for seed, layer in enumerate(model):
+            own = granule_in(layer.n_neurons, granule)
+            k = active_count(fraction, layer.n_neurons, own)
+            layer.set_active(random_mask(layer.n_neurons, k, own, seed))
         times = interleave(calls, device, seconds, backlog=BACKLOG)
         fused, mine = times["fused"].p50, times["neq"].p50
         active = sum(
@@ -171,13 +174,6 @@ def measure(
             "of_copy": moved * times["copy"].p50 / mine,
             "realised": (fused - mine) / ((1 - fraction) * fused) if fraction < 1 else None,
         }
-
-
-def chosen(neurons: int, fraction: float, granule: int) -> Tensor:
-    """A mask [neurons] of random granules."""
-    granules = ceil_div(neurons, granule)
-    mask = torch.randperm(granules) < round(fraction * granules)
-    return mask.repeat_interleave(granule)[:neurons]
 
 
 def table(found: list[Result]) -> Table:

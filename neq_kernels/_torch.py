@@ -13,8 +13,6 @@ from torch._compile import _disable_dynamo
 from torch.autograd import forward_ad
 from torch.utils import _pytree
 
-# Is a function transform (torch.func) active?
-transforms_active = torch._C._are_functorch_transforms_active
 # How many modes of torch.utils._python_dispatch are on?
 dispatch_modes = torch._C._len_torch_dispatch_stack
 profiler_enabled = torch._C._autograd._profiler_enabled
@@ -55,6 +53,11 @@ def compiler_loaded() -> bool:
 def forward_ad_active() -> bool:
     """Is forward-mode differentiation active: inside ``forward_ad.dual_level()``?"""
     return forward_ad._current_level >= 0
+
+
+def beyond_backward() -> bool:
+    """Is a function transform (``torch.func``) or forward-mode differentiation active?"""
+    return torch._C._are_functorch_transforms_active() or forward_ad_active()
 
 
 def dispatch_keys(t: Tensor) -> int:

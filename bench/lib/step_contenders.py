@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import neq
 from bench.lib import naive_gather, optimizers
 from bench.lib.networks import Network
-from bench.lib.wgrad_contenders import WrongResultError, active_count
+from bench.lib.wgrad_contenders import WrongResultError, active_count, granule_in, random_mask
 from neq import Account, NeuronLayer
 from neq.layers.active import ActiveSet
 from neq.layers.embedding import NEqEmbedding
@@ -56,11 +56,13 @@ class Bench:
         device: torch.device,
         dtype: torch.dtype,
         *,
+        granule: int = 1,  # neighbours that are active together
         graphs: bool = False,
     ) -> None:
         contiguous = torch.contiguous_format
         of_images = torch.channels_last if layout == "channels_last" else contiguous
         self.name, self.layout, self.device, self.dtype = name, layout, device, dtype
+        self.granule = granule
         self.plain = deepcopy(model).to(device, memory_format=of_images)
         tensors = {id(t): t for t in (*self.plain.parameters(), *self.plain.buffers())}
         self.converted = self.convert(deepcopy(self.plain, tensors))
@@ -132,14 +134,12 @@ class Step:
         frozen = _whole_layers(wgrads, 1 - active) if name == "layers" else ()
         for seed, (layer, module) in enumerate(bench.layers.items()):
             n = module.n_neurons
-            k = n * (layer not in frozen) if name == "layers" else active_count(active, n)
+            granule = granule_in(n, bench.granule)
+            k = n * (layer not in frozen) if name == "layers" else active_count(active, n, granule)
             if name == "none" and has_statistics(module):
-                k = 1
-            order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+                k = granule = 1
             self.active_sets[layer] = ActiveSet(n, bench.device)
-            self.active_sets[layer].set(
-                torch.zeros(n, dtype=torch.bool).index_fill_(0, order[:k], 1)
-            )
+            self.active_sets[layer].set(random_mask(n, k, granule, seed))
         self.model = bench.converted if name in BY_ROWS else bench.plain
         self._optimizer = bench.row_optimizer if name in BY_ROWS else bench.optimizer
         self._graphs: list[torch.cuda.CUDAGraph] = []
@@ -326,12 +326,13 @@ class Backends(TorchDispatchMode):
         self.layers = sum(some)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        options = kwargs or {}
+        result = func(*args, **options)
         if func in (ops.linear_wgrad, ops.conv_wgrad):
             _, x, weight, order, count, bias, *geometry = args
             conv = Conv.of(*geometry) if geometry else None
             sizes = len(order), int(count), bias
-            self.asked[str(planner.choose(x, weight, *sizes, conv))] += 1
+            self.asked[str(planner.choose(x, weight, *sizes, conv, **options))] += 1
         return result
 
     def __str__(self) -> str:

@@ -43,8 +43,10 @@ def show(results: Sequence[Result], facts: Facts) -> None:
 
 
 def title(result: Result) -> str:
-    """The network, and the mode in which it runs unless that is the usual one."""
-    return result["network"] + ("" if result["mode"] == "eager" else f", {result['mode']}")
+    """The network, and the mode in which it runs and the granules unless these are the usual."""
+    granule = result.get("granule", 1)  # older files have none
+    mode = "" if result["mode"] == "eager" else f", {result['mode']}"
+    return result["network"] + mode + ("" if granule == 1 else f", granules of {granule}")
 
 
 def table(results: Sequence[Result]) -> Table:

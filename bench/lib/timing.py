@@ -5,17 +5,16 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from itertools import chain
+from itertools import chain, count
 from statistics import median, quantiles
 from typing import NamedTuple, TypeVar
 
 import torch
 
-from neq_kernels.device.clock import BACKLOG, on_gpu
+from neq_kernels.device.clock import BACKLOG, Clock, on_cpu, on_gpu
 
 Key = TypeVar("Key")
 Call = Callable[[int], object]  # takes the number of its turn
-Clock = Callable[[], float]
 
 FEWEST, MOST = 5, 200  # rounds
 MMAP_MAX, TRIM_THRESHOLD = -4, -1  # of glibc's mallopt
@@ -68,11 +67,12 @@ def each_round(
     together: so many calls, counted from the first, keep their order and move as one.
     """
     if device.type == "cuda":
-        one_round = partial(_round_on_gpu, device, backlog)
+        time_all = partial(on_gpu, device=device, backlog=backlog)
     else:
         keep_freed()
-        one_round = partial(_round_on_cpu, clock)
-    one_round(list(calls.values()), 0)  # warm-up
+        time_all = partial(on_cpu, clock=clock)
+    turns = count()
+    time_all([partial(call, next(turns)) for call in calls.values()])  # warm-up
     keys, shuffle = [*calls], random.Random(0).shuffle
     groups = [keys[i : i + together] for i in range(0, len(keys), together)]
     taken: dict[Key, list[float]] = {key: [] for key in calls}
@@ -81,25 +81,10 @@ def each_round(
         done += 1
         shuffle(groups)
         queue = [*chain.from_iterable(groups)]
-        spans = one_round([calls[key] for key in queue], done * len(queue))
+        spans = time_all([partial(calls[key], next(turns)) for key in queue])
         for key, span in zip(queue, spans, strict=True):
-            taken[key].append(span)
+            taken[key].append(span.computing)
         yield taken
-
-
-def _round_on_cpu(clock: Clock, calls: list[Call], turn: int) -> list[float]:
-    times = []
-    for call in calls:
-        start = clock()
-        call(turn)
-        times.append(1e3 * (clock() - start))
-        turn += 1
-    return times
-
-
-def _round_on_gpu(device: torch.device, backlog: int, calls: list[Call], turn: int) -> list[float]:
-    queue = [partial(call, turn + i) for i, call in enumerate(calls)]
-    return [span.computing for span in on_gpu(queue, device, backlog)]
 
 
 def keep_freed() -> None:

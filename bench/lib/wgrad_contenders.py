@@ -35,6 +35,13 @@ def active_count(fraction: float, neurons: int, granule: int = 1) -> int:
     return max(round(fraction * neurons / granule), 1) * granule if fraction else 0
 
 
+def random_mask(neurons: int, k: int, granule: int, seed: int) -> Tensor:
+    """A bool mask [neurons] of ``k`` random neurons, in aligned granules."""
+    random = torch.randperm(neurons // granule, generator=torch.Generator().manual_seed(seed))
+    chosen = torch.isin(torch.arange(neurons // granule), random[: k // granule])
+    return chosen.repeat_interleave(granule)
+
+
 @dataclass(frozen=True)
 class Active:
     """The active neurons, in every form that a contender needs."""
@@ -47,12 +54,9 @@ class Active:
     @classmethod
     def random(cls, k: int, weight: Tensor, granule: int = 1) -> "Active":
         """``k`` random neurons of the weight, in aligned granules."""
-        neurons, some = len(weight), k // granule
-        random = torch.randperm(neurons // granule, generator=torch.Generator().manual_seed(k))
-        first = torch.cat([random[:some].sort().values, random[some:].sort().values]) * granule
-        order = (first[:, None] + torch.arange(granule)).flatten().to(weight.device)
-        mask = weight.new_zeros(neurons).index_fill_(0, order[:k], 1)
-        return cls(k, order, mask, granule)
+        chosen = random_mask(len(weight), k, granule, seed=k)
+        order = torch.argsort(chosen, descending=True, stable=True)
+        return cls(k, order.to(weight.device), chosen.to(weight), granule)
 
     @property
     def rows(self) -> Tensor:

@@ -155,9 +155,9 @@ class RowGrad(torch.autograd.Function):
         else:  # the same through the operators, which check their arguments
             args = (dy, x, ctx.weight, ctx.order, ctx.count, with_bias)
             if ctx.conv is None:
-                dw, db = ops.linear_wgrad(*args)
+                dw, db = ops.linear_wgrad(*args, granule=ctx.granule)
             else:
-                dw, db = ops.conv_wgrad(*args, *ctx.conv)
+                dw, db = ops.conv_wgrad(*args, *ctx.conv, granule=ctx.granule)
         return dy, None, dw, db if with_bias else None, None, None, None, None, None, None
 
 

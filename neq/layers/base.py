@@ -222,7 +222,7 @@ class NeuronLayer(CompactForm):
         """
         active, compact = self.active, self.leaves is not None
         compiling = torch.compiler.is_compiling()
-        records = torch.is_grad_enabled() or _beyond_backward()
+        records = torch.is_grad_enabled() or _torch.beyond_backward()
         if compiling:
             # A graph that depended on this layer's own mask would be recompiled at each change.
             # Only that of a norm in a frozen prefix, which is in eval mode, depends on it.
@@ -244,7 +244,7 @@ class NeuronLayer(CompactForm):
             # off the graph: where nothing below trains either, backward does not visit the layer
             out = self._none_active(weight.detach(), detach(bias), *args, **kwargs)
             trains = any(p is not None and p.requires_grad for p in trained)
-            if not (records and trains and in_process_group()) or _beyond_backward():
+            if not (records and trains and in_process_group()) or _torch.beyond_backward():
                 return out
             return self._report_zeros(out, *trained)  # DDP waits for every parameter
         divided = sharding.is_dtensor(trained[0])  # tensor parallelism; fully_shard gives it whole
@@ -255,11 +255,12 @@ class NeuronLayer(CompactForm):
                 "set_active(None)"
             )
         y = None
-        if not (divided or weight.is_complex() or _beyond_backward()) and trained[0].requires_grad:
+        plain = not (divided or weight.is_complex() or _torch.beyond_backward())
+        if plain and trained[0].requires_grad:
             y = self._train_active(weight, bias, *args, **kwargs)
         if y is None:
             y = self._element_wise(*args, **kwargs)
-        if compact and y.requires_grad and not (compiling or _beyond_backward()):
+        if compact and y.requires_grad and not (compiling or _torch.beyond_backward()):
             self.refuse_other_rows(y)
         return y
 
@@ -297,7 +298,7 @@ class NeuronLayer(CompactForm):
 
     def _through_others(self, *args: Any, **kwargs: Any) -> Tensor:
         """The forward with leaves that are not the layer's own."""
-        if not _beyond_backward():
+        if not _torch.beyond_backward():
             self.check_leaves()
         self.active.on(self.weight.device)
         return self._element_wise(*args, **kwargs)
@@ -343,7 +344,7 @@ def shaped_like(p: Tensor, mask: Tensor) -> Tensor:
 
 def _freeze(p: Tensor, active: Tensor) -> Tensor:
     """``p`` with its frozen elements detached; the bool mask ``active`` broadcasts to it."""
-    if not (p.requires_grad or _beyond_backward()):
+    if not (p.requires_grad or _torch.beyond_backward()):
         return p
     return torch.where(sharding.beside(p, active), p, p.detach())
 
@@ -362,9 +363,4 @@ def autocast(x: Tensor) -> Tensor:
 
 def hooks_forbidden() -> bool:
     """Are hooks on saved tensors forbidden here?"""
-    return _torch.saved_tensors_hooks_forbidden() or _beyond_backward()
-
-
-def _beyond_backward() -> bool:
-    """Is a function transform or forward-mode differentiation under way?"""
-    return _torch.transforms_active() or _torch.forward_ad_active()
+    return _torch.saved_tensors_hooks_forbidden() or _torch.beyond_backward()

@@ -164,8 +164,7 @@ class Spectral(nn.Module):
 
     def _by_tiles(self, x: Tensor, weight: Tensor, lambda_in: Tensor, phi: Tensor) -> Tensor | None:
         """None where the products are the better way, or the only one."""
-        beyond_backward = _torch.transforms_active() or _torch.forward_ad_active()
-        if beyond_backward or x.layout is not torch.strided or x.is_nested:
+        if _torch.beyond_backward() or x.layout is not torch.strided or x.is_nested:
             return None
         return self._tiled(autocast(x), weight, lambda_in, phi)
 

@@ -13,19 +13,14 @@ def may_bypass_dispatcher(*tensors: Tensor) -> bool:
     and checks of what is right by construction. Not to be asked under a compiler.
     """
     return (
-        not _torch.dispatch_modes()
-        and not _torch.profiler_enabled()
-        and all(map(is_mere_memory, tensors))
+        not _torch.dispatch_modes() and not _torch.profiler_enabled() and are_mere_memory(*tensors)
     )
 
 
-def is_mere_memory(t: Tensor) -> bool:
-    """Is there no more to a tensor than its values in memory: no tangent, no batch, no subclass?"""
-    return (
-        not _torch.transforms_active()  # first: a transform wraps the tensor compared below
-        and not _torch.forward_ad_active()
-        and _is_ordinary(t)
-    )
+def are_mere_memory(*tensors: Tensor) -> bool:
+    """Is there no more to tensors than values in memory: no tangents, no batches, no subclasses?"""
+    # first: a transform wraps the tensors compared after it
+    return not _torch.beyond_backward() and all(map(_is_ordinary, tensors))
 
 
 _ordinary: set[int] = set()  # dispatch keys of plain tensors on the devices met

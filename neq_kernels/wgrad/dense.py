@@ -11,7 +11,7 @@ from torch import Tensor
 
 from neq_kernels import _torch
 from neq_kernels.device import extension
-from neq_kernels.device.bypass import is_mere_memory, may_bypass_dispatcher
+from neq_kernels.device.bypass import are_mere_memory, may_bypass_dispatcher
 from neq_kernels.shapes import as_matrix
 from neq_kernels.wgrad.geometry import Conv, full_shape, is_compact
 from neq_kernels.wgrad.problem import Problem
@@ -174,7 +174,7 @@ def _zeroed_in_memory(dw: Tensor, frozen: Tensor, dim: int) -> bool:
 
 def _has_bits(dw: Tensor) -> bool:
     """May its values be looked at as integers?"""
-    return not dw.requires_grad and (torch.compiler.is_compiling() or is_mere_memory(dw))
+    return not dw.requires_grad and (torch.compiler.is_compiling() or are_mere_memory(dw))
 
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an element

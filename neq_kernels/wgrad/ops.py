@@ -73,14 +73,21 @@ def _nothing(weight: Tensor, rows: int, bias: bool) -> tuple[Tensor, Tensor]:
 
 
 def _linear_wgrad(
-    dy: Tensor, x: Tensor, weight: Tensor, order: Tensor, count: Tensor, bias: bool
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    order: Tensor,
+    count: Tensor,
+    bias: bool,
+    *,
+    granule: int = 1,
 ) -> tuple[Tensor, Tensor]:
     _check_linear(dy, x, weight, order, count)
     k = int(count)
     if k == 0:
         return _nothing(weight, len(weight), bias)
     _check_active(k, len(weight))
-    return planner.linear_wgrad(dy, x, weight, order, k, bias)
+    return planner.linear_wgrad(dy, x, weight, order, k, bias, granule=granule)
 
 
 def _conv_wgrad(
@@ -91,6 +98,7 @@ def _conv_wgrad(
     count: Tensor,
     bias: bool,
     *geometry: Any,
+    granule: int = 1,
 ) -> tuple[Tensor, Tensor]:
     conv = Conv.of(*geometry)
     _check_conv(dy, x, weight, order, count, conv)
@@ -98,11 +106,18 @@ def _conv_wgrad(
     if k == 0:
         return _nothing(weight, conv.channels(weight)[0], bias)
     _check_active(k, conv.channels(weight)[0])
-    return planner.conv_wgrad(dy, x, weight, order, k, bias, conv)
+    return planner.conv_wgrad(dy, x, weight, order, k, bias, conv, granule=granule)
 
 
 def _fake_linear_wgrad(
-    dy: Tensor, x: Tensor, weight: Tensor, order: Tensor, count: Tensor, bias: bool
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    order: Tensor,
+    count: Tensor,
+    bias: bool,
+    *,
+    granule: int = 1,
 ) -> tuple[Tensor, Tensor]:
     _check_linear(dy, x, weight, order, count)
     return torch.empty_like(weight), weight.new_empty(len(weight) if bias else 0)
@@ -116,6 +131,7 @@ def _fake_conv_wgrad(
     count: Tensor,
     bias: bool,
     *geometry: Any,
+    granule: int = 1,
 ) -> tuple[Tensor, Tensor]:
     conv = Conv.of(*geometry)
     _check_conv(dy, x, weight, order, count, conv)
@@ -123,8 +139,8 @@ def _fake_conv_wgrad(
 
 
 linear_wgrad = define(
-    "linear_wgrad(Tensor dy, Tensor x, Tensor weight, Tensor order, Tensor count, bool bias)"
-    " -> (Tensor, Tensor)",
+    "linear_wgrad(Tensor dy, Tensor x, Tensor weight, Tensor order, Tensor count, bool bias,"
+    " *, int granule=1) -> (Tensor, Tensor)",
     _linear_wgrad,
     _fake_linear_wgrad,
     reference.linear_wgrad,
@@ -132,7 +148,7 @@ linear_wgrad = define(
 conv_wgrad = define(
     "conv_wgrad(Tensor dy, Tensor x, Tensor weight, Tensor order, Tensor count, bool bias,"
     " int[] stride, int[] padding, int[] dilation, bool transposed, int[] output_padding,"
-    " int groups) -> (Tensor, Tensor)",
+    " int groups, *, int granule=1) -> (Tensor, Tensor)",
     _conv_wgrad,
     _fake_conv_wgrad,
     reference.conv_wgrad,

@@ -29,7 +29,14 @@ def active_mask(order: Tensor, count: Tensor) -> Tensor:
 
 
 def linear_wgrad(
-    dy: Tensor, x: Tensor, weight: Tensor, order: Tensor, count: Tensor, bias: bool
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    order: Tensor,
+    count: Tensor,
+    bias: bool,
+    *,
+    granule: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """dW = dYᵀ X and db = Σ dY of a linear layer. Frozen rows are exactly zero.
 
@@ -41,6 +48,8 @@ def linear_wgrad(
         order: int64 [n]: a permutation of the neurons, the active ones first.
         count: int64 [], on the CPU: how many neurons are active.
         bias: Is db wanted?
+        granule: The active neurons come in whole aligned granules of so many, a power of two. A
+            backend is chosen by it; the gradients do not depend on it.
 
     Returns:
         dW in the dtype, shape and strides of ``weight``, and db with an entry for each of its
@@ -78,6 +87,8 @@ def conv_wgrad(
     transposed: bool,
     output_padding: list[int],
     groups: int,
+    *,
+    granule: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """dW and db of ``torch.convolution`` for a given dY. Frozen rows are exactly zero.
 
@@ -96,6 +107,7 @@ def conv_wgrad(
         transposed: Is it a transposed convolution?
         output_padding: As in torch; zeros unless it is transposed.
         groups: As in torch.
+        granule: As for ``linear_wgrad``.
 
     Returns:
         dW in the dtype, shape and strides of ``weight``, and db with an entry for each of its

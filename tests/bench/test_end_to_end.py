@@ -26,7 +26,7 @@ TIMED = {f"{part}_{p}" for part in ("step", "gradients", "update") for p in ("p2
 FACTS = {
     *("network", "samples", "parameters", "contender", "active", "dtype", "layout", "mode"),
     *("optimizer", "wrong", "backends", "peak_mib", "ratio", "realised", "realised_gradients"),
-    *("ceiling", "ceiling_of_thirds", "requested"),
+    *("ceiling", "ceiling_of_thirds", "requested", "granule"),
 }
 
 
@@ -123,6 +123,12 @@ def test_bfloat16(results):
     assert {row["dtype"] for row in results("--dtype", "bfloat16", "--active", ".5")} == {
         "bfloat16"
     }
+
+
+def test_granule(results, capsys):
+    rows = results("--granule", "4", "--active", ".5", "--only", "images")
+    assert {row["granule"] for row in rows} == {4}
+    assert "images, granules of 4 x 4" in capsys.readouterr().out
 
 
 def test_compile(results, monkeypatch):

@@ -276,7 +276,9 @@ def test_parts_are_commands_that_exist(tmp_path):
             modes = {"--compile", "--graphs"} & {*steps}
             steps = [argument for argument in steps if argument != "--graphs"]
             with mock.patch.object(end_to_end, "networks", return_value=NETWORKS):
-                stepped += ((name, *modes) for name in end_to_end.parse(steps).networks)
+                given = end_to_end.parse(steps)
+            modes |= {f"granules of {given.granule}"} if given.granule > 1 else set()
+            stepped += ((name, *modes) for name in given.networks)
         elif part.name.startswith("speed"):
             speed = [argument.replace("cuda", "cpu") for argument in part.command[2:]]
             timed += [problem.name for problem in backward_speed.parse(speed).problems]
@@ -291,6 +293,7 @@ def test_parts_are_commands_that_exist(tmp_path):
     assert len(granular[0].problems) > 10
     assert stepped[:4] == [(name,) for name in gpu_check.STEPS]
     assert stepped[4:] == [
+        ("llama-1b", "granules of 16"),
         ("resnet50", "--graphs"),
         ("gpt2", "--compile"),
         ("resnet50", "--compile"),

@@ -55,13 +55,6 @@ def test_bench_of_the_optimizers(name, moved, tmp_path, monkeypatch, capsys):
     assert row["active"] == 1
 
 
-def test_granules_are_active_as_a_whole():
-    mask = optimizer_speed.chosen(40, 0.5, 16)
-    first, second, rest = mask.split(16)
-    assert all(part.all() or not part.any() for part in (first, second, rest))
-    assert optimizer_speed.chosen(40, 0.5, 1).sum() == 20
-
-
 def test_gpt2s_weights_are_column_major():
     with torch.device("meta"):
         layers = [*optimizer_speed.gpt2()]

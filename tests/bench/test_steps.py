@@ -69,6 +69,19 @@ def test_what_a_step_computes(bench, name, active, wanted):
         assert (grad is None) == (chosen.k == 0)
 
 
+def test_granules_are_active_as_a_whole(bench):
+    bench.granule = 8
+    one = step(bench, "neq", 0.5)
+    for chosen in one.active_sets.values():
+        granules = chosen.mask.view(-1, 8)
+        assert (granules.any(1) == granules.all(1)).all()
+        assert chosen.k == 8  # of 8 or 16: at least one granule is active
+    bench.granule = 5  # of which no layer has whole ones
+    assert all(
+        chosen.k == chosen.neurons / 2 for chosen in step(bench, "neq", 0.5).active_sets.values()
+    )
+
+
 def compact(bench, *shares):
     return compact_contenders.steps(bench, shares, Shares.of(bench).wgrads)
 

@@ -11,6 +11,7 @@ from torch import nn
 import neq
 from neq.layers import active as neq_rows
 from neq_kernels.wgrad import planner
+from tests.support.layers import Operators
 
 each = pytest.mark.parametrize
 NEURONS = 8
@@ -340,6 +341,24 @@ def test_the_planner_learns_of_granules(monkeypatch):
         }
         assert len(asked) >= 3  # two look-ups, and what was measured
         asked.clear()
+
+
+@pytest.mark.usefixtures("fresh_planner")
+@each("layer", [neq.NEqLinear(6, 32), neq.NEqConv2d(6, 32, 1)])
+def test_what_watches_operators_changes_no_choice(monkeypatch, layer):
+    """A profiler shows the kernels that run without it."""
+    monkeypatch.setattr(neq_rows, "_is_gpu", lambda device: True)
+    x = torch.randn(2, 6, 5, 6).contiguous(memory_format=torch.channels_last)
+    layer.set_active(range(16))
+    with mock.patch.object(planner, "choose", return_value="pack") as choose:
+        y = layer(x)
+        choose.reset_mock()
+        with Operators() as seen:
+            y.sum().backward()
+    (name,) = seen.of_neq
+    assert name == f"neq::{'linear' if isinstance(layer, nn.Linear) else 'conv'}_wgrad"
+    *_, granule = choose.call_args.args
+    assert granule == 16
 
 
 def test_granules_are_looked_for_where_the_layer_is(monkeypatch):
