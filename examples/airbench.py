@@ -57,7 +57,9 @@ def run_all(
 def _each(
     runs: list[Settings], where: Where, data: Path | None, cache: Path | None, jobs: int
 ) -> Iterator[tuple[Settings, float]]:
-    todo = [(settings, where, data, cache, i % jobs) for i, settings in enumerate(runs)]
+    # with more threads than cores, runs side by side would wait for each other
+    share = max(1, torch.get_num_threads() // jobs)
+    todo = [(settings, where, data, cache, share, i % jobs) for i, settings in enumerate(runs)]
     if jobs == 1:
         yield from map(_one, todo)
         return
@@ -72,8 +74,11 @@ def _each(
             raise
 
 
-def _one(todo: tuple[Settings, Where, Path | None, Path | None, int]) -> tuple[Settings, float]:
-    settings, where, path, cache, position = todo
+def _one(
+    todo: tuple[Settings, Where, Path | None, Path | None, int, int],
+) -> tuple[Settings, float]:
+    settings, where, path, cache, threads, position = todo
+    torch.set_num_threads(threads)
     if where.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
     result = Run(settings, load(path, cache=cache), where).go(position)
@@ -155,7 +160,13 @@ def new_parser() -> argparse.ArgumentParser:
     add("--data", type=Path, metavar="FOLDER", help="see examples/cifar_data.py")
     add("--cache", type=Path, metavar="FOLDER", help="keeps the images decoded")
     add("--output", type=Path, default=Path("runs/airbench"), metavar="FOLDER")
-    add("--jobs", type=cli.whole, default=1, metavar="N", help="runs side by side")
+    add(
+        "--jobs",
+        type=cli.whole,
+        default=1,
+        metavar="N",
+        help="runs side by side, which share the threads",
+    )
     cli.add_device(parser)
     add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 (default: on a GPU)")
     return parser

@@ -61,7 +61,13 @@ def new_parser() -> argparse.ArgumentParser:
     add("--data", type=Path, metavar="FOLDER", help="see examples/cifar_data.py")
     add("--cache", type=Path, metavar="FOLDER", help="keeps the images decoded")
     add("--output", type=Path, default=Path("runs/pays"), metavar="FOLDER")
-    add("--jobs", type=cli.whole, default=1, metavar="N", help="runs side by side")
+    add(
+        "--jobs",
+        type=cli.whole,
+        default=1,
+        metavar="N",
+        help="runs side by side, which share the threads",
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--table", action="store_true", help="make no runs")
     what.add_argument("--time", type=cli.positive, metavar="SECONDS", help="of timing steps")

@@ -1,6 +1,7 @@
 """examples/airbench.py: what a run is, that it resumes, and what is frozen in it."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -50,12 +51,14 @@ def test_as_a_user_runs_it(tmp_path):
     )
     command = [*command.split(), *"--seeds 0 1 --jobs 2 --curve --output".split(), tmp_path]
     run = {"cwd": ROOT, "capture_output": True, "text": True, "check": True}
+    run["env"] = {**os.environ, "OMP_NUM_THREADS": "2"}
     done = subprocess.run([sys.executable, *command], **run)
     first, second = (json.loads((tmp_path / f"dense-{seed}.json").read_text()) for seed in (0, 1))
     assert f"dense-1: test {second['accuracy']:.2%}" in done.stdout
     assert first["accuracy"] > 0.4  # it learns: by chance it would be .1
     assert first["accuracy"] != second["accuracy"]
     assert first["environment"]["torch"] == torch.__version__
+    assert first["environment"]["threads"] == 1  # of two for both
     assert first["steps"] == {
         "stem+block1+block2+block3+head": 30,  # for three epochs the stem's bias trains
         "block1+block2+block3+head": 5,
