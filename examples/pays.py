@@ -123,7 +123,7 @@ def show_power(study: Study, arm: str, output: Path) -> None:
 
 
 def _ended(study: Study, arm: str, output: Path) -> list[Result]:
-    results = (finished(study.run(arm, seed), output) for seed in study.seeds)
+    results = (finished(study.run(arm, seed), output) for seed in study.seeds[arm])
     return [result for result in results if result is not None]
 
 
@@ -131,7 +131,7 @@ def measure(study: Study, data: Data, where: Where, seconds: float) -> None:
     """Time one step of each state that the arms' schedules bring, and write the times."""
     steps = {}
     for arm in study.arms:
-        settings = study.run(arm, study.seeds[0])
+        settings = study.run(arm, study.seeds[arm][0])
         run = Run(settings, data, where)
         for state, step in {run.state(step): step for step in range(run.steps)}.items():
             # a run for each state, since a model that was frozen stays so

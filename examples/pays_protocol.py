@@ -14,12 +14,12 @@ OF_A_STEP = "net", "width", "batch", "augment"  # settings that its time depends
 
 @dataclass(frozen=True)
 class Study:
-    """Arms on one task, with the same seeds.
+    """Arms on one task.
 
     Attributes:
         name: Its key in the protocol, and the folder of its results.
         arms: The settings of each arm, by its name, without the seed.
-        seeds: All arms have the same.
+        seeds: Of each arm's runs. An arm with fewer runs has the first of them.
         against: For each arm that is tested, the arm that it is tested against.
         margin: The accuracy, in points, that an arm may lose and still be called not worse.
         level: The p below which it is called so.
@@ -28,7 +28,7 @@ class Study:
 
     name: str
     arms: Mapping[str, Settings]
-    seeds: range
+    seeds: Mapping[str, range]
     against: Mapping[str, str]
     margin: float
     level: float
@@ -36,7 +36,8 @@ class Study:
 
     def runs(self) -> list[Settings]:
         """Seed by seed, so that arms have equally many runs at any time."""
-        return [self.run(arm, seed) for seed in self.seeds for arm in self.arms]
+        runs = ((seed, arm) for arm in self.arms for seed in self.seeds[arm])
+        return [self.run(arm, seed) for seed, arm in sorted(runs, key=lambda run: run[0])]
 
     def run(self, arm: str, seed: int) -> Settings:
         return Settings(**{**vars(self.arms[arm]), "name": arm, "seed": seed})
@@ -62,8 +63,12 @@ def _study(
     target: float | None = None,
     why: str = "",
 ) -> Study:
-    """why: for readers of the file. seeds: the first, and how many."""
+    """why: for readers of the file. seeds: the first, and how many; an arm's "runs": how many."""
     first, count = seeds
+    counts = {arm: own.get("runs", count) for arm, own in arms.items()}
+    if wrong := [arm for arm, n in counts.items() if not 0 < n <= count]:
+        raise ValueError(f"{name}, {wrong[0]}: runs must be from 1 to {count}, the number of seeds")
+    arms = {arm: {k: v for k, v in own.items() if k != "runs"} for arm, own in arms.items()}
     unknown = {*against, *against.values()} - {*arms}
     if unknown:
         raise ValueError(f"{name}: against names {', '.join(sorted(unknown))}, which is no arm")
@@ -71,7 +76,8 @@ def _study(
     for key in OF_A_STEP:
         if len({getattr(arm, key) for arm in made.values()}) > 1:
             raise ValueError(f"{name}: {key} changes a step's time: all arms must have the same")
-    return Study(name, made, range(first, first + count), against, margin, level, target)
+    ranges = {arm: range(first, first + n) for arm, n in counts.items()}
+    return Study(name, made, ranges, against, margin, level, target)
 
 
 def _settings(place: str, values: dict[str, Any]) -> Settings:

@@ -208,12 +208,25 @@ def test_power(protocol, tmp_path, capsys):
             "width changes a step's time",
         ),
         ({"seeds": 3}, "protocol.json is no protocol"),
+        (
+            {"arms": {"dense": {"runs": 3}}, "against": {}},
+            "small, dense: runs must be from 1 to 2, the number of seeds",
+        ),
     ],
 )
 def test_protocols_with_errors(changes, message, protocol, capsys):
     with pytest.raises(SystemExit):
         run(capsys, protocol(**changes), "--table")
     assert message in capsys.readouterr().err
+
+
+def test_an_arm_can_have_fewer_runs(protocol):
+    study = read(protocol(arms={"short": {"runs": 1}, "dense": {}}, against={}))["small"]
+    assert [(run.name, run.seed) for run in study.runs()] == [
+        ("short", 5),
+        ("dense", 5),
+        ("dense", 6),
+    ]
 
 
 def test_an_unknown_study(protocol, capsys):
