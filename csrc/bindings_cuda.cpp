@@ -47,8 +47,8 @@ void cuda_pack_columns(const Tensor& dy, const Tensor& rows, const Tensor& packe
 }
 
 cuda::Rows rows_of(const Tensor& t, int dim) {
-  const int64_t neurons = t.size(dim), piece = neurons > 1 ? t.stride(dim) : t.numel();
-  return {t.data(), t.numel() / (neurons * piece), neurons, piece * bytes_of(t.dtype())};
+  const int64_t neurons = t.size(dim), width = neurons > 1 ? t.stride(dim) : t.numel();
+  return {t.data(), t.numel() / (neurons * width), neurons, width * bytes_of(t.dtype())};
 }
 
 // Zeroes the rows of dimension `dim` of a weight's gradient, and those of the bias's. Returns
@@ -72,9 +72,9 @@ bool cuda_zero_rows(const Tensor& dw, int dim, const std::optional<Tensor>& db, 
 }
 
 // Does a packed gradient lie in memory as dw does, but for how many rows there are along `dim`?
-bool lies_as(const Tensor& dw, const Tensor& rows, int dim, int64_t piece) {
+bool lies_as(const Tensor& dw, const Tensor& rows, int dim, int64_t width) {
   for (int d = 0; d < dw.dims(); ++d) {
-    const bool outer = d != dim && dw.stride(d) >= piece * dw.size(dim);
+    const bool outer = d != dim && dw.stride(d) >= width * dw.size(dim);
     const int64_t theirs = outer ? dw.stride(d) / dw.size(dim) * rows.size(dim) : dw.stride(d);
     if (rows.size(d) > 1 && rows.stride(d) != theirs) return false;
   }
@@ -112,8 +112,8 @@ bool cuda_place_rows(const Tensor& rows, const std::optional<Tensor>& sums, cons
   if (db) check_placed_bias(*db, *sums, dw, rows, dim);
   if (!dw.fills_its_memory() || dw.numel() == 0) return false;
   const cuda::Rows to = rows_of(dw, dim);
-  const int64_t piece = to.piece / bytes_of(dw.dtype());
-  if (neurons * piece > cuda::kMostPlaced || !lies_as(dw, rows, dim, piece) ||
+  const int64_t width = to.width / bytes_of(dw.dtype());
+  if (neurons * width > cuda::kMostPlaced || !lies_as(dw, rows, dim, width) ||
       !cuda::can_place(rows.dtype(), dw.dtype()))
     return false;
   const cuda::Placing p{rows.dtype(),
@@ -126,7 +126,7 @@ bool cuda_place_rows(const Tensor& rows, const std::optional<Tensor>& sums, cons
                         to.lines,
                         packed,
                         neurons,
-                        piece,
+                        width,
                         k};
   check("place_rows", cuda::place_rows(p, device, reinterpret_cast<void*>(stream)));
   return true;

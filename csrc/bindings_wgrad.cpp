@@ -37,11 +37,11 @@ bool cpu_zero_rows(const Tensor& t, const Tensor& rows, int dim, int threads) {
     if (row[j] < 0 || row[j] >= neurons)
       refuse("rows", row[j], "between 0 and neurons = " + std::to_string(neurons));
   require_threads(threads);
-  const int64_t piece = neurons > 1 ? t.stride(dim) : t.numel();
-  const int64_t bytes = piece * bytes_of(t.dtype());
+  const int64_t width = neurons > 1 ? t.stride(dim) : t.numel();
+  const int64_t bytes = width * bytes_of(t.dtype());
   if (bytes < kLineBytes || !t.fills_its_memory()) return false;
   py::gil_scoped_release release;
-  cpu::zero_rows(t.data(), t.numel() / (neurons * piece), neurons, bytes, row, rows.size(0),
+  cpu::zero_rows(t.data(), t.numel() / (neurons * width), neurons, bytes, row, rows.size(0),
                  threads);
   return true;
 }

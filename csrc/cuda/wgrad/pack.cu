@@ -1,28 +1,14 @@
 #include "pack.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "../gpu.h"
 #include "sum_over_y.h"
+#include "values.h"
 
 namespace neq::cuda {
 namespace {
 
-__device__ inline float value(float x) { return x; }
-__device__ inline double value(double x) { return x; }
-__device__ inline float value(__half x) { return __half2float(x); }
-__device__ inline float value(__nv_bfloat16 x) { return __bfloat162float(x); }
-
 // Of a warp: a block has as many columns, if there are so many.
 constexpr int kWarp = 32;
-
-// 16 bytes, which one instruction loads or stores.
-template <class T>
-struct alignas(16) Piece {
-  static constexpr int size = 16 / sizeof(T);
-  T at[size];
-};
 
 // Do the block's columns come in pieces: neighbours in dY too, at multiples of 16 bytes there and
 // in `packed`? All warps of a block have the same columns, and so the same answer.

@@ -1,12 +1,10 @@
 #include "place.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <algorithm>
 #include <type_traits>
 
 #include "../gpu.h"
+#include "values.h"
 
 namespace neq::cuda {
 namespace {
@@ -14,66 +12,57 @@ namespace {
 constexpr int kPlaceThreads = 256;
 constexpr int64_t kPlaceBlocks = 4096;  // fill any GPU a few times over
 
-__device__ inline float wide(__half x) { return __half2float(x); }
-__device__ inline float wide(__nv_bfloat16 x) { return __bfloat162float(x); }
-
 template <class To, class From>
 __device__ inline To converted(From x) {
   if constexpr (std::is_same_v<To, From> || std::is_same_v<From, float>)
     return To(x);
   else
-    return wide(x);
+    return value(x);
 }
 
-// What a thread loads or stores at once.
-template <class T, int E>
-struct alignas(sizeof(T) * E) Unit {
-  T x[E];
-};
-
-// A thread writes the same unit of the same row in every gridDim.y-th line. Adjacent threads have
-// adjacent units, or rows that are neighbours in `order` where a row is one unit.
+// A thread writes the same piece of the same row in every gridDim.y-th line. Adjacent threads have
+// adjacent pieces, or rows that are neighbours in `order` where a row is one piece.
 template <class From, class To, int E>
-__global__ void __launch_bounds__(kPlaceThreads) place(const Placing p, unsigned units) {
+__global__ void __launch_bounds__(kPlaceThreads) place(const Placing p, unsigned pieces) {
   using Sum = std::conditional_t<std::is_same_v<From, double>, double, float>;
   const unsigned at = blockIdx.x * kPlaceThreads + threadIdx.x;
-  const unsigned j = at / units, unit = at % units;
+  const unsigned j = at / pieces, piece = at % pieces;
   if (j >= p.neurons) return;
   const int64_t row = p.order[j];
   const bool active = j < p.k;
-  if (p.db && unit == 0 && blockIdx.y == 0)
+  if (p.db && piece == 0 && blockIdx.y == 0)
     static_cast<To*>(p.db)[row] = active ? To(static_cast<const Sum*>(p.sums)[j]) : To(0.f);
-  const auto* const rows = static_cast<const Unit<From, E>*>(p.rows);
-  auto* const dw = static_cast<Unit<To, E>*>(p.dw);
+  const auto* const rows = static_cast<const Piece<From, E>*>(p.rows);
+  auto* const dw = static_cast<Piece<To, E>*>(p.dw);
   for (int64_t line = blockIdx.y; line < p.lines; line += gridDim.y) {
-    Unit<To, E> out;
+    Piece<To, E> out;
     if (active) {
-      const Unit<From, E> in = rows[(line * p.packed + j) * units + unit];
+      const Piece<From, E> in = rows[(line * p.packed + j) * pieces + piece];
 #pragma unroll
-      for (int i = 0; i < E; ++i) out.x[i] = converted<To>(in.x[i]);
+      for (int i = 0; i < E; ++i) out.at[i] = converted<To>(in.at[i]);
     } else {
 #pragma unroll
-      for (int i = 0; i < E; ++i) out.x[i] = To(0.f);
+      for (int i = 0; i < E; ++i) out.at[i] = To(0.f);
     }
-    dw[(line * p.neurons + row) * units + unit] = out;
+    dw[(line * p.neurons + row) * pieces + piece] = out;
   }
 }
 
-bool are_units(const void* data, int64_t piece, int64_t elements, int64_t bytes) {
-  return piece % elements == 0 && reinterpret_cast<uintptr_t>(data) % (elements * bytes) == 0;
+bool are_pieces(const void* data, int64_t width, int64_t elements, int64_t bytes) {
+  return width % elements == 0 && reinterpret_cast<uintptr_t>(data) % (elements * bytes) == 0;
 }
 
 template <class From, class To>
 cudaError_t place_as(const Placing& p, cudaStream_t stream) {
   constexpr int E = 16 / sizeof(To);
-  const bool many = are_units(p.dw, p.piece, E, sizeof(To)) &&
-                    are_units(p.rows, p.piece, E, sizeof(From));
-  const auto units = unsigned(many ? p.piece / E : p.piece);
-  const int64_t across = ceil_div(p.neurons * units, int64_t(kPlaceThreads));
+  const bool many = are_pieces(p.dw, p.width, E, sizeof(To)) &&
+                    are_pieces(p.rows, p.width, E, sizeof(From));
+  const auto pieces = unsigned(many ? p.width / E : p.width);
+  const int64_t across = ceil_div(p.neurons * pieces, int64_t(kPlaceThreads));
   const int64_t down =
       std::clamp<int64_t>(kPlaceBlocks / across, 1, std::min<int64_t>(p.lines, 0xffff));
   const Launch how{dim3(unsigned(across), unsigned(down)), dim3(kPlaceThreads), 0, stream};
-  return launch(many ? place<From, To, E> : place<From, To, 1>, how, p, units);
+  return launch(many ? place<From, To, E> : place<From, To, 1>, how, p, pieces);
 }
 
 }  // namespace

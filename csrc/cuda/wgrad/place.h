@@ -10,15 +10,15 @@ namespace neq::cuda {
 // first, of which the first k count: row j of `rows` goes to row order[j], and all others are zero.
 struct Placing {
   DType rows_dtype, dtype;  // of the packed rows; of dw and db
-  const void* rows;         // [lines, packed, piece]
+  const void* rows;         // [lines, packed, width]
   const void* sums;         // [packed] in the rows' dtype, but at least float32; null without db
-  void* dw;                 // [lines, neurons, piece]
+  void* dw;                 // [lines, neurons, width]
   void* db;                 // [neurons]
   const int64_t* order;
-  int64_t lines, packed, neurons, piece, k;  // piece: elements
+  int64_t lines, packed, neurons, width, k;  // width: elements
 };
 
-// The largest neurons * piece that a launch takes.
+// The largest neurons * width that a launch takes.
 constexpr int64_t kMostPlaced = (int64_t{1} << 31) - 1;
 
 // Are there kernels for these dtypes: the same, or 16 bits that become float32?

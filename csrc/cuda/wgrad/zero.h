@@ -4,10 +4,10 @@
 
 namespace neq::cuda {
 
-// Memory [lines, neurons, piece], a piece being so many bytes.
+// Memory [lines, neurons, width], a width being so many bytes.
 struct Rows {
   void* data;
-  int64_t lines, neurons, piece;
+  int64_t lines, neurons, width;
 };
 
 // Zeroes the given rows [k] of one tensor, and of another unless its data is null, in one launch.
