@@ -75,7 +75,7 @@ def _opponent(study: Study, arm: str, runs: Runs, times: StepTimes) -> tuple[str
     named = study.against.get(arm)
     if named is None or not runs[arm] or not runs[named]:
         return named, False
-    dense = [name for name, settings in study.arms.items() if settings.arm == "dense"]
+    dense = [name for name in study.arms if name != arm and _is_dense(study, name)]
     seconds = {
         name: mean(seconds_of(run, times) for run in runs[name])
         for name in (arm, named, *dense)
@@ -87,13 +87,21 @@ def _opponent(study: Study, arm: str, runs: Runs, times: StepTimes) -> tuple[str
     return (min(longer, key=seconds.__getitem__), True) if longer else (named, False)
 
 
+def _is_dense(study: Study, arm: str) -> bool:
+    """Does everything train in it, through its whole schedule?"""
+    return study.arms[arm].arm == "dense" and study.arms[arm].stop >= 1
+
+
 def _accuracies(runs: Sequence[Result]) -> list[float]:
     return [100 * run["accuracy"] for run in runs]
 
 
 def seconds_of(run: Result, times: StepTimes) -> float:
-    """Its steps by their times as they were measured side by side; else by the run's own clock."""
-    if run["steps"].keys() <= times.keys():
+    """Its steps by their times as they were measured side by side; else by the run's own clock.
+
+    A policy's layers or neurons may be frozen where the blocks that train do not tell.
+    """
+    if run["settings"]["arm"] != "policy" and run["steps"].keys() <= times.keys():
         steps = sum(times[state] * count for state, count in run["steps"].items()) / 1e3
         return steps + float(run["seconds"]["freeze"])  # what it takes to decide and to freeze
     return float(sum(run["seconds"].values()))
@@ -142,7 +150,7 @@ def plot(study: Study, lines: Sequence[Result], file: Path) -> None:
     figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
     axes = figure.subplots()
     dense = sorted(
-        (line for line in lines if study.arms[line["arm"]].arm == "dense"),
+        (line for line in lines if _is_dense(study, line["arm"])),
         key=lambda line: line["seconds"],
     )
     if dense:

@@ -131,8 +131,9 @@ def test_steps_are_timed(protocol, tmp_path, capsys):
     assert all(state in text for state in states)
 
 
-def result(accuracy, seconds, steps=None):
+def result(accuracy, seconds, steps=None, arm="dense"):
     return {
+        "settings": {"arm": arm},
         "accuracy": accuracy,
         "accuracy_of_one_view": accuracy,
         "seconds": {"forward": seconds - 1, "freeze": 1},
@@ -161,6 +162,8 @@ def test_summary(protocol):
         study, runs, {"all": 250.0}
     )  # ten steps of 250 ms, and a second to freeze
     assert {line["seconds"] for line in timed} == {3.5}
+    by_policy = result(0.8, 9, arm="policy")  # what it froze is in no state's name
+    assert pays_report.seconds_of(by_policy, {"all": 250.0}) == 9
 
 
 @pytest.mark.parametrize(
@@ -180,6 +183,23 @@ def test_an_opponent_has_as_much_time(protocol, seconds, opponent, fair):
     assert prefix["fair"] == prefix["better"] == prefix["not_worse"] == fair
     verdict = pays_report._cells(study, prefix)["p < 0.01"]
     assert verdict == ("better" if fair else "too long")
+
+
+def test_a_dense_run_that_is_stopped_is_no_opponent(protocol):
+    arms = {"dense": {}, "stopped": {"stop": 0.5}, "short": {"epochs": 2}, "head": {"arm": "only"}}
+    study = read(protocol(arms=arms, against={"head": "short"}))["small"]
+    seconds = {"dense": 9, "stopped": 5, "short": 3, "head": 5}
+    runs = {arm: [result(0.7, s), result(0.71, s)] for arm, s in seconds.items()}
+    *_, head = pays_report.summary(study, runs, {})
+    assert (head["against"], head["fair"]) == ("dense", True)
+
+
+def test_no_arm_is_its_own_opponent(protocol):
+    study = read(protocol(against={"short": "dense"}))["small"]
+    runs = {arm: [result(0.7, 9), result(0.71, 9)] for arm in ("dense", "short")}
+    runs |= {"prefix": [], "short": [result(0.6, 10), result(0.61, 10)]}
+    short = next(line for line in pays_report.summary(study, runs, {}) if line["arm"] == "short")
+    assert (short["against"], short["fair"]) == ("dense", False)
 
 
 def test_power(protocol, tmp_path, capsys):
