@@ -207,7 +207,7 @@ def test_power(protocol, tmp_path, capsys):
     study, folder = read(file)["small"], tmp_path / "out/small"
     folder.mkdir(parents=True)
     for seed, accuracy in ((5, 0.801), (6, 0.803)):
-        made_up = {"settings": asdict(study.run("dense", seed)), **result(accuracy, 1)}
+        made_up = {**result(accuracy, 1), "settings": asdict(study.run("dense", seed))}
         (folder / f"dense-{seed}.json").write_text(json.dumps(made_up))
     text = run(capsys, file, "--output", tmp_path / "out", "--power", "dense")
     assert "small, dense: n = 2, deviation 0.141 points" in text
