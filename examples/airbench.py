@@ -157,19 +157,20 @@ def new_parser() -> argparse.ArgumentParser:
     add("--cached", action="store_true", help="policy: with a cache of the frozen prefix")
     add("--bank", type=cli.whole, default=default.bank, metavar="N", help="draws in the cache")
     add("--stop", type=cli.share, default=default.stop, help="end after this share of the schedule")
+    add_place(parser, Path("runs/airbench"))
+    return parser
+
+
+def add_place(parser: argparse.ArgumentParser, output: Path) -> None:
+    """Options of where runs are made, and from which data."""
+    add = parser.add_argument
     add("--data", type=Path, metavar="FOLDER", help="see examples/cifar_data.py")
     add("--cache", type=Path, metavar="FOLDER", help="keeps the images decoded")
-    add("--output", type=Path, default=Path("runs/airbench"), metavar="FOLDER")
-    add(
-        "--jobs",
-        type=cli.whole,
-        default=1,
-        metavar="N",
-        help="runs side by side, which share the threads",
-    )
+    add("--output", type=Path, default=output, metavar="FOLDER")
+    text = "runs side by side, which share the threads"
+    add("--jobs", type=cli.whole, default=1, metavar="N", help=text)
     cli.add_device(parser)
     add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 (default: on a GPU)")
-    return parser
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from bench.lib.environment import environment
 from bench.lib.results import Result, save, show_table
 from bench.lib.timing import interleave
 from examples import pays_report
-from examples.airbench import run_all
+from examples.airbench import add_place, run_all
 from examples.airbench_run import Run, Where, finished
 from examples.cifar_data import Data, load
 from examples.pays_protocol import Study, read
@@ -58,23 +58,12 @@ def new_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("protocol", type=Path, metavar="PROTOCOL")
     add("--only", nargs="+", default=[], metavar="STUDY", help="of the protocol (default: all)")
-    add("--data", type=Path, metavar="FOLDER", help="see examples/cifar_data.py")
-    add("--cache", type=Path, metavar="FOLDER", help="keeps the images decoded")
-    add("--output", type=Path, default=Path("runs/pays"), metavar="FOLDER")
-    add(
-        "--jobs",
-        type=cli.whole,
-        default=1,
-        metavar="N",
-        help="runs side by side, which share the threads",
-    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--table", action="store_true", help="make no runs")
     what.add_argument("--time", type=cli.positive, metavar="SECONDS", help="of timing steps")
     what.add_argument("--power", metavar="ARM", help="runs that are needed, from this arm's")
     add("--plot", type=Path, metavar="FOLDER", help="a picture of each study")
-    cli.add_device(parser)
-    add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 (default: on a GPU)")
+    add_place(parser, Path("runs/pays"))
     return parser
 
 

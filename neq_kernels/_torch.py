@@ -13,6 +13,8 @@ from torch._compile import _disable_dynamo
 from torch.autograd import forward_ad
 from torch.utils import _pytree
 
+# Is a function transform (torch.func) active?
+_transforms_active = torch._C._are_functorch_transforms_active
 # How many modes of torch.utils._python_dispatch are on?
 dispatch_modes = torch._C._len_torch_dispatch_stack
 profiler_enabled = torch._C._autograd._profiler_enabled
@@ -57,7 +59,7 @@ def forward_ad_active() -> bool:
 
 def beyond_backward() -> bool:
     """Is a function transform (``torch.func``) or forward-mode differentiation active?"""
-    return torch._C._are_functorch_transforms_active() or forward_ad_active()
+    return _transforms_active() or forward_ad_active()
 
 
 def dispatch_keys(t: Tensor) -> int:

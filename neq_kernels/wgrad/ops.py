@@ -62,6 +62,11 @@ def _neurons(rows: int, order: Tensor) -> int:
     return max(rows, len(order)) if order.dim() == 1 else rows
 
 
+def _check_granule(granule: int) -> None:
+    if granule < 1:
+        raise ValueError(f"granule must be at least 1, got {granule}")
+
+
 def _check_active(k: int, rows: int) -> None:
     if k > rows:
         raise ValueError(f"weight must have a row for each of {k} active neurons, got {rows}")
@@ -83,6 +88,7 @@ def _linear_wgrad(
     granule: int = 1,
 ) -> tuple[Tensor, Tensor]:
     _check_linear(dy, x, weight, order, count)
+    _check_granule(granule)
     k = int(count)
     if k == 0:
         return _nothing(weight, len(weight), bias)
@@ -102,6 +108,7 @@ def _conv_wgrad(
 ) -> tuple[Tensor, Tensor]:
     conv = Conv.of(*geometry)
     _check_conv(dy, x, weight, order, count, conv)
+    _check_granule(granule)
     k = int(count)
     if k == 0:
         return _nothing(weight, conv.channels(weight)[0], bias)

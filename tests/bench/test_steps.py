@@ -1,6 +1,7 @@
 """bench/steps.py: steps are what they are called, and wrong ones are not timed."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -194,3 +195,12 @@ def test_a_wrong_gradient_is_not_timed(bench, monkeypatch, fault, message):
         gate.admit(step(bench, "gather", 0.5))
     where = r"gather is wrong for images (contiguous) with 0.5 of the neurons active: "
     assert str(error.value).startswith(where)
+
+
+def test_backends_are_those_that_granules_get(bench):
+    order, count = torch.arange(8), torch.tensor(4)
+    arguments = torch.ones(2, 8), torch.ones(2, 3), torch.empty(8, 3), order, count, True
+    with mock.patch.object(planner, "choose", return_value="pack") as choose:
+        with steps.Backends(step(bench, "neq", 0.5)):
+            ops.linear_wgrad(*arguments, granule=4)
+        choose.assert_called_with(*arguments[1:3], 8, 4, True, None, granule=4)
