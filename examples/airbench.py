@@ -6,6 +6,7 @@
     python examples/airbench.py --data FOLDER --arm scheduled --freeze 0.4 0.7
     python examples/airbench.py --data FOLDER --task second-half --images 500 --batch 50 --lr 0.3
     python examples/airbench.py --data FOLDER --arm policy --policy BottomUp --options eps=0.1
+    python examples/airbench.py --data FOLDER --task then-relabelled --arm known  # three in turn
 
 Each run writes a JSON file to --output, named after the arm and the seed. A run that was stopped
 goes on from its last epoch; one that has ended is not made again. Seconds are the processor's on a
@@ -13,6 +14,7 @@ CPU, the device's on a GPU, and evaluating is not among them.
 """
 
 import argparse
+import itertools
 import multiprocessing
 import signal
 import sys
@@ -29,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.lib import cli
 from examples.airbench_arms import ARMS, POLICIES
 from examples.airbench_net import PARTS, WIDTHS
-from examples.airbench_run import Result, Run, Settings, Where, finished
+from examples.airbench_run import Run
+from examples.airbench_settings import Result, Settings, Where, finished, predecessor
 from examples.airbench_tasks import TASKS
 from examples.cifar_data import load
 
@@ -40,26 +43,29 @@ def run_all(
     """The results of these runs. Those that are missing are made, so many side by side in
     processes of their own.
     """
-    missing = [settings for settings in wanted if not finished(settings, where.output)]
+    missing = {settings: where for settings in wanted if not finished(settings, where.output)}
     if missing and data and cache:
         load(data, cache=cache)  # decoded once, before several processes would do it
-    begin = where._replace(output=where.pretrained)
-    starts = dict.fromkeys(start for settings in missing if (start := settings.before()))
-    starts = [start for start in starts if not finished(start, begin.output)]
-    for runs, place in ((starts, begin), (missing, where)):
-        place.output.mkdir(parents=True, exist_ok=True)
-        for settings, accuracy in _each(runs, place, data, cache, jobs):
+    rounds = []
+    while missing:
+        rounds.append(missing)
+        starts = filter(None, itertools.starmap(predecessor, missing.items()))
+        missing = {s: place for s, place in starts if not finished(s, place.output)}
+    for runs in reversed(rounds):
+        for settings, accuracy in _each(runs, data, cache, jobs):
             tqdm.write(f"{settings.title}: {settings.split} {accuracy:.2%}")
     results = [finished(settings, where.output) for settings in wanted]
     return [result for result in results if result is not None]
 
 
 def _each(
-    runs: list[Settings], where: Where, data: Path | None, cache: Path | None, jobs: int
+    runs: dict[Settings, Where], data: Path | None, cache: Path | None, jobs: int
 ) -> Iterator[tuple[Settings, float]]:
     # with more threads than cores, runs side by side would wait for each other
     share = max(1, torch.get_num_threads() // jobs)
-    todo = [(settings, where, data, cache, share, i % jobs) for i, settings in enumerate(runs)]
+    todo = [(*run, data, cache, share, i % jobs) for i, run in enumerate(runs.items())]
+    for where in {*runs.values()}:
+        where.output.mkdir(parents=True, exist_ok=True)
     if jobs == 1:
         yield from map(_one, todo)
         return

@@ -1,17 +1,16 @@
 """The arms of examples/airbench.py: what trains, and when."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import neq
 from examples.airbench_net import PARTS
+from examples.airbench_settings import Settings
+from examples.airbench_tasks import TASKS
 from neq.policies.base import Training
-
-if TYPE_CHECKING:
-    from examples.airbench_run import Settings
 
 
 class Dense:
@@ -19,7 +18,7 @@ class Dense:
 
     optimizer: type[torch.optim.Optimizer] = torch.optim.SGD
 
-    def __init__(self, settings: "Settings") -> None:
+    def __init__(self, settings: Settings) -> None:
         self.settings = settings
 
     def start(self, model: nn.Sequential, optimizer: torch.optim.Optimizer, images: Tensor) -> None:
@@ -58,6 +57,13 @@ class Only(Dense):
 
     def frozen(self, done: float) -> Sequence[str]:
         return [part for part in PARTS if part not in self.settings.parts]
+
+
+class Known(Dense):
+    """The parts train that are enough for the task, as one knows who has tried."""
+
+    def frozen(self, done: float) -> Sequence[str]:
+        return [part for part in PARTS if part not in TASKS[self.settings.task].parts]
 
 
 class ByPolicy(Dense):
@@ -142,6 +148,7 @@ ARMS: Mapping[str, type[Dense]] = {
     "dense": Dense,
     "scheduled": Scheduled,
     "only": Only,
+    "known": Known,
     "policy": ByPolicy,
 }
 

@@ -1,13 +1,11 @@
-"""One run of examples/airbench.py: its settings, its training, its result as JSON."""
+"""One run of examples/airbench.py: its training, and its result as JSON."""
 
 import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from dataclasses import asdict
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +15,16 @@ from tqdm import tqdm
 from bench.lib.environment import environment
 from examples import airbench_net
 from examples.airbench_arms import ARMS, PROBE, ByPolicy, freeze
+from examples.airbench_settings import (
+    Result,
+    Settings,
+    Where,
+    refuse_another,
+    split,
+    start,
+    start_file,
+)
+from examples.airbench_stream import of_stream
 from examples.airbench_tasks import TASKS, Start
 from examples.airbench_views import CachedLoader, Views
 from examples.cifar_data import Data, Images, Normal
@@ -25,128 +33,14 @@ from examples.clock import Clock
 PHASES = "data", "forward", "backward", "optimizer", "freeze"
 BIAS_EPOCHS = 3  # for which the stem's bias trains
 LOOK_EVERY = 5  # steps between two updates of Lookahead
-VALIDATION = 5000  # images, the last of the training set
-PRETRAIN_BATCH = 512
 EVALUATED_AT_ONCE = {"cpu": 100}  # images whose activations its caches hold
-
-Result = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What tells one run from another."""
-
-    name: str = ""  # of the result's file; the arm's name if empty
-    arm: str = "dense"
-    task: str = "scratch"
-    pretrain_epochs: float = 8.0  # of the run that it starts from, if the task has one
-    pretrain_images: int | None = None
-    pretrained: int = 0  # from how many such runs seeds start, in turns; 0: each from its own
-    keep: bool = False  # the weights in the end, for runs that start from them
-    seed: int = 0
-    net: str = "94"
-    width: float = 1.0
-    images: int | None = None  # of the training set, all if None
-    epochs: float = 9.9
-    batch: int = 1024
-    lr: float = 1.0  # a factor for the recipe's rate
-    augment: bool = True
-    split: str = "test"  # what accuracies are of: test, or validation, which nothing trains on
-    evaluated: int | None = None  # images of that split, all if None
-    curve: bool = False  # evaluate after each epoch, not in the end only
-    freeze: tuple[float, ...] = (0.4, 0.7)  # shares of the run: for the arm scheduled
-    parts: tuple[str, ...] = ("head",)  # that train: for the arm only
-    policy: str = "BottomUp"  # of neq: for the arm policy
-    options: tuple[tuple[str, Any], ...] = ()  # of the policy, and a warmup
-    cached: bool = False  # keep what a frozen prefix computes, for the arm policy
-    bank: int = 4  # how many draws of the augmentation each image has, in a cache
-    stop: float = 1.0  # the share of the schedule after which the run ends
-
-    @property
-    def title(self) -> str:
-        return f"{self.name or self.arm}-{self.seed}"
-
-    def before(self) -> "Settings | None":
-        """The settings of the run that this one starts from; None: it starts from nothing."""
-        task = TASKS[self.task].before
-        if task is None:
-            return None
-        return Settings(
-            name=f"{task}-{self.net}-{self.width:g}",
-            task=task,
-            seed=self.seed % self.pretrained if self.pretrained else self.seed,
-            net=self.net,
-            width=self.width,
-            images=self.pretrain_images,
-            epochs=self.pretrain_epochs,
-            batch=PRETRAIN_BATCH,
-            keep=True,
-        )
-
-
-class Where(NamedTuple):
-    """Where runs compute, and where they write."""
-
-    output: Path
-    pretrained: Path  # the runs that others start from
-    device: torch.device
-    amp: bool = False
-
-
-def finished(settings: Settings, output: Path) -> Result | None:
-    """The result of a run that has ended."""
-    file = output / f"{settings.title}.json"
-    if not file.is_file():
-        return None
-    result: Result = json.loads(file.read_text())
-    _refuse_another(file, result["settings"], settings)
-    return result
-
-
-def _refuse_another(file: Path, found: Result, settings: Settings) -> None:
-    # through JSON, which knows no tuples; what an older file does not know had its default
-    given, default = (json.loads(json.dumps(asdict(s))) for s in (settings, Settings()))
-    found = {**default, **json.loads(json.dumps(found))}
-    if other := {key: found[key] for key in given if found[key] != given[key]}:
-        instead = {key: given[key] for key in other}
-        raise ValueError(f"{file} is of another run, with {other} instead of {instead}")
-
-
-def split(data: Data, settings: Settings) -> tuple[Images, Images]:
-    """The images to train on, and those to evaluate."""
-    train, evaluated = data.train, data.test
-    if settings.split == "validation":
-        held_out = min(VALIDATION, len(train.labels) // 10)
-        train, evaluated = (
-            Images(*(t[part] for t in data.train))
-            for part in (slice(-held_out), slice(-held_out, None))
-        )
-    return (
-        Images(*(t[: settings.images] for t in train)),
-        Images(*(t[: settings.evaluated] for t in evaluated)),
-    )
-
-
-def _start_file(settings: Settings, folder: Path) -> Path:
-    return folder / f"{settings.title}-start.pt"
-
-
-def _start(settings: Settings, where: Where) -> Start | None:
-    """What the run starts from, if its task comes after another."""
-    before = settings.before()
-    if before is None:
-        return None
-    if finished(before, where.pretrained) is None:
-        raise ValueError(f"{settings.title} starts from {before.title}, which has not ended")
-    file = _start_file(before, where.pretrained)
-    return Start(**torch.load(file, map_location="cpu", weights_only=True))
 
 
 class Run:
     """A model and its optimizer, stopped and resumed between any two epochs."""
 
     def __init__(self, settings: Settings, data: Data, where: Where) -> None:
-        self.settings, self.where = settings, where
+        self.settings, self.where, self.data = settings, where, data
         device, task = where.device, TASKS[settings.task]
         data = task.data(data)
         train, evaluated = split(data, settings)
@@ -165,10 +59,10 @@ class Run:
         torch.manual_seed(settings.seed)
         model = airbench_net.network(settings.net, settings.width, len(data.classes))
         airbench_net.whiten(model.stem[0], self.normal(self.train.pixels[:5000]).cpu())
-        if start := _start(settings, where):
-            self.normal.mean, self.normal.deviation = (t.to(device) for t in start[1:])
-            kept = {k: t for k, t in start.model.items() if not k.startswith("head.")}
-            model.load_state_dict(kept if task.fresh_head else start.model, strict=False)
+        if begin := start(settings, where):
+            self.normal.mean, self.normal.deviation = (t.to(device) for t in begin[1:])
+            kept = {k: t for k, t in begin.model.items() if not k.startswith("head.")}
+            model.load_state_dict(kept if task.fresh_head else begin.model, strict=False)
         self.model = model.to(device)
         self.arm = ARMS[settings.arm](settings)
         self.optimizer = self.arm.optimizer(
@@ -208,8 +102,8 @@ class Run:
                 self._save()
         result = self.result()
         if self.settings.keep:
-            start = Start(self.model.state_dict(), self.normal.mean, self.normal.deviation)
-            torch.save(start._asdict(), _start_file(self.settings, self.where.output))
+            left = Start(self.model.state_dict(), self.normal.mean, self.normal.deviation)
+            torch.save(left._asdict(), start_file(self.settings, self.where.output))
         text = json.dumps(result, indent=1) + "\n"
         written = self.file.with_suffix(".part")
         written.write_text(text)
@@ -284,12 +178,12 @@ class Run:
             "seconds": self.clock.take(),
         }
         if self.settings.curve:
-            [result["accuracy"]] = self.accuracies(several=False)
+            [result["accuracy"]] = self.accuracies(self.evaluated, several=False)
         return result
 
     def result(self) -> Result:
-        of_one_view, of_six = self.accuracies(several=True)
-        return {
+        of_one_view, of_six = self.accuracies(self.evaluated, several=True)
+        own = {
             "settings": asdict(self.settings),
             "steps": dict(sum((Counter(e["steps"]) for e in self.epochs), Counter[str]())),
             "seconds": {
@@ -301,19 +195,20 @@ class Run:
             "sizes": {"train": len(self.train.labels), "evaluated": len(self.evaluated.labels)},
             "environment": environment(self.where.device),
         }
+        return of_stream(self, own) if TASKS[self.settings.task].goes_on else own
 
     @torch.no_grad()
-    def accuracies(self, several: bool) -> list[float]:
-        """The share of the images that the model gets right.
+    def accuracies(self, evaluated: Images, several: bool) -> list[float]:
+        """The share of these images that the model gets right.
 
         several: also the share from the mean of six views: the image, moved by a pixel both ways
         along the diagonal, and the mirror images of these three.
         """
         self.model.eval()
-        device, images = self.where.device, len(self.evaluated.labels)
+        device, images = self.where.device, len(evaluated.labels)
         right = torch.zeros(1 + several, dtype=torch.int64, device=device)
         size = EVALUATED_AT_ONCE.get(device.type, 500)
-        for pixels, labels in zip(*(t.split(size) for t in self.evaluated), strict=True):
+        for pixels, labels in zip(*(t.split(size) for t in evaluated), strict=True):
             x = self.normal(pixels)
             with self.amp:
                 logits = self._of_views(x, several)
@@ -348,7 +243,7 @@ class Run:
 
     def _load(self) -> None:
         state = torch.load(self.file, map_location=self.where.device, weights_only=True)
-        _refuse_another(self.file, state["settings"], self.settings)
+        refuse_another(self.file, state["settings"], self.settings)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.lookahead.slow = state["lookahead"]

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from examples.airbench_net import PARTS
 from examples.cifar_data import Data, Images
 
 
@@ -14,7 +15,9 @@ class Task(NamedTuple):
 
     data: Callable[[Data], Data]
     before: str | None = None
-    fresh_head: bool = False  # the labels are others, so the head starts anew
+    fresh_head: bool = False  # the classes are others, so the head starts anew
+    goes_on: bool = False  # from the same arm's run on the task before; else from a dense one
+    parts: tuple[str, ...] = PARTS  # that are enough to learn it, after the task before
 
 
 class Start(NamedTuple):
@@ -64,7 +67,16 @@ def relabelled(data: Data) -> Data:
 TASKS = {
     "scratch": Task(all_of_it),
     "first-half": Task(first_half),
-    "second-half": Task(second_half, before="first-half", fresh_head=True),
-    "corrupted": Task(corrupted, before="scratch"),
-    "relabelled": Task(relabelled, before="scratch"),
+    "second-half": Task(second_half, "first-half", fresh_head=True, parts=PARTS[2:]),
+    "corrupted": Task(corrupted, "scratch", parts=("block1",)),
+    "relabelled": Task(relabelled, "scratch", parts=("head",)),
+    "then-corrupted": Task(
+        lambda data: corrupted(second_half(data)), "second-half", goes_on=True, parts=("block1",)
+    ),
+    "then-relabelled": Task(
+        lambda data: relabelled(corrupted(second_half(data))),
+        "then-corrupted",
+        goes_on=True,
+        parts=("head",),
+    ),
 }

@@ -31,7 +31,8 @@ from bench.lib.results import Result, save, show_table
 from bench.lib.timing import interleave
 from examples import pays_report
 from examples.airbench import add_place, run_all
-from examples.airbench_run import Run, Where, finished
+from examples.airbench_run import Run
+from examples.airbench_settings import Where, finished
 from examples.cifar_data import Data, load
 from examples.pays_protocol import Study, read
 from examples.pays_statistics import runs_needed
@@ -91,21 +92,25 @@ def show(study: Study, output: Path, pictures: Path | None) -> None:
     step_times = {}
     if times.is_file():
         step_times = {r["state"]: r["p50_ms"] for r in json.loads(times.read_text())["results"]}
-    lines = pays_report.summary(study, found, step_times)
-    if lines:
+    for measure in study.measures if any(found.values()) else ():
+        lines = pays_report.summary(study, found, step_times, measure)
+        print(f"{measure}:")
         show_table(pays_report.table(study, lines))
         if pictures:
             pictures.mkdir(parents=True, exist_ok=True)
-            pays_report.plot(study, lines, pictures / f"{study.name}.png")
+            name = study.name if measure == "accuracy" else f"{study.name}-{measure}"
+            pays_report.plot(study, lines, pictures / f"{name}.png", measure)
 
 
 def show_power(study: Study, arm: str, output: Path) -> None:
     """Print how many runs an arm needs, from the deviation of those that it has."""
-    accuracies = [100 * result["accuracy"] for result in _ended(study, arm, output)]
+    measure = study.measures[0]
+    accuracies = pays_report.accuracies(_ended(study, arm, output), measure)
     if len(accuracies) < 2:
         raise ValueError(f"--power {arm}: it has {len(accuracies)} runs in {output}, 2 are needed")
     deviation = stdev(accuracies)
-    print(f"{study.name}, {arm}: n = {len(accuracies)}, deviation {deviation:.3f} points")
+    title = f"{study.name}, {arm}, {measure}"
+    print(f"{title}: n = {len(accuracies)}, deviation {deviation:.3f} points")
     for margin in MARGINS:
         n = runs_needed(deviation, margin, study.level)
         print(f"  a margin of {margin} points: {n} runs of each arm")

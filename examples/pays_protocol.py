@@ -2,13 +2,15 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from examples.airbench_run import Settings
+from examples.airbench_settings import Settings
+from examples.airbench_tasks import TASKS
 
+MEASURES = "accuracy", "learned", "kept"
 OF_A_STEP = "net", "width", "batch", "augment"  # settings that its time depends on
 
 
@@ -24,6 +26,7 @@ class Study:
         margin: The accuracy, in points, that an arm may lose and still be called not worse.
         level: The p below which it is called so.
         target: The accuracy in % to reach, for the seconds that it takes; None: the mean of dense.
+        measures: What of a result is compared: accuracy; of a stream, learned and kept.
     """
 
     name: str
@@ -33,6 +36,7 @@ class Study:
     margin: float
     level: float
     target: float | None
+    measures: tuple[str, ...]
 
     def runs(self) -> list[Settings]:
         """Seed by seed, so that arms have equally many runs at any time."""
@@ -61,6 +65,7 @@ def _study(
     margin: float = math.inf,
     level: float = 0.01,
     target: float | None = None,
+    measures: Sequence[str] = MEASURES[:1],
     why: str = "",
 ) -> Study:
     """why: for readers of the file. seeds: the first, and how many; an arm's "runs": how many."""
@@ -77,7 +82,10 @@ def _study(
         if len({getattr(arm, key) for arm in made.values()}) > 1:
             raise ValueError(f"{name}: {key} changes a step's time: all arms must have the same")
     ranges = {arm: range(first, first + n) for arm, n in counts.items()}
-    return Study(name, made, ranges, against, margin, level, target)
+    known = MEASURES if all(TASKS[arm.task].goes_on for arm in made.values()) else MEASURES[:1]
+    if wrong := {*measures} - {*known}:
+        raise ValueError(f"{name}: measures are {', '.join(known)}, not {', '.join(sorted(wrong))}")
+    return Study(name, made, ranges, against, margin, level, target, tuple(measures))
 
 
 def _settings(place: str, values: dict[str, Any]) -> Settings:

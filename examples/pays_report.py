@@ -14,35 +14,36 @@ from examples.pays_statistics import Difference, quantile
 
 Runs = Mapping[str, Sequence[Result]]  # of each arm, those that have ended
 StepTimes = Mapping[str, float]  # milliseconds of a step, by what trains in it
+ONE_VIEW = "accuracy_of_one_view"
 FAIR = 1.03  # how much longer than its opponent an arm may take
 
 
-def summary(study: Study, runs: Runs, times: StepTimes) -> list[Result]:
-    """One line for each arm."""
+def summary(study: Study, runs: Runs, times: StepTimes, measure: str = "accuracy") -> list[Result]:
+    """One line for each arm. measure: one of the study's."""
     aim = study.target
     if aim is None and runs.get("dense"):
-        aim = mean(_accuracies(runs["dense"]))
+        aim = mean(accuracies(runs["dense"], measure))
     return [
         {
             "arm": arm,
             "n": len(runs[arm]),
             "aim": aim,
-            **_own(runs[arm], times, aim),
-            **_tested(study, arm, runs, times),
+            **_own(runs[arm], times, aim, measure),
+            **_tested(study, arm, runs, times, measure),
         }
         for arm in study.arms
         if runs[arm]
     ]
 
 
-def _own(runs: Sequence[Result], times: StepTimes, aim: float | None) -> Result:
-    accuracies, seconds = _accuracies(runs), [seconds_of(run, times) for run in runs]
+def _own(runs: Sequence[Result], times: StepTimes, aim: float | None, measure: str) -> Result:
+    own, seconds = accuracies(runs, measure), [seconds_of(run, times) for run in runs]
     # a run that misses the aim never gets there; half of them, and the median is infinite
-    reach = [s if a >= (aim or 0) else math.inf for a, s in zip(accuracies, seconds, strict=True)]
+    reach = [s if a >= (aim or 0) else math.inf for a, s in zip(own, seconds, strict=True)]
     return {
-        "accuracy": mean(accuracies),
-        "deviation": stdev(accuracies) if len(runs) > 1 else None,
-        "one_view": mean(100 * run["accuracy_of_one_view"] for run in runs),
+        "accuracy": mean(own),
+        "deviation": stdev(own) if len(runs) > 1 else None,
+        **({"one_view": mean(accuracies(runs, ONE_VIEW))} if measure == "accuracy" else {}),
         "seconds": mean(seconds),
         "seconds_deviation": stdev(seconds) if len(runs) > 1 else None,
         "reached": sum(map(math.isfinite, reach)),
@@ -50,11 +51,11 @@ def _own(runs: Sequence[Result], times: StepTimes, aim: float | None) -> Result:
     }
 
 
-def _tested(study: Study, arm: str, runs: Runs, times: StepTimes) -> Result:
+def _tested(study: Study, arm: str, runs: Runs, times: StepTimes, measure: str) -> Result:
     opponent, fair = _opponent(study, arm, runs, times)
     if opponent is None or min(len(runs[arm]), len(runs[opponent])) < 2:
         return {"against": opponent, "difference": None}
-    difference = Difference.of(_accuracies(runs[arm]), _accuracies(runs[opponent]))
+    difference = Difference.of(*(accuracies(runs[name], measure) for name in (arm, opponent)))
     return {
         "against": opponent,
         "difference": difference.mean,
@@ -92,8 +93,10 @@ def _is_dense(study: Study, arm: str) -> bool:
     return study.arms[arm].arm == "dense" and study.arms[arm].stop >= 1
 
 
-def _accuracies(runs: Sequence[Result]) -> list[float]:
-    return [100 * run["accuracy"] for run in runs]
+def accuracies(runs: Sequence[Result], measure: str) -> list[float]:
+    """In %; of several tasks, their mean."""
+    values = (run[measure] for run in runs)
+    return [100 * (mean(v.values()) if isinstance(v, dict) else v) for v in values]
 
 
 def seconds_of(run: Result, times: StepTimes) -> float:
@@ -126,7 +129,7 @@ def _cells(study: Study, line: Result) -> dict[str, str]:
         "arm": line["arm"],
         "n": str(line["n"]),
         "accuracy %": _with_deviation(line["accuracy"], line["deviation"], ".2f"),
-        "of one view": cell(line["one_view"]),
+        **({"of one view": cell(line["one_view"])} if "one_view" in line else {}),
         "seconds": _with_deviation(line["seconds"], line["seconds_deviation"], ".1f"),
         f"s to {cell(line['aim'])} %": f"{line['seconds_to_aim']:.1f}",
         "reached": f"{line['reached']}/{line['n']}",
@@ -143,7 +146,7 @@ def _with_deviation(value: float, deviation: float | None, form: str) -> str:
     return format(value, form) + ("" if deviation is None else f" ± {deviation:{form}}")
 
 
-def plot(study: Study, lines: Sequence[Result], file: Path) -> None:
+def plot(study: Study, lines: Sequence[Result], file: Path, measure: str = "accuracy") -> None:
     """Accuracy against seconds; bars: the 95 % interval of the mean. Dense runs are one curve."""
     from matplotlib.figure import Figure  # takes a second, and only this function needs it
 
@@ -158,7 +161,8 @@ def plot(study: Study, lines: Sequence[Result], file: Path) -> None:
     for line in lines:
         if line not in dense:
             _draw(axes, [line], label=line["arm"])
-    axes.set(xlabel="seconds of training", ylabel="test accuracy, %", title=study.name)
+    ylabel = "test accuracy, %" if measure == "accuracy" else f"mean test accuracy, {measure}, %"
+    axes.set(xlabel="seconds of training", ylabel=ylabel, title=study.name)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(file)

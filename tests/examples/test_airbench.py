@@ -14,35 +14,14 @@ import neq
 from examples import airbench
 from examples.airbench_arms import RandomLayers
 from examples.airbench_net import triangle
-from examples.airbench_run import Run, Settings, Where, finished, split
-from examples.airbench_tasks import TASKS
+from examples.airbench_run import Run
+from examples.airbench_settings import finished, split
 from examples.airbench_views import Views
-from examples.cifar_data import load
 from neq.cost.step_times import Segment, StepTimes
 from tests.support import ROOT
+from tests.support.airbench import TINY, same, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-TINY = Settings(width=0.125, images=80, evaluated=40, batch=20, epochs=5)
-
-
-@pytest.fixture
-def where(tmp_path):
-    return Where(tmp_path, tmp_path / "pretrained", torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
-def data():
-    return load(None, 1000, 40)
-
-
-def weights(run):
-    return {name: t.clone() for name, t in run.model.state_dict().items()}
-
-
-def same(run, before, *parts):
-    now = run.model.state_dict()
-    return all(torch.equal(now[name], before[name]) for name in now if name.startswith(parts))
 
 
 def test_as_a_user_runs_it(tmp_path):
@@ -173,7 +152,7 @@ def test_scheduled_freezes_from_below(data, where):
         assert not same(run, before, "block3")
         trained = [p for p in ("block1", "block2", "block3", "head") if p not in parts]
         assert steps == {"+".join(trained): 4}
-        run.accuracies(several=False)  # leaves the model in eval
+        run.accuracies(run.evaluated, several=False)  # leaves the model in eval
     run.model.train()
     run.enter(run.steps - 1)
     outputs = []
@@ -278,12 +257,6 @@ def test_random_layers_keep_to_their_share_of_a_step():
     assert drawn == {"1", "23"}  # 0 takes 8 already; beside 1 there is room for none
 
 
-def test_runs_start_from_a_few_others_in_turns():
-    runs = [replace(TINY, task="second-half", seed=seed, pretrained=2) for seed in range(5)]
-    assert [run.before().seed for run in runs] == [0, 1, 0, 1, 0]
-    assert replace(TINY, task="second-half", seed=4).before().seed == 4
-
-
 def test_split(data):
     wanted = replace(TINY, images=500, evaluated=None)
     train, test = split(data, wanted)
@@ -338,43 +311,6 @@ def test_six_views(data, where):
         of_one, of_six = run._of_views(x, several=True)
         torch.testing.assert_close(of_one, run.model(x))
         torch.testing.assert_close(of_six, wanted)
-
-
-@pytest.mark.parametrize("task", ["second-half", "corrupted", "relabelled"])
-def test_tasks_start_from_another(task, data, where):
-    halves = task == "second-half"
-    small = replace(TINY, task=task, pretrain_epochs=6, pretrain_images=None if halves else 512)
-    begin, big = where._replace(output=where.pretrained), load(None, 1200, 40)
-    first = small.before()
-    with pytest.raises(ValueError, match=f"dense-0 starts from {first.title}, which has not ended"):
-        Run(small, big, where)
-    begin.output.mkdir()
-    before = Run(first, big, begin)
-    before.go()
-    run = Run(small, big, where)
-    assert same(run, weights(before), "stem", "block")
-    assert len(run.model.head[2].weight) == (5 if halves else 10)
-    assert same(run, weights(before), "head") != halves
-    assert torch.equal(run.normal.mean, before.normal.mean)
-    assert 0 < run.go()["accuracy"] <= 1
-
-
-def test_what_tasks_learn(data):
-    learned = {name: task.data(data) for name, task in TASKS.items()}
-    before, after = learned["first-half"], learned["second-half"]
-    assert [len(part.classes) for part in (before, after)] == [5, 5]
-    later = data.train.labels >= 5
-    assert torch.equal(after.train.pixels, data.train.pixels[later])
-    assert torch.equal(after.train.labels + 5, data.train.labels[later])
-    assert torch.equal(before.train.labels, data.train.labels[~later])
-    assert before.classes + after.classes == data.classes
-
-    assert learned["scratch"] is data
-    pixels = learned["corrupted"].test.pixels
-    assert torch.equal(pixels[:, 1], 255 - data.test.pixels[:, 0])
-    assert torch.equal(learned["corrupted"].test.labels, data.test.labels)
-    assert torch.equal(learned["relabelled"].train.labels, (data.train.labels + 1) % 10)
-    assert torch.equal(learned["relabelled"].train.pixels, data.train.pixels)
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_tasks_after_another(protocol, tmp_path, capsys):
     text = run(capsys, file, "--output", tmp_path)
     assert "small: 2 of 2 runs" in text
     (before,) = (tmp_path / "pretrained").glob("*.json")
-    assert before.stem == "first-half-94-0.125-0"
+    assert before.stem == "94-0.125-first-half-0"
     (head,) = (tmp_path / "small").glob("head-*.json")
     assert json.loads(head.read_text())["steps"] == {"head": 12}
     assert "first-half" not in run(capsys, file, "--output", tmp_path)
@@ -202,6 +202,24 @@ def test_no_arm_is_its_own_opponent(protocol):
     assert (short["against"], short["fair"]) == ("dense", False)
 
 
+def test_measures_of_a_stream(protocol, tmp_path, capsys):
+    """A table and a picture of each."""
+    settings = {**STUDY["settings"], "task": "then-corrupted", "pretrain_epochs": 1}
+    arms = {"dense": {}, "head": {"arm": "only", "parts": ["head"]}}
+    changes = {"settings": settings, "arms": arms, "against": {"head": "dense"}}
+    file = protocol(**changes, measures=["learned", "kept"])
+    text = run(capsys, file, "--output", tmp_path, "--plot", tmp_path)
+    study = read(file)["small"]
+    for measure, table in zip(
+        study.measures, text.split("learned:")[1].split("kept:"), strict=True
+    ):
+        runs = [pays.finished(study.run("head", seed), tmp_path / "small") for seed in (5, 6)]
+        values = [100 * sum(r[measure].values()) / len(r[measure]) for r in runs]
+        assert rows(table)["head"][2] == f"{sum(values) / 2:.2f}"
+        assert (tmp_path / f"small-{measure}.png").is_file()
+    assert (len(runs[0]["learned"]), len(runs[0]["kept"])) == (2, 3)
+
+
 def test_power(protocol, tmp_path, capsys):
     file = protocol()
     study, folder = read(file)["small"], tmp_path / "out/small"
@@ -210,7 +228,7 @@ def test_power(protocol, tmp_path, capsys):
         made_up = {**result(accuracy, 1), "settings": asdict(study.run("dense", seed))}
         (folder / f"dense-{seed}.json").write_text(json.dumps(made_up))
     text = run(capsys, file, "--output", tmp_path / "out", "--power", "dense")
-    assert "small, dense: n = 2, deviation 0.141 points" in text
+    assert "small, dense, accuracy: n = 2, deviation 0.141 points" in text
     assert f"a margin of 0.25 points: {runs_needed(math.sqrt(0.02), 0.25)} runs" in text
 
     with pytest.raises(SystemExit):
@@ -228,6 +246,7 @@ def test_power(protocol, tmp_path, capsys):
             "width changes a step's time",
         ),
         ({"seeds": 3}, "protocol.json is no protocol"),
+        ({"measures": ["kept"]}, "small: measures are accuracy, not kept"),
         (
             {"arms": {"dense": {"runs": 3}}, "against": {}},
             "small, dense: runs must be from 1 to 2, the number of seeds",
