@@ -20,6 +20,7 @@ class Dense:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.rate = settings.lr
 
     def start(self, model: nn.Sequential, optimizer: torch.optim.Optimizer, images: Tensor) -> None:
         """The model is on its device, with the weights that it starts from. images: to train on,
@@ -60,7 +61,11 @@ class Only(Dense):
 
 
 class Known(Dense):
-    """The parts train that are enough for the task, as one knows who has tried."""
+    """The parts train that are enough for the task, at their rate, as one knows who has tried."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.rate *= TASKS[settings.task].rate
 
     def frozen(self, done: float) -> Sequence[str]:
         return [part for part in PARTS if part not in TASKS[self.settings.task].parts]

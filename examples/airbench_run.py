@@ -66,7 +66,7 @@ class Run:
         self.model = model.to(device)
         self.arm = ARMS[settings.arm](settings)
         self.optimizer = self.arm.optimizer(
-            airbench_net.groups(self.model, settings.batch, settings.lr),
+            airbench_net.groups(self.model, settings.batch, self.arm.rate),
             momentum=airbench_net.MOMENTUM,
             nesterov=True,
         )

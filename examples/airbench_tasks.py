@@ -17,7 +17,8 @@ class Task(NamedTuple):
     before: str | None = None
     fresh_head: bool = False  # the classes are others, so the head starts anew
     goes_on: bool = False  # from the same arm's run on the task before; else from a dense one
-    parts: tuple[str, ...] = PARTS  # that are enough to learn it, after the task before
+    parts: tuple[str, ...] = PARTS  # that are enough to learn it, after the task before,
+    rate: float = 1.0  # at this factor for the recipe's rate
 
 
 class Start(NamedTuple):
@@ -68,15 +69,20 @@ TASKS = {
     "scratch": Task(all_of_it),
     "first-half": Task(first_half),
     "second-half": Task(second_half, "first-half", fresh_head=True, parts=PARTS[2:]),
-    "corrupted": Task(corrupted, "scratch", parts=("block1",)),
-    "relabelled": Task(relabelled, "scratch", parts=("head",)),
+    "corrupted": Task(corrupted, "scratch", parts=("block1",), rate=0.3),
+    "relabelled": Task(relabelled, "scratch", parts=("head",), rate=3.0),
     "then-corrupted": Task(
-        lambda data: corrupted(second_half(data)), "second-half", goes_on=True, parts=("block1",)
+        lambda data: corrupted(second_half(data)),
+        "second-half",
+        goes_on=True,
+        parts=("block1",),
+        rate=0.3,
     ),
     "then-relabelled": Task(
         lambda data: relabelled(corrupted(second_half(data))),
         "then-corrupted",
         goes_on=True,
         parts=("head",),
+        rate=3.0,
     ),
 }

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from examples import airbench
+from examples.airbench_arms import ARMS
 from examples.airbench_run import Run
 from examples.airbench_settings import finished, left_by, predecessor, split
 from examples.airbench_tasks import TASKS
@@ -93,6 +94,13 @@ def test_each_task_of_a_stream_goes_on_from_the_one_before(where):
     assert changed(*left[2:]) == {"head"}
     assert all(torch.equal(one.mean, left[0].mean) for one in left)
     assert [file.name for file in where.pretrained.glob("*.json")] == ["94-0.125-first-half-0.json"]
+
+
+@pytest.mark.parametrize(("task", "rate"), [("scratch", 2.0), ("then-corrupted", 0.6)])
+def test_known_parts_have_a_rate(task, rate):
+    arm = ARMS["known"](replace(TINY, task=task, lr=2.0))
+    assert arm.rate == pytest.approx(rate)
+    assert ARMS["dense"](arm.settings).rate == 2
 
 
 def test_what_a_stream_costs(where):
