@@ -1,6 +1,6 @@
 """The arms of examples/airbench.py: what trains, and when."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ class Dense:
     """Everything trains."""
 
     optimizer: type[torch.optim.Optimizer] = torch.optim.SGD
+    thaws: Collection[Tensor] = ()  # the parameters that train again, once their part may
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -69,6 +70,16 @@ class Known(Dense):
 
     def frozen(self, done: float) -> Sequence[str]:
         return [part for part in PARTS if part not in TASKS[self.settings.task].parts]
+
+
+class HeadThenAll(Dense):
+    """The head alone, until the share of the run that freeze[0] says; then everything."""
+
+    def start(self, model: nn.Sequential, optimizer: torch.optim.Optimizer, images: Tensor) -> None:
+        self.thaws = {p for group in optimizer.param_groups for p in group["params"]}
+
+    def frozen(self, done: float) -> Sequence[str]:
+        return PARTS[:-1] if done < self.settings.freeze[0] else ()
 
 
 class ByPolicy(Dense):
@@ -154,11 +165,12 @@ ARMS: Mapping[str, type[Dense]] = {
     "scheduled": Scheduled,
     "only": Only,
     "known": Known,
+    "head-then-all": HeadThenAll,
     "policy": ByPolicy,
 }
 
 
-def freeze(model: nn.Sequential, parts: Sequence[str]) -> None:
+def freeze(model: nn.Sequential, parts: Sequence[str], thaws: Collection[Tensor] = ()) -> None:
     """Freeze these parts: their parameters and their norms' statistics.
 
     A prefix of the network then records no graph and saves no activations; backward ends above it.
@@ -170,3 +182,8 @@ def freeze(model: nn.Sequential, parts: Sequence[str]) -> None:
             part.requires_grad_(False)
             for p in part.parameters():
                 p.grad = None
+    for name in PARTS if thaws else ():
+        if name not in parts:
+            part = model.get_submodule(name).train()
+            for p in part.parameters():
+                p.requires_grad_(p in thaws)

@@ -124,7 +124,7 @@ class Run:
 
     def enter(self, step: int) -> None:
         """Bring the model into the state of this step, and the rates to its values."""
-        freeze(self.model, self._frozen(step))
+        freeze(self.model, self._frozen(step), self.arm.thaws)
         factor = airbench_net.triangle(step / self.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = factor * group["full_lr"]

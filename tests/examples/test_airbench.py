@@ -170,6 +170,27 @@ def test_only_some_parts_train(data, where):
     assert result["steps"] == {"block2": 20}
 
 
+def test_the_head_alone_and_then_everything(data, where):
+    run, dense = (
+        Run(replace(TINY, arm=arm, freeze=(0.4,)), data, where)
+        for arm in ("head-then-all", "dense")
+    )
+    parts = "stem", "block1", "block2", "block3"
+    begin = weights(run)
+    steps = [run.epoch(epoch, lambda: None)["steps"] for epoch in range(2)]
+    assert steps == 2 * [{"head": 4}]
+    assert same(run, begin, *parts)
+    assert not same(run, begin, "head")
+    assert run.epoch(2, lambda: None)["steps"] == {"stem+block1+block2+block3+head": 4}
+    assert not any(same(run, begin, part) for part in parts)
+    dense.model.train()
+    for mine, others in zip(run.model.modules(), dense.model.modules(), strict=True):
+        assert mine.training == others.training
+    trained = [[p.requires_grad for p in one.model.parameters()] for one in (run, dense)]
+    assert trained[0] == trained[1]
+    assert run.epoch(3, lambda: None)["steps"] == {"block1+block2+block3+head": 4}
+
+
 def test_random_rows(data, where):
     options = (("fraction", 0.5), ("warmup", 0))
     run = Run(replace(TINY, arm="policy", policy="Random", options=options), data, where)
