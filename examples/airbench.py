@@ -14,13 +14,13 @@ CPU, the device's on a GPU, and evaluating is not among them.
 """
 
 import argparse
-import itertools
 import multiprocessing
 import signal
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -32,7 +32,7 @@ from bench.lib import cli
 from examples.airbench_arms import ARMS, POLICIES
 from examples.airbench_net import PARTS, WIDTHS
 from examples.airbench_run import Run
-from examples.airbench_settings import Result, Settings, Where, finished, predecessor
+from examples.airbench_settings import Placed, Result, Settings, Where, finished, lineage
 from examples.airbench_tasks import TASKS
 from examples.cifar_data import load
 
@@ -43,52 +43,53 @@ def run_all(
     """The results of these runs. Those that are missing are made, so many side by side in
     processes of their own.
     """
-    missing = {settings: where for settings in wanted if not finished(settings, where.output)}
-    if missing and data and cache:
+    missing = [settings for settings in wanted if not finished(settings, where.output)]
+    lines = [lineage(settings, where) for settings in missing]
+    if lines and data and cache:
         load(data, cache=cache)  # decoded once, before several processes would do it
-    rounds = []
-    while missing:
-        rounds.append(missing)
-        starts = filter(None, itertools.starmap(predecessor, missing.items()))
-        missing = {s: place for s, place in starts if not finished(s, place.output)}
-    for runs in reversed(rounds):
-        for settings, accuracy in _each(runs, data, cache, jobs):
+    starts = dict.fromkeys(run for line in lines for run in line if run[1] != where)
+    own = [[run for run in line if run[1] == where] for line in lines]
+    for in_turn in ([[start] for start in starts], own):
+        for settings, accuracy in _each(in_turn, data, cache, jobs):
             tqdm.write(f"{settings.title}: {settings.split} {accuracy:.2%}")
     results = [finished(settings, where.output) for settings in wanted]
     return [result for result in results if result is not None]
 
 
 def _each(
-    runs: dict[Settings, Where], data: Path | None, cache: Path | None, jobs: int
+    lines: list[list[Placed]], data: Path | None, cache: Path | None, jobs: int
 ) -> Iterator[tuple[Settings, float]]:
+    """Make what is missing of these lines, each of which is made in turn."""
+    missing = [[run for run in line if not finished(run[0], run[1].output)] for line in lines]
     # with more threads than cores, runs side by side would wait for each other
     share = max(1, torch.get_num_threads() // jobs)
-    todo = [(*run, data, cache, share, i % jobs) for i, run in enumerate(runs.items())]
-    for where in {*runs.values()}:
-        where.output.mkdir(parents=True, exist_ok=True)
+    todo = [(line, data, cache, share, i % jobs) for i, line in enumerate(filter(None, missing))]
     if jobs == 1:
-        yield from map(_one, todo)
+        yield from chain.from_iterable(map(_line, todo))
         return
     spawn = multiprocessing.get_context("spawn")
     # an executor tells when a process was killed; a Pool would wait for its run for ever
     with ProcessPoolExecutor(jobs, spawn, tqdm.set_lock, (spawn.RLock(),)) as pool:
         try:
-            yield from pool.map(_one, todo)
+            yield from chain.from_iterable(pool.map(_line, todo))
         except BaseException:  # Ctrl-C, a kill, an error: don't wait for the other runs
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
 
 
-def _one(
-    todo: tuple[Settings, Where, Path | None, Path | None, int, int],
-) -> tuple[Settings, float]:
-    settings, where, path, cache, threads, position = todo
+def _line(
+    todo: tuple[list[Placed], Path | None, Path | None, int, int],
+) -> list[tuple[Settings, float]]:
+    line, path, cache, threads, position = todo
     torch.set_num_threads(threads)
-    if where.device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
-    result = Run(settings, load(path, cache=cache), where).go(position)
-    return settings, result["accuracy"]
+    data, accuracies = load(path, cache=cache), []
+    for settings, where in line:
+        if where.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True
+        where.output.mkdir(parents=True, exist_ok=True)
+        accuracies.append((settings, Run(settings, data, where).go(position)["accuracy"]))
+    return accuracies
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -108,6 +109,10 @@ def main(arguments: list[str] | None = None) -> None:
                 f"{result['accuracy']:.2%}, {result['accuracy_of_one_view']:.2%} of one view, "
                 f"{seconds:.1f} s"
             )
+            for measure in ("learned", "kept"):
+                if tasks := result.get(measure):
+                    each = (f"{task} {accuracy:.2%}" for task, accuracy in tasks.items())
+                    print(f"  {measure}: {', '.join(each)}")
     except (ValueError, ImportError, OSError) as error:
         parser.error(str(error))
 
@@ -149,7 +154,8 @@ def new_parser() -> argparse.ArgumentParser:
     add("--curve", action="store_true", help="evaluate after each epoch")
     add(
         "--freeze", type=cli.share, nargs="+", default=default.freeze, metavar="SHARE",
-        help="scheduled: the shares of the run at which one more block is frozen",
+        help="scheduled: the shares of the run at which one more block is frozen; "
+        "head-then-all: the share for which the head trains alone",
     )  # fmt: skip
     add(
         "--parts", nargs="+", choices=PARTS, default=default.parts, metavar="PART",

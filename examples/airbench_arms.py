@@ -75,6 +75,11 @@ class Known(Dense):
 class HeadThenAll(Dense):
     """The head alone, until the share of the run that freeze[0] says; then everything."""
 
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        if len(settings.freeze) != 1:
+            raise ValueError(f"{settings.title}: freeze is one share, got {settings.freeze}")
+
     def start(self, model: nn.Sequential, optimizer: torch.optim.Optimizer, images: Tensor) -> None:
         self.thaws = {p for group in optimizer.param_groups for p in group["params"]}
 

@@ -16,9 +16,11 @@ from bench.lib.environment import environment
 from examples import airbench_net
 from examples.airbench_arms import ARMS, PROBE, ByPolicy, freeze
 from examples.airbench_settings import (
+    Placed,
     Result,
     Settings,
     Where,
+    left_by,
     refuse_another,
     split,
     start,
@@ -195,7 +197,26 @@ class Run:
             "sizes": {"train": len(self.train.labels), "evaluated": len(self.evaluated.labels)},
             "environment": environment(self.where.device),
         }
-        return of_stream(self, own) if TASKS[self.settings.task].goes_on else own
+        if not TASKS[self.settings.task].goes_on:
+            return own
+        return of_stream(own, self.settings, self.where, self._accuracy_now)
+
+    def _accuracy_now(self, earlier: Placed) -> float:
+        """Of the model as it is, on the task of an earlier run, with the head that it had then."""
+        settings = earlier[0]
+        data = TASKS[settings.task].data(self.data)
+        _, images = split(data, self.settings)
+        head = airbench_net.network(settings.net, settings.width, len(data.classes)).head
+        weights = left_by(*earlier).model
+        head.load_state_dict(
+            {k.removeprefix("head."): t for k, t in weights.items() if k.startswith("head.")}
+        )
+        now, self.model.head = self.model.head, head.to(self.where.device)
+        try:
+            images = Images(*(t.to(self.where.device) for t in images))
+            return self.accuracies(images, several=False)[0]
+        finally:
+            self.model.head = now
 
     @torch.no_grad()
     def accuracies(self, evaluated: Images, several: bool) -> list[float]:

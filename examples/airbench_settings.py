@@ -35,10 +35,10 @@ class Settings:
     batch: int = 1024
     lr: float = 1.0  # a factor for the recipe's rate
     augment: bool = True
-    split: str = "test"  # what accuracies are of: test, or validation, which nothing trains on
+    split: str = "test"  # what accuracies are of: test, or validation, which is not trained on
     evaluated: int | None = None  # images of that split, all if None
     curve: bool = False  # evaluate after each epoch, not in the end only
-    freeze: tuple[float, ...] = (0.4, 0.7)  # shares of the run: for the arm scheduled
+    freeze: tuple[float, ...] = (0.4, 0.7)  # shares of the run: for scheduled and head-then-all
     parts: tuple[str, ...] = ("head",)  # that train: for the arm only
     policy: str = "BottomUp"  # of neq: for the arm policy
     options: tuple[tuple[str, Any], ...] = ()  # of the policy, and a warmup
@@ -86,19 +86,27 @@ def predecessor(settings: Settings, where: Where) -> Placed | None:
     return start, where._replace(output=where.pretrained)
 
 
+def lineage(settings: Settings, where: Where) -> list[Placed]:
+    """The run, and before it those that it comes after: each starts from the one before."""
+    runs = [(settings, where)]
+    while (first := predecessor(*runs[0])) is not None:
+        runs.insert(0, first)
+    return runs
+
+
 def start_file(settings: Settings, output: Path) -> Path:
     return output / f"{settings.title}-start.pt"
 
 
 def start(settings: Settings, where: Where) -> Start | None:
     """What a run starts from, if its task comes after another."""
-    placed = predecessor(settings, where)
-    if placed is None:
-        return None
-    first, place = placed
-    if finished(first, place.output) is None:
-        raise ValueError(f"{settings.title} starts from {first.title}, which has not ended")
-    return left_by(first, place)
+    *earlier, _ = lineage(settings, where)
+    for first, place in earlier:
+        if finished(first, place.output) is None:
+            raise ValueError(f"{settings.title} starts from {first.title}, which has not ended")
+        if not (file := start_file(first, place.output)).is_file():
+            raise ValueError(f"{settings.title} needs {file}, and {first.title} ended without it")
+    return left_by(*earlier[-1]) if earlier else None
 
 
 def left_by(settings: Settings, where: Where) -> Start:

@@ -17,8 +17,8 @@ class Task(NamedTuple):
     before: str | None = None
     fresh_head: bool = False  # the classes are others, so the head starts anew
     goes_on: bool = False  # from the same arm's run on the task before; else from a dense one
-    parts: tuple[str, ...] = PARTS  # that are enough to learn it, after the task before,
-    rate: float = 1.0  # at this factor for the recipe's rate
+    parts: tuple[str, ...] = PARTS  # that are enough to learn it, after the task before
+    rate: float = 1.0  # of these, as a factor for the recipe's rate
 
 
 class Start(NamedTuple):

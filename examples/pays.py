@@ -32,7 +32,7 @@ from bench.lib.timing import interleave
 from examples import pays_report
 from examples.airbench import add_place, run_all
 from examples.airbench_run import Run
-from examples.airbench_settings import Where, finished
+from examples.airbench_settings import Where, finished, lineage
 from examples.cifar_data import Data, load
 from examples.pays_protocol import Study, read
 from examples.pays_statistics import runs_needed
@@ -123,13 +123,15 @@ def _ended(study: Study, arm: str, output: Path) -> list[Result]:
 
 def measure(study: Study, data: Data, where: Where, seconds: float) -> None:
     """Time one step of each state that the arms' schedules bring, and write the times."""
-    steps = {}
+    steps: dict[str, Callable[[int], object]] = {}
     for arm in study.arms:
-        settings = study.run(arm, study.seeds[arm][0])
-        run = Run(settings, data, where)
-        for state, step in {run.state(step): step for step in range(run.steps)}.items():
-            # a run for each state, since a model that was frozen stays so
-            steps.setdefault(state, _step(Run(settings, data, where), step))
+        for settings, place in lineage(study.run(arm, study.seeds[arm][0]), where):
+            if place != where:
+                continue  # what it starts from is on nobody's clock
+            run = Run(settings, data, where)
+            for state, step in {run.state(step): step for step in range(run.steps)}.items():
+                # a run for each state, since a model that was frozen stays so
+                steps.setdefault(state, _step(Run(settings, data, where), step))
     print(f"{study.name}: {', '.join(steps)}")
     times = interleave(steps, where.device, seconds, time.process_time)
     results = [

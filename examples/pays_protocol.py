@@ -4,9 +4,11 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from examples.airbench_arms import ARMS, POLICIES
 from examples.airbench_settings import Settings
 from examples.airbench_tasks import TASKS
 
@@ -22,7 +24,7 @@ class Study:
         name: Its key in the protocol, and the folder of its results.
         arms: The settings of each arm, by its name, without the seed.
         seeds: Of each arm's runs. An arm with fewer runs has the first of them.
-        against: For each arm that is tested, the arm that it is tested against.
+        against: For each arm that is tested, the arms that it is tested against.
         margin: The accuracy, in points, that an arm may lose and still be called not worse.
         level: The p below which it is called so.
         target: The accuracy in % to reach, for the seconds that it takes; None: the mean of dense.
@@ -32,7 +34,7 @@ class Study:
     name: str
     arms: Mapping[str, Settings]
     seeds: Mapping[str, range]
-    against: Mapping[str, str]
+    against: Mapping[str, Sequence[str]]
     margin: float
     level: float
     target: float | None
@@ -61,7 +63,7 @@ def _study(
     settings: dict[str, Any],
     arms: dict[str, dict[str, Any]],
     seeds: tuple[int, int],
-    against: dict[str, str],
+    against: dict[str, str | list[str]],
     margin: float = math.inf,
     level: float = 0.01,
     target: float | None = None,
@@ -74,18 +76,20 @@ def _study(
     if wrong := [arm for arm, n in counts.items() if not 0 < n <= count]:
         raise ValueError(f"{name}, {wrong[0]}: runs must be from 1 to {count}, the number of seeds")
     arms = {arm: {k: v for k, v in own.items() if k != "runs"} for arm, own in arms.items()}
-    unknown = {*against, *against.values()} - {*arms}
-    if unknown:
+    opponents = {arm: (one,) if isinstance(one, str) else one for arm, one in against.items()}
+    if unknown := {*opponents, *chain.from_iterable(opponents.values())} - {*arms}:
         raise ValueError(f"{name}: against names {', '.join(sorted(unknown))}, which is no arm")
     made = {arm: _settings(f"{name}, {arm}", {**settings, **own}) for arm, own in arms.items()}
     for key in OF_A_STEP:
         if len({getattr(arm, key) for arm in made.values()}) > 1:
             raise ValueError(f"{name}: {key} changes a step's time: all arms must have the same")
     ranges = {arm: range(first, first + n) for arm, n in counts.items()}
+    if len({arm.task for arm in made.values()}) > 1:
+        raise ValueError(f"{name}: all arms must have the same task")
     known = MEASURES if all(TASKS[arm.task].goes_on for arm in made.values()) else MEASURES[:1]
-    if wrong := {*measures} - {*known}:
-        raise ValueError(f"{name}: measures are {', '.join(known)}, not {', '.join(sorted(wrong))}")
-    return Study(name, made, ranges, against, margin, level, target, tuple(measures))
+    if not measures or isinstance(measures, str) or {*measures} - {*known}:
+        raise ValueError(f"{name}: measures is a list of {', '.join(known)}, got {measures!r}")
+    return Study(name, made, ranges, opponents, margin, level, target, tuple(measures))
 
 
 def _settings(place: str, values: dict[str, Any]) -> Settings:
@@ -94,6 +98,11 @@ def _settings(place: str, values: dict[str, Any]) -> Settings:
         raise ValueError(
             f"{place}: {', '.join(sorted(unknown))}: settings are {', '.join(sorted(known))}"
         )
+    for key, allowed in (("task", TASKS), ("arm", ARMS), ("policy", POLICIES)):
+        if values.get(key, vars(Settings())[key]) not in allowed:
+            raise ValueError(f"{place}: {key} is one of {', '.join(allowed)}, got {values[key]!r}")
+    if not isinstance(values.get("freeze", []), list):
+        raise ValueError(f"{place}: freeze is a list of shares, got {values['freeze']!r}")
     return Settings(**{key: _frozen(value) for key, value in values.items()})
 
 

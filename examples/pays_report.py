@@ -19,7 +19,7 @@ FAIR = 1.03  # how much longer than its opponent an arm may take
 
 
 def summary(study: Study, runs: Runs, times: StepTimes, measure: str = "accuracy") -> list[Result]:
-    """One line for each arm. measure: one of the study's."""
+    """One line for each arm and each of its opponents. measure: one of the study's."""
     aim = study.target
     if aim is None and runs.get("dense"):
         aim = mean(accuracies(runs["dense"], measure))
@@ -29,9 +29,10 @@ def summary(study: Study, runs: Runs, times: StepTimes, measure: str = "accuracy
             "n": len(runs[arm]),
             "aim": aim,
             **_own(runs[arm], times, aim, measure),
-            **_tested(study, arm, runs, times, measure),
+            **_tested(study, arm, named, runs, times, measure),
         }
         for arm in study.arms
+        for named in study.against.get(arm, (None,))
         if runs[arm]
     ]
 
@@ -51,8 +52,10 @@ def _own(runs: Sequence[Result], times: StepTimes, aim: float | None, measure: s
     }
 
 
-def _tested(study: Study, arm: str, runs: Runs, times: StepTimes, measure: str) -> Result:
-    opponent, fair = _opponent(study, arm, runs, times)
+def _tested(
+    study: Study, arm: str, named: str | None, runs: Runs, times: StepTimes, measure: str
+) -> Result:
+    opponent, fair = _opponent(study, arm, named, runs, times)
     if opponent is None or min(len(runs[arm]), len(runs[opponent])) < 2:
         return {"against": opponent, "difference": None}
     difference = Difference.of(*(accuracies(runs[name], measure) for name in (arm, opponent)))
@@ -68,12 +71,13 @@ def _tested(study: Study, arm: str, runs: Runs, times: StepTimes, measure: str) 
     }
 
 
-def _opponent(study: Study, arm: str, runs: Runs, times: StepTimes) -> tuple[str | None, bool]:
+def _opponent(
+    study: Study, arm: str, named: str | None, runs: Runs, times: StepTimes
+) -> tuple[str | None, bool]:
     """The arm to test against, and whether it has as much time.
 
     It is the one that the study names; if that has less time, the next longer dense arm.
     """
-    named = study.against.get(arm)
     if named is None or not runs[arm] or not runs[named]:
         return named, False
     dense = [name for name in study.arms if name != arm and _is_dense(study, name)]
@@ -158,9 +162,9 @@ def plot(study: Study, lines: Sequence[Result], file: Path, measure: str = "accu
     )
     if dense:
         _draw(axes, dense, label="dense, its whole schedule in this time", color="black", ls="-")
-    for line in lines:
-        if line not in dense:
-            _draw(axes, [line], label=line["arm"])
+    others = {line["arm"]: line for line in lines if line not in dense}
+    for arm, line in others.items():
+        _draw(axes, [line], label=arm)
     ylabel = "test accuracy, %" if measure == "accuracy" else f"mean test accuracy, {measure}, %"
     axes.set(xlabel="seconds of training", ylabel=ylabel, title=study.name)
     axes.grid(alpha=0.3)

@@ -99,9 +99,18 @@ def test_the_recipe(data, where):
         torch.testing.assert_close(run.model.state_dict()[name], wanted, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("arm", ["dense", "scheduled", "policy"])
-def test_a_stopped_run_goes_on(arm, data, where, tmp_path):
-    settings = replace(TINY, arm=arm)
+@pytest.mark.parametrize(
+    ("arm", "freeze"),
+    [
+        ("dense", ()),
+        ("scheduled", (0.4, 0.7)),
+        ("policy", ()),
+        ("head-then-all", (0.35,)),
+        ("head-then-all", (0.7,)),
+    ],
+)
+def test_a_stopped_run_goes_on(arm, freeze, data, where, tmp_path):
+    settings = replace(TINY, arm=arm, freeze=freeze)
     whole = Run(settings, data, where._replace(output=tmp_path))
     wanted = whole.go()
 
@@ -171,17 +180,17 @@ def test_only_some_parts_train(data, where):
 
 
 def test_the_head_alone_and_then_everything(data, where):
-    run, dense = (
-        Run(replace(TINY, arm=arm, freeze=(0.4,)), data, where)
-        for arm in ("head-then-all", "dense")
-    )
+    settings = replace(TINY, freeze=(0.45,))  # in the middle of the third epoch
+    run = Run(replace(settings, arm="head-then-all"), data, where)
+    dense = Run(settings, data, where)
     parts = "stem", "block1", "block2", "block3"
     begin = weights(run)
     steps = [run.epoch(epoch, lambda: None)["steps"] for epoch in range(2)]
     assert steps == 2 * [{"head": 4}]
     assert same(run, begin, *parts)
     assert not same(run, begin, "head")
-    assert run.epoch(2, lambda: None)["steps"] == {"stem+block1+block2+block3+head": 4}
+    everything = "stem+block1+block2+block3+head"
+    assert run.epoch(2, lambda: None)["steps"] == {"head": 1, everything: 3}
     assert not any(same(run, begin, part) for part in parts)
     dense.model.train()
     for mine, others in zip(run.model.modules(), dense.model.modules(), strict=True):
@@ -189,6 +198,8 @@ def test_the_head_alone_and_then_everything(data, where):
     trained = [[p.requires_grad for p in one.model.parameters()] for one in (run, dense)]
     assert trained[0] == trained[1]
     assert run.epoch(3, lambda: None)["steps"] == {"block1+block2+block3+head": 4}
+    with pytest.raises(ValueError, match=r"head-then-all-0: freeze is one share, got \(0.4, 0.7\)"):
+        Run(replace(TINY, arm="head-then-all"), data, where)
 
 
 def test_random_rows(data, where):

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from examples import airbench
-from examples.airbench_arms import ARMS
 from examples.airbench_run import Run
 from examples.airbench_settings import finished, left_by, predecessor, split
 from examples.airbench_tasks import TASKS
@@ -96,11 +95,13 @@ def test_each_task_of_a_stream_goes_on_from_the_one_before(where):
     assert [file.name for file in where.pretrained.glob("*.json")] == ["94-0.125-first-half-0.json"]
 
 
-@pytest.mark.parametrize(("task", "rate"), [("scratch", 2.0), ("then-corrupted", 0.6)])
-def test_known_parts_have_a_rate(task, rate):
-    arm = ARMS["known"](replace(TINY, task=task, lr=2.0))
-    assert arm.rate == pytest.approx(rate)
-    assert ARMS["dense"](arm.settings).rate == 2
+@pytest.mark.parametrize(("task", "rate"), [("scratch", 1), ("corrupted", 0.3), ("relabelled", 3)])
+def test_known_parts_have_a_rate(task, rate, data, where):
+    settings = replace(TINY, task=task, pretrain_epochs=2, pretrain_images=512, lr=2.0)
+    airbench.run_all([settings], where, None, None, 1)
+    dense, known = (Run(replace(settings, arm=arm), data, where) for arm in ("dense", "known"))
+    for one, other in zip(dense.optimizer.param_groups, known.optimizer.param_groups, strict=True):
+        assert other["full_lr"] == pytest.approx(rate * one["full_lr"])
 
 
 def test_what_a_stream_costs(where):
@@ -134,3 +135,29 @@ def test_what_a_stream_keeps(where):
     _, images = split(TASKS["first-half"].data(run.data), settings)
     assert [dense["kept"]["first-half"]] == run.accuracies(images, several=False)
     assert dense["kept"]["first-half"] != head["kept"]["first-half"]
+
+
+def test_a_stream_whose_weights_are_gone(data, where):
+    *_, (second, _), _, (last, _) = stream(where, name="dense")
+    gone = where.output / "dense-second-half-0-start.pt"
+    gone.unlink()
+    with pytest.raises(ValueError, match=f"dense-0 needs {gone}, and {second.title} ended without"):
+        Run(last, data, where)
+
+
+def test_lines_of_a_stream_are_made_seed_by_seed(where, capsys):
+    """What is there already is not made again."""
+    command = "--task then-corrupted --images 80 --batch 20 --epochs 1 --evaluated 15 --width .125"
+    command = [*command.split(), *"--pretrain-epochs 1 --device cpu --seeds 0 1".split()]
+    airbench.main([*command, "--output", str(where.output)])
+    text = capsys.readouterr().out
+    made = [line.split(":")[0] for line in text.splitlines() if ": test" in line]
+    order = [f"dense{task}-{seed}" for seed in (0, 1) for task in ("-second-half", "")]
+    assert made[:6] == [f"94-0.125-first-half-{seed}" for seed in (0, 1)] + order
+    assert text.count("  learned: second-half ") == text.count("  kept: first-half ") == 2
+
+    (where.output / "dense-1.json").unlink()
+    airbench.main([*command, "--output", str(where.output)])
+    made = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert made[0] == "dense-1"
+    assert "dense-second-half-1" not in made

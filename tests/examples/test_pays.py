@@ -194,6 +194,20 @@ def test_a_dense_run_that_is_stopped_is_no_opponent(protocol):
     assert (head["against"], head["fair"]) == ("dense", True)
 
 
+def test_several_opponents(protocol, tmp_path):
+    """One line for each, and one mark in the picture."""
+    study = read(protocol(against={"prefix": ["short", "dense"]}))["small"]
+    runs = {arm: [result(0.7, 9), result(0.71, 9)] for arm in ("dense", "short", "prefix")}
+    lines = pays_report.summary(study, runs, {})
+    assert [(line["arm"], line["against"]) for line in lines] == [
+        ("dense", None),
+        ("short", None),
+        ("prefix", "short"),
+        ("prefix", "dense"),
+    ]
+    pays_report.plot(study, lines, tmp_path / "plot.png")
+
+
 def test_no_arm_is_its_own_opponent(protocol):
     study = read(protocol(against={"short": "dense"}))["small"]
     runs = {arm: [result(0.7, 9), result(0.71, 9)] for arm in ("dense", "short")}
@@ -210,14 +224,34 @@ def test_measures_of_a_stream(protocol, tmp_path, capsys):
     file = protocol(**changes, measures=["learned", "kept"])
     text = run(capsys, file, "--output", tmp_path, "--plot", tmp_path)
     study = read(file)["small"]
-    for measure, table in zip(
-        study.measures, text.split("learned:")[1].split("kept:"), strict=True
-    ):
+    tables = text.split("learned:")[1].split("kept:")
+    for measure, table in zip(study.measures, tables, strict=True):
         runs = [pays.finished(study.run("head", seed), tmp_path / "small") for seed in (5, 6)]
         values = [100 * sum(r[measure].values()) / len(r[measure]) for r in runs]
         assert rows(table)["head"][2] == f"{sum(values) / 2:.2f}"
         assert (tmp_path / f"small-{measure}.png").is_file()
     assert (len(runs[0]["learned"]), len(runs[0]["kept"])) == (2, 3)
+
+    run(capsys, file, "--output", tmp_path, "--time", "0.1")
+    states = json.loads((tmp_path / "small/times.json").read_text())["results"]
+    assert runs[0]["steps"].keys() <= {one["state"] for one in states}
+    text = run(capsys, file, "--output", tmp_path, "--power", "head")
+    assert "small, head, learned: n = 2" in text
+
+
+def test_each_measure_has_its_own_verdict(protocol):
+    made_up = {
+        arm: [{**result(0.5, 9), "learned": {"a": low}, "kept": {"a": high}} for low, high in pairs]
+        for arm, pairs in {
+            "dense": [(0.7, 0.30), (0.71, 0.31)],
+            "prefix": [(0.6, 0.80), (0.61, 0.81)],
+        }.items()
+    }
+    study = read(protocol(against={"prefix": "dense"}))["small"]
+    for measure, difference, aim in (("learned", -10, 70.5), ("kept", 50, 30.5)):
+        *_, prefix = pays_report.summary(study, {"short": [], **made_up}, {}, measure)
+        assert prefix["difference"] == pytest.approx(difference)
+        assert prefix["aim"] == pytest.approx(aim)
 
 
 def test_power(protocol, tmp_path, capsys):
@@ -246,7 +280,21 @@ def test_power(protocol, tmp_path, capsys):
             "width changes a step's time",
         ),
         ({"seeds": 3}, "protocol.json is no protocol"),
-        ({"measures": ["kept"]}, "small: measures are accuracy, not kept"),
+        ({"measures": ["kept"]}, "small: measures is a list of accuracy, got ['kept']"),
+        ({"measures": "accuracy"}, "small: measures is a list of accuracy, got 'accuracy'"),
+        ({"measures": []}, "small: measures is a list of accuracy, got []"),
+        ({"against": {"prefix": ["short", "long"]}}, "small: against names long, which is no arm"),
+        (
+            {"arms": {"dense": {}, "half": {"task": "second-half"}}, "against": {}},
+            "small: all arms must have the same task",
+        ),
+        ({"arms": {"dense": {"task": "new"}}, "against": {}}, "dense: task is one of scratch, "),
+        ({"arms": {"dense": {"arm": "new"}}, "against": {}}, "dense: arm is one of dense, "),
+        ({"arms": {"dense": {"policy": "new"}}, "against": {}}, "policy is one of BottomUp, "),
+        (
+            {"arms": {"dense": {"freeze": 0.2}}, "against": {}},
+            "small, dense: freeze is a list of shares, got 0.2",
+        ),
         (
             {"arms": {"dense": {"runs": 3}}, "against": {}},
             "small, dense: runs must be from 1 to 2, the number of seeds",
