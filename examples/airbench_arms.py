@@ -62,7 +62,7 @@ class Only(Dense):
 
 
 class Known(Dense):
-    """The parts train that are enough for the task, at their rate, as one knows who has tried."""
+    """The parts train that are enough for the task, at their rate: as others have found out."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
