@@ -8,9 +8,10 @@
     python examples/airbench.py --data FOLDER --arm policy --policy BottomUp --options eps=0.1
     python examples/airbench.py --data FOLDER --task then-relabelled --arm known  # three in turn
 
-Each run writes a JSON file to --output, named after the arm and the seed. A run that was stopped
-goes on from its last epoch; one that has ended is not made again. Seconds are the processor's on a
-CPU, the device's on a GPU, and evaluating is not among them.
+Each run writes a JSON file to --output, named after the arm and the seed; of several tasks in turn
+each has one, and all but the last are named after the task too. A run that was stopped goes on from
+its last epoch; one that has ended is not made again. Seconds are the processor's on a CPU, the
+device's on a GPU, and evaluating is not among them. Of several tasks, they are of all so far.
 """
 
 import argparse

@@ -62,7 +62,7 @@ class Only(Dense):
 
 
 class Known(Dense):
-    """The parts train that are enough for the task, at their rate: as others have found out."""
+    """The parts train that are enough for the task, at the rate that is right for them."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)

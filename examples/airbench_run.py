@@ -63,8 +63,8 @@ class Run:
         airbench_net.whiten(model.stem[0], self.normal(self.train.pixels[:5000]).cpu())
         if begin := start(settings, where):
             self.normal.mean, self.normal.deviation = (t.to(device) for t in begin[1:])
-            kept = {k: t for k, t in begin.model.items() if not k.startswith("head.")}
-            model.load_state_dict(kept if task.fresh_head else begin.model, strict=False)
+            body, _ = begin.parts()
+            model.load_state_dict(body if task.fresh_head else begin.model, strict=False)
         self.model = model.to(device)
         self.arm = ARMS[settings.arm](settings)
         self.optimizer = self.arm.optimizer(
@@ -207,10 +207,7 @@ class Run:
         data = TASKS[settings.task].data(self.data)
         _, images = split(data, self.settings)
         head = airbench_net.network(settings.net, settings.width, len(data.classes)).head
-        weights = left_by(*earlier).model
-        head.load_state_dict(
-            {k.removeprefix("head."): t for k, t in weights.items() if k.startswith("head.")}
-        )
+        head.load_state_dict(left_by(*earlier).parts()[1])
         now, self.model.head = self.model.head, head.to(self.where.device)
         try:
             images = Images(*(t.to(self.where.device) for t in images))

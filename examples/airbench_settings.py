@@ -72,7 +72,7 @@ def predecessor(settings: Settings, where: Where) -> Placed | None:
         return None
     if task.goes_on:
         return replace(settings, task=task.before, keep=True), where
-    start = Settings(
+    dense = Settings(
         name=f"{settings.net}-{settings.width:g}",
         task=task.before,
         seed=settings.seed % settings.pretrained if settings.pretrained else settings.seed,
@@ -83,7 +83,7 @@ def predecessor(settings: Settings, where: Where) -> Placed | None:
         batch=PRETRAIN_BATCH,
         keep=True,
     )
-    return start, where._replace(output=where.pretrained)
+    return dense, where._replace(output=where.pretrained)
 
 
 def lineage(settings: Settings, where: Where) -> list[Placed]:
@@ -105,7 +105,10 @@ def start(settings: Settings, where: Where) -> Start | None:
         if finished(first, place.output) is None:
             raise ValueError(f"{settings.title} starts from {first.title}, which has not ended")
         if not (file := start_file(first, place.output)).is_file():
-            raise ValueError(f"{settings.title} needs {file}, and {first.title} ended without it")
+            raise ValueError(
+                f"{settings.title} starts from {file}, which is gone: delete {first.title}.json "
+                "to make it again"
+            )
     return left_by(*earlier[-1]) if earlier else None
 
 

@@ -28,6 +28,11 @@ class Start(NamedTuple):
     mean: Tensor  # of the pixels that it saw, by channel
     deviation: Tensor
 
+    def parts(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The weights of the body, and those of the head by their names in it."""
+        head = {k.removeprefix("head."): t for k, t in self.model.items() if k.startswith("head.")}
+        return {k: t for k, t in self.model.items() if not k.startswith("head.")}, head
+
 
 def all_of_it(data: Data) -> Data:
     return data
@@ -65,24 +70,21 @@ def relabelled(data: Data) -> Data:
     return data._replace(train=train, test=test)
 
 
+OTHER_COLOURS = Task(corrupted, "scratch", parts=("block1",), rate=0.3)
+OTHER_LABELS = Task(relabelled, "scratch", parts=("head",), rate=3.0)
+
 TASKS = {
     "scratch": Task(all_of_it),
     "first-half": Task(first_half),
     "second-half": Task(second_half, "first-half", fresh_head=True, parts=PARTS[2:]),
-    "corrupted": Task(corrupted, "scratch", parts=("block1",), rate=0.3),
-    "relabelled": Task(relabelled, "scratch", parts=("head",), rate=3.0),
-    "then-corrupted": Task(
-        lambda data: corrupted(second_half(data)),
-        "second-half",
-        goes_on=True,
-        parts=("block1",),
-        rate=0.3,
+    "corrupted": OTHER_COLOURS,
+    "relabelled": OTHER_LABELS,
+    "then-corrupted": OTHER_COLOURS._replace(
+        data=lambda data: corrupted(second_half(data)), before="second-half", goes_on=True
     ),
-    "then-relabelled": Task(
-        lambda data: relabelled(corrupted(second_half(data))),
-        "then-corrupted",
+    "then-relabelled": OTHER_LABELS._replace(
+        data=lambda data: relabelled(corrupted(second_half(data))),
+        before="then-corrupted",
         goes_on=True,
-        parts=("head",),
-        rate=3.0,
     ),
 }

@@ -74,7 +74,7 @@ def _do(study: Study, given: argparse.Namespace) -> None:
     where = Where(output, given.output / "pretrained", given.device, amp)
     if given.time:
         output.mkdir(parents=True, exist_ok=True)
-        measure(study, load(given.data, cache=given.cache), where, given.time)
+        time_steps(study, load(given.data, cache=given.cache), where, given.time)
         return
     if given.power:
         show_power(study, given.power, output)
@@ -121,7 +121,7 @@ def _ended(study: Study, arm: str, output: Path) -> list[Result]:
     return [result for result in results if result is not None]
 
 
-def measure(study: Study, data: Data, where: Where, seconds: float) -> None:
+def time_steps(study: Study, data: Data, where: Where, seconds: float) -> None:
     """Time one step of each state that the arms' schedules bring, and write the times."""
     steps: dict[str, Callable[[int], object]] = {}
     for arm in study.arms:

@@ -2,17 +2,24 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from examples.airbench_arms import ARMS, POLICIES
+from examples.airbench_net import PARTS
 from examples.airbench_settings import Settings
 from examples.airbench_tasks import TASKS
 
 MEASURES = "accuracy", "learned", "kept"
+CHOICES: Mapping[str, Collection[str]] = {
+    "task": TASKS,
+    "arm": ARMS,
+    "policy": POLICIES,
+    "split": ("test", "validation"),
+}
 OF_A_STEP = "net", "width", "batch", "augment"  # settings that its time depends on
 
 
@@ -98,11 +105,14 @@ def _settings(place: str, values: dict[str, Any]) -> Settings:
         raise ValueError(
             f"{place}: {', '.join(sorted(unknown))}: settings are {', '.join(sorted(known))}"
         )
-    for key, allowed in (("task", TASKS), ("arm", ARMS), ("policy", POLICIES)):
-        if values.get(key, vars(Settings())[key]) not in allowed:
+    for key, allowed in CHOICES.items():
+        if key in values and values[key] not in allowed:
             raise ValueError(f"{place}: {key} is one of {', '.join(allowed)}, got {values[key]!r}")
-    if not isinstance(values.get("freeze", []), list):
-        raise ValueError(f"{place}: freeze is a list of shares, got {values['freeze']!r}")
+    for key, of in (("freeze", "shares"), ("parts", "names")):
+        if not isinstance(values.get(key, []), list):
+            raise ValueError(f"{place}: {key} is a list of {of}, got {values[key]!r}")
+    if others := {*values.get("parts", [])} - {*PARTS}:
+        raise ValueError(f"{place}: parts are {', '.join(PARTS)}, not {', '.join(sorted(others))}")
     return Settings(**{key: _frozen(value) for key, value in values.items()})
 
 

@@ -32,7 +32,7 @@ def summary(study: Study, runs: Runs, times: StepTimes, measure: str = "accuracy
             **_tested(study, arm, named, runs, times, measure),
         }
         for arm in study.arms
-        for named in study.against.get(arm, (None,))
+        for named in study.against.get(arm) or (None,)
         if runs[arm]
     ]
 
@@ -156,15 +156,16 @@ def plot(study: Study, lines: Sequence[Result], file: Path, measure: str = "accu
 
     figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
     axes = figure.subplots()
+    arms = {line["arm"]: line for line in lines}  # one with several opponents has several lines
     dense = sorted(
-        (line for line in lines if _is_dense(study, line["arm"])),
+        (line for arm, line in arms.items() if _is_dense(study, arm)),
         key=lambda line: line["seconds"],
     )
     if dense:
         _draw(axes, dense, label="dense, its whole schedule in this time", color="black", ls="-")
-    others = {line["arm"]: line for line in lines if line not in dense}
-    for arm, line in others.items():
-        _draw(axes, [line], label=arm)
+    for arm, line in arms.items():
+        if not _is_dense(study, arm):
+            _draw(axes, [line], label=arm)
     ylabel = "test accuracy, %" if measure == "accuracy" else f"mean test accuracy, {measure}, %"
     axes.set(xlabel="seconds of training", ylabel=ylabel, title=study.name)
     axes.grid(alpha=0.3)

@@ -8,7 +8,7 @@ import torch
 
 from examples import airbench
 from examples.airbench_run import Run
-from examples.airbench_settings import finished, left_by, predecessor, split
+from examples.airbench_settings import finished, left_by, lineage, predecessor, split
 from examples.airbench_tasks import TASKS
 from examples.cifar_data import load
 from tests.support.airbench import TINY, same, weights
@@ -71,10 +71,7 @@ def stream(where, **settings):
     """The runs of a stream that is made now, from what it starts from to its last task."""
     settings = replace(STREAM, **settings)
     airbench.run_all([settings], where, None, None, 1)
-    runs = [(settings, where)]
-    while (placed := predecessor(*runs[0])) is not None:
-        runs.insert(0, placed)
-    return runs
+    return lineage(settings, where)
 
 
 def changed(before, after):
@@ -126,22 +123,33 @@ def test_what_a_stream_keeps(where):
     assert [*head["kept"]] == ["first-half", *OWN]
     assert head["learned"] == {task: head["kept"][task] for task in OWN}
 
-    first, *_, (settings, _) = stream(where, keep=True)
-    dense = finished(settings, where.output)
-    assert dense["learned"]["then-relabelled"] == dense["kept"]["then-relabelled"]
-    run = Run(settings, load(None), where)
-    body = {k: t for k, t in left_by(settings, where).model.items() if "head" not in k}
-    run.model.load_state_dict({**left_by(*first).model, **body})
+
+@pytest.mark.parametrize(
+    ("arm", "policy", "options"),
+    [
+        ("dense", "BottomUp", ()),
+        ("policy", "HeadFirst", ()),
+        ("policy", "BottomUp.scheduled", (("epochs", 2), ("shares", (0.5, 0.5, 0.5)))),
+    ],
+)
+def test_old_heads_on_the_new_body(arm, policy, options, where):
+    arm = {"arm": arm, "policy": policy, "options": options}
+    first, *_, (settings, _) = stream(where, keep=True, evaluated=None, **arm)
+    result = finished(settings, where.output)
+    assert result["learned"]["then-relabelled"] == result["kept"]["then-relabelled"]
+    run = Run(first[0], load(None), where)
+    before, now = left_by(*first).model, left_by(settings, where).model
+    run.model.load_state_dict({k: (before if "head" in k else now)[k] for k in before})
     _, images = split(TASKS["first-half"].data(run.data), settings)
-    assert [dense["kept"]["first-half"]] == run.accuracies(images, several=False)
-    assert dense["kept"]["first-half"] != head["kept"]["first-half"]
+    assert [result["kept"]["first-half"]] == run.accuracies(images, several=False)
 
 
 def test_a_stream_whose_weights_are_gone(data, where):
     *_, (second, _), _, (last, _) = stream(where, name="dense")
     gone = where.output / "dense-second-half-0-start.pt"
     gone.unlink()
-    with pytest.raises(ValueError, match=f"dense-0 needs {gone}, and {second.title} ended without"):
+    message = f"dense-0 starts from {gone}, which is gone: delete {second.title}.json"
+    with pytest.raises(ValueError, match=message):
         Run(last, data, where)
 
 
@@ -157,7 +165,7 @@ def test_lines_of_a_stream_are_made_seed_by_seed(where, capsys):
     assert text.count("  learned: second-half ") == text.count("  kept: first-half ") == 2
 
     (where.output / "dense-1.json").unlink()
-    airbench.main([*command, "--output", str(where.output)])
+    airbench.main([*command, "--output", str(where.output), "--jobs", "2"])
     made = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
     assert made[0] == "dense-1"
     assert "dense-second-half-1" not in made

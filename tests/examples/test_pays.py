@@ -196,7 +196,7 @@ def test_a_dense_run_that_is_stopped_is_no_opponent(protocol):
 
 def test_several_opponents(protocol, tmp_path):
     """One line for each, and one mark in the picture."""
-    study = read(protocol(against={"prefix": ["short", "dense"]}))["small"]
+    study = read(protocol(against={"short": [], "prefix": ["short", "dense"]}))["small"]
     runs = {arm: [result(0.7, 9), result(0.71, 9)] for arm in ("dense", "short", "prefix")}
     lines = pays_report.summary(study, runs, {})
     assert [(line["arm"], line["against"]) for line in lines] == [
@@ -294,6 +294,18 @@ def test_power(protocol, tmp_path, capsys):
         (
             {"arms": {"dense": {"freeze": 0.2}}, "against": {}},
             "small, dense: freeze is a list of shares, got 0.2",
+        ),
+        (
+            {"arms": {"dense": {"parts": "head"}}, "against": {}},
+            "small, dense: parts is a list of names, got 'head'",
+        ),
+        (
+            {"arms": {"dense": {"parts": ["neck"]}}, "against": {}},
+            "small, dense: parts are stem, block1, block2, block3, head, not neck",
+        ),
+        (
+            {"arms": {"dense": {"split": "train"}}, "against": {}},
+            "small, dense: split is one of test, validation, got 'train'",
         ),
         (
             {"arms": {"dense": {"runs": 3}}, "against": {}},
