@@ -76,7 +76,7 @@ def _opponent(
 ) -> tuple[str | None, bool]:
     """The arm to test against, and whether it has as much time.
 
-    It is the one that the study names; if that has less time, the next longer dense arm.
+    It is the one that the study names; if that is a dense one and has less time, the next longer.
     """
     if named is None or not runs[arm] or not runs[named]:
         return named, False
@@ -86,8 +86,9 @@ def _opponent(
         for name in (arm, named, *dense)
         if runs[name]
     }
-    if seconds[arm] <= FAIR * seconds[named]:
-        return named, True
+    fair = seconds[arm] <= FAIR * seconds[named]
+    if fair or not _is_dense(study, named):
+        return named, fair
     longer = [name for name in dense if seconds.get(name, 0.0) * FAIR >= seconds[arm]]
     return (min(longer, key=seconds.__getitem__), True) if longer else (named, False)
 

@@ -208,6 +208,15 @@ def test_several_opponents(protocol, tmp_path):
     pays_report.plot(study, lines, tmp_path / "plot.png")
 
 
+def test_an_opponent_that_is_not_dense_is_not_replaced(protocol):
+    arms = {"dense": {}, "head": {"arm": "only"}, "prefix": {"arm": "scheduled"}}
+    study = read(protocol(arms=arms, against={"prefix": "head"}))["small"]
+    seconds = {"dense": 9, "head": 5, "prefix": 6}
+    runs = {arm: [result(0.7, s), result(0.71, s)] for arm, s in seconds.items()}
+    *_, prefix = pays_report.summary(study, runs, {})
+    assert (prefix["against"], prefix["fair"], prefix["difference"]) == ("head", False, 0)
+
+
 def test_no_arm_is_its_own_opponent(protocol):
     study = read(protocol(against={"short": "dense"}))["small"]
     runs = {arm: [result(0.7, 9), result(0.71, 9)] for arm in ("dense", "short")}
