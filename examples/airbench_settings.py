@@ -35,7 +35,7 @@ class Settings:
     batch: int = 1024
     lr: float = 1.0  # a factor for the recipe's rate
     augment: bool = True
-    split: str = "test"  # what accuracies are of: test, or validation, which is not trained on
+    split: str = "test"  # what accuracies are of: test, or validation, which it does not train on
     evaluated: int | None = None  # images of that split, all if None
     curve: bool = False  # evaluate after each epoch, not in the end only
     freeze: tuple[float, ...] = (0.4, 0.7)  # shares of the run: for scheduled and head-then-all

@@ -20,11 +20,12 @@ def of_stream(
         own: The run's own result.
         accuracy_now: The accuracy now on the task of an earlier run.
     """
-    *earlier, (last, place), _ = lineage(settings, where)
+    *earlier, _ = lineage(settings, where)
+    last, place = earlier[-1]
     before = finished(last, place.output)
     assert before is not None  # else the run could not have begun
     learned = before.get("learned", {last.task: before["accuracy_of_one_view"]})
-    kept = {placed[0].task: accuracy_now(placed) for placed in (*earlier, (last, place))}
+    kept = {placed[0].task: accuracy_now(placed) for placed in earlier}
     this = {settings.task: own["accuracy_of_one_view"]}
     return {
         **own,
