@@ -228,24 +228,26 @@ def test_no_arm_is_its_own_opponent(protocol):
 def test_measures_of_a_stream(protocol, tmp_path, capsys):
     """A table and a picture of each."""
     settings = {**STUDY["settings"], "task": "then-corrupted", "pretrain_epochs": 1}
-    arms = {"dense": {}, "head": {"arm": "only", "parts": ["head"]}}
-    changes = {"settings": settings, "arms": arms, "against": {"head": "dense"}}
+    arms = {"dense": {}, "known": {"arm": "known"}}  # other parts in each task
+    changes = {"settings": settings, "arms": arms, "against": {"known": "dense"}}
     file = protocol(**changes, measures=["learned", "kept"])
     text = run(capsys, file, "--output", tmp_path, "--plot", tmp_path)
     study = read(file)["small"]
     tables = text.split("learned:")[1].split("kept:")
     for measure, table in zip(study.measures, tables, strict=True):
-        runs = [pays.finished(study.run("head", seed), tmp_path / "small") for seed in (5, 6)]
+        runs = [pays.finished(study.run("known", seed), tmp_path / "small") for seed in (5, 6)]
         values = [100 * sum(r[measure].values()) / len(r[measure]) for r in runs]
-        assert rows(table)["head"][2] == f"{sum(values) / 2:.2f}"
+        assert rows(table)["known"][2] == f"{sum(values) / 2:.2f}"
         assert (tmp_path / f"small-{measure}.png").is_file()
     assert (len(runs[0]["learned"]), len(runs[0]["kept"])) == (2, 3)
 
     run(capsys, file, "--output", tmp_path, "--time", "0.1")
     states = json.loads((tmp_path / "small/times.json").read_text())["results"]
     assert runs[0]["steps"].keys() <= {one["state"] for one in states}
-    text = run(capsys, file, "--output", tmp_path, "--power", "head")
-    assert "small, head, learned: n = 2" in text
+    text = run(capsys, file, "--output", tmp_path, "--power", "known")
+    one, other = (100 * sum(r["learned"].values()) / 2 for r in runs)
+    deviation = abs(one - other) / math.sqrt(2)
+    assert f"small, known, learned: n = 2, deviation {deviation:.3f} points" in text
 
 
 def test_each_measure_has_its_own_verdict(protocol):
