@@ -39,16 +39,16 @@ LARGE = {
 
 @pytest.mark.parametrize(("given", "dtype"), DTYPES, ids=str)
 @pytest.mark.parametrize(("like", "dim"), PLACES.values(), ids=PLACES)
-@pytest.mark.parametrize("shift", [0, 1], ids=["aligned", "unaligned"])
-def test_exact(cuda_on_host, given, dtype, like, dim, shift):
+@pytest.mark.parametrize("shifts", [(0, 0), (1, 0), (0, 1)], ids=["", "rows moved", "dW moved"])
+def test_exact(cuda_on_host, given, dtype, like, dim, shifts):
     """Into memory that begins as NaN; the rows between k and the end of the packed are dropped."""
     neurons = like.shape[dim]
     k, packed = (neurons + 1) // 2, min(neurons, (neurons + 1) // 2 + 2)
     order = order_of(neurons, k)
-    rows = laid_out_as(like, dim, packed, given, shift)
+    rows = laid_out_as(like, dim, packed, given, shifts[0])
     sums = integers((packed,), torch.promote_types(given, torch.float32))
-    dw = torch.full((like.numel() + shift,), torch.nan, dtype=dtype)
-    dw, db = dw.as_strided(like.shape, like.stride(), shift), torch.full((neurons,), torch.nan)
+    dw = torch.full((like.numel() + shifts[1],), torch.nan, dtype=dtype)
+    dw, db = dw.as_strided(like.shape, like.stride(), shifts[1]), torch.full((neurons,), torch.nan)
     place(cuda_on_host, rows, sums, dw, db.to(dtype), dim, order, k)
 
 
