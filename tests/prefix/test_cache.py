@@ -6,10 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 import neq
+from neq.measure.gradient_signal import HEAD
 from tests.support.cached import BATCH, SAMPLES, frozen, images, loader_of, net, step, train
+from tests.support.head_first import LABELS, SIGNALS, Told, X, build
 
 pytestmark = pytest.mark.usefixtures("one_thread", "always_pays")
 
@@ -233,6 +235,30 @@ def test_a_controller_that_is_resumed_reads_the_file(tmp_path):
     run(model, optimizer, control, cache, loader, epochs=2)
     assert (cache.hits, cache.misses) == (4, 2)  # two sizes of batches are looked at
     assert same(model, whole)
+
+
+def test_head_first_is_served_before_its_look_and_after():
+    """While the head trains alone, all blocks are a prefix; after the look, the lowest is."""
+
+    def run(cached):
+        found = [{HEAD: 9.0}] * 2 + [SIGNALS] * 4
+        model, optimizer, control = build(Told(*found, longest=2))
+        cache = neq.PrefixCache(control)
+        loader = loader_of(TensorDataset(X, LABELS))  # one batch
+        loader = cache.wrap(loader) if cached else loader
+        served = []
+        for _ in range(6):
+            before = cache.hits
+            for x, y in loader:
+                step(model, optimizer, x, y)
+            served.append((control.policy.phase, control.prefix.depth, cache.hits - before))
+            control.step()
+        return model, served
+
+    model, served = run(cached=True)
+    head, look, chosen = [("head", 3, 0), ("head", 3, 1)], ("look", 0, 0), ("chosen", 1, 1)
+    assert served == [*head, look, ("chosen", 1, 0), chosen, chosen]
+    assert same(model, run(cached=False)[0])
 
 
 def test_clear_and_remove():
