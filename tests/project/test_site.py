@@ -70,5 +70,5 @@ def test_results_that_pages_link_to_are_part_of_the_site(hooks, monkeypatch):
     with zipfile.ZipFile(io.BytesIO(runs)) as archive:
         assert "held-out-half/dense-100.json" in archive.namelist()
     pages.append(SimpleNamespace(content_string="[runs](../bench/results/of-none.json)"))
-    with pytest.raises(FileNotFoundError, match="of-none.json, which is not there"):
+    with pytest.raises(FileNotFoundError, match=r"of-none\.json, which is not there"):
         hooks.on_files(files, config)
