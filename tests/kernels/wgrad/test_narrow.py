@@ -309,3 +309,17 @@ def test_a_slice_whose_strides_32_bits_do_not_count_is_copied(wider, copied):
     got = narrow._in_pieces(x)
     assert (got is not x) == copied
     assert got.stride(2) * side < 2**30
+
+
+def test_what_does_not_come_in_16_bytes_is_copied():
+    wide, twice = (
+        torch.randn(2, channels, 9, 7).bfloat16().to(memory_format=torch.channels_last)
+        for channels in (36, 64)
+    )
+    elsewhere = torch.randn(X.numel() + 4).bfloat16()[4:].as_strided(X.shape, X.stride())
+    for t in (wide[:, :32], twice[:, ::2], elsewhere):
+        got = narrow._in_pieces(t)
+        assert got.is_contiguous(memory_format=torch.channels_last)
+        assert got.data_ptr() % 16 == 0
+        assert torch.equal(got, t)
+        assert narrow._in_pieces(got) is got

@@ -39,7 +39,7 @@ LARGE = {
 
 @pytest.mark.parametrize(("given", "dtype"), DTYPES, ids=str)
 @pytest.mark.parametrize(("like", "dim"), PLACES.values(), ids=PLACES)
-@pytest.mark.parametrize("shifts", [(0, 0), (1, 0), (0, 1)], ids=["", "rows moved", "dW moved"])
+@pytest.mark.parametrize("shifts", [(0, 0), (1, 0), (0, 1), (1, 1)], ids=str)  # of rows, of dW
 def test_exact(cuda_on_host, given, dtype, like, dim, shifts):
     """Into memory that begins as NaN; the rows between k and the end of the packed are dropped."""
     neurons = like.shape[dim]
